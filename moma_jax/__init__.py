@@ -1,0 +1,35 @@
+"""MoMa, mixture of modality-aware experts (arXiv 2407.21770), in JAX and Flax.
+
+The functions behind the `moma` command, each loaded when first used, so that `import moma_jax` stays light:
+
+  recipe(path, overrides)    a recipe or config.json with overrides -> resolved Config
+  prepare(config, out)       a source -> a token store
+  train(config)              a run directory with checkpoints and metrics
+  evaluate(run)              held-out losses of a run
+  load(run)                  a trained model: config, vocabulary, decoder, parameters
+  cost(config)               parameters, FLOPs and bytes in closed form
+  read_metrics(run)          the records of a run
+"""
+
+import importlib
+
+_HOME = {
+    "recipe": "moma_jax.recipes",
+    "prepare": "moma_jax.data.prepare",
+    "train": "moma_jax.training.loop",
+    "evaluate": "moma_jax.training.evaluate",
+    "load": "moma_jax.training.evaluate",
+    "cost": "moma_jax.cost",
+    "read_metrics": "moma_jax.training.journal",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'moma_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__():
+    return __all__

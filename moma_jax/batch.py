@@ -1,0 +1,42 @@
+"""The contract between data and model: what one batch holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents. All arrays are (B, S); rows of one routing group are consecutive.
+
+    Attributes:
+      token_BS: int32 ids; the pad id where segment_BS is 0.
+      target_BS: int32, the id that follows in the same document, also where the document was cut or the row ends.
+      segment_BS: int32, 1, 2, ... by document within a row, 0 for padding.
+      position_BS: int32, position within the segment, from 0.
+      weight_BS: float32 weight of the target's loss; 0 on padding and where nothing follows.
+    """
+
+    token_BS: Any
+    target_BS: Any
+    segment_BS: Any
+    position_BS: Any
+    weight_BS: Any
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One batch and where the stream stands after it.
+
+    Attributes:
+      batch: the arrays.
+      cursor: the lanes' states after this batch, a dictionary of small NumPy arrays; a stream opened with it
+        continues with the next batch. It does not depend on the number of hosts.
+      epochs: passes over each store so far, by store name, as a fraction.
+      waiting: documents held back in the cursor.
+    """
+
+    batch: Batch
+    cursor: dict[str, Any]
+    epochs: dict[str, float] = field(default_factory=dict)
+    waiting: int = 0

@@ -1,0 +1,9 @@
+"""The two ways a command fails: the user can mend it (exit 2), or the run went wrong (exit 1)."""
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the thing and the remedy. The command exits with 2, nothing half-written."""
+
+
+class RunError(RuntimeError):
+    """A run that failed after it began, such as a loss that is not a number. The command exits with 1."""
