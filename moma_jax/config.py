@@ -394,8 +394,8 @@ def resolve(config: Config) -> Config:
 def check(config: Config) -> None:
     """Raises InputError for the first contradiction, naming the field and a value that would be right."""
     _check_ranges(config)
-    _check_model(config)
     _check_modalities(config)
+    _check_model(config)
     _check_batches(config)
     _check_data(config)
     _check_length(config)
@@ -492,7 +492,9 @@ def _check_data(config: Config) -> None:
     known = {m.name for m in data.modalities}
     for store in data.stores:
         for name, share in store.share.items():
-            _require(name in known, f"data.stores: {store.name} has a share of {name!r}; modalities are {sorted(known)}")
+            _require(
+                name in known, f"data.stores: {store.name} has a share of {name!r}; modalities are {sorted(known)}"
+            )
             _require(0 <= share <= 1, f"data.stores: {store.name} has a share of {share} of {name}; give 0 to 1")
 
 

@@ -126,9 +126,7 @@ def contiguous(modalities) -> Vocabulary:
             begin = len(SPECIAL_NAMES) + 2 * (index - 1)
             marks = {"begin": begin, "end": begin + 1}
         layout.append(
-            ModalityIds(
-                modality.name, modality.letter, ((start, start + modality.size),), span=modality.span, **marks
-            )
+            ModalityIds(modality.name, modality.letter, ((start, start + modality.size),), span=modality.span, **marks)
         )
         start += modality.size
     return Vocabulary(tuple(layout))

@@ -1,0 +1,209 @@
+"""The `moma` command: each subcommand is a thin shell over a Python function of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+import moma_jax
+from moma_jax import recipes
+from moma_jax.config import Config, PrepareConfig, resolve
+from moma_jax.errors import InputError, RunError
+
+COMMANDS = {
+    "prepare": "make a token store from pictures and text",
+    "train": "train a recipe; a run that was interrupted goes on",
+    "eval": "held-out losses of a run",
+    "cost": "parameters, FLOPs and bytes of a recipe, in closed form",
+    "bench": "measure: bench step, bench data, bench ffn",
+}
+USAGE = "usage: moma COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Make a token store, `moma prepare SOURCE --out DIR`: fit the tokenizer and the palette, write the tokens."""
+
+    out: str
+    """The store's directory: local, gs:// or s3://."""
+    part: str | None = None
+    """K/N: write only part K of N (an array job); --merge afterwards."""
+    merge: bool = False
+    """Publish the manifest of parts that were written one by one."""
+    options: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+
+
+@dataclass(frozen=True)
+class Train(recipes.ConfigOptions):
+    """Train a recipe. Any field of the config can be overridden."""
+
+    recipe: tyro.conf.Positional[str] = ""
+    """configs/NAME.py, a config.json, or a run directory to go on with."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Held-out losses of a run, beside those of a unigram model."""
+
+    run: tyro.conf.Positional[str]
+    """Run directory."""
+    routing: tuple[str, ...] = ("choice",)
+    """Routings to evaluate under; choice is the training routing, which sees the future."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Cost(Train):
+    """Parameters, FLOPs and bytes of a recipe, in closed form."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class BenchStep(Cost):
+    """Training-step speed of FFN variants at equal active FLOPs, interleaved in one process."""
+
+    ffn: tuple[str, ...] = ("dense", "8x", "1t1i", "4t4i")
+    """Variants to compare; the first is the baseline."""
+    repeats: int = 9
+    """Timed steps of each variant."""
+
+
+@dataclass(frozen=True)
+class BenchData(Cost):
+    """Speed of the data pipeline: planning, reading, packing."""
+
+    seconds: float = 10.0
+    """How long to measure."""
+
+
+@dataclass(frozen=True)
+class BenchFfn:
+    """The FFN alone, forward and backward in float32, against a dense one of equal active FLOPs."""
+
+    ffn: str = "4t4i"
+    """Variant."""
+    width: int = 256
+    """Model width d."""
+    hidden: int = 704
+    """Hidden size F."""
+    tokens: int = 4096
+    """Tokens of the batch."""
+    repeats: int = 40
+    """Timed repetitions of each."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command and exits: 0 done, 1 the run failed, 2 the input is at fault, 143 stopped by SIGTERM."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        run_command(words)
+    except InputError as error:
+        sys.exit(_complain(error, 2))
+    except RunError as error:
+        sys.exit(_complain(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+    except BrokenPipeError:  # `moma cost ... | head` is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"moma: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+def run_command(words: list[str]) -> None:
+    """Dispatches the words after `moma`."""
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    match command:
+        case "prepare":
+            named = bool(rest) and not rest[0].startswith("-")
+            prepare(recipes.parse(Prepare, None, ["--source"] * named + rest, "moma prepare"))
+        case "train":
+            _, config = _config(Train, rest, "moma train")
+            moma_jax.train(config)
+        case "eval":
+            evaluate(recipes.parse(Eval, None, rest, "moma eval"))
+        case "cost":
+            cost(*_config(Cost, rest, "moma cost"))
+        case "bench":
+            bench(rest)
+        case "--help" | "-h":
+            print(USAGE)
+        case _:
+            raise InputError(f"{command}: no such command; commands are {', '.join(COMMANDS)}")
+
+
+def _config(kind, words: list[str], program: str) -> tuple[Train, Config]:
+    """The command's own options and the resolved config; the recipe comes first, so its values are the defaults."""
+    path = words[0] if words and not words[0].startswith("-") else None
+    if path is None and not {"--help", "-h"} & set(words):
+        raise InputError(f"{program}: name a recipe first, such as: {program} configs/quickstart.py")
+    base = recipes.load(path) if path else Config()
+    options = recipes.parse(kind, kind(config=base, recipe=path or ""), words, program)
+    return options, resolve(recipes.one_length(options.config, words))
+
+
+def prepare(options: Prepare) -> None:
+    """`moma prepare`."""
+    part = None
+    if options.part is not None:
+        numbers = options.part.split("/")
+        if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+            raise InputError(f"--part: {options.part!r} is not K/N with 1 <= K <= N, such as 3/16")
+        part = (int(numbers[0]), int(numbers[1]))
+    moma_jax.prepare(options.options, options.out, part=part, merge=options.merge)
+
+
+def evaluate(options: Eval) -> None:
+    """`moma eval`."""
+    result = moma_jax.evaluate(options.run, routing=options.routing)
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, losses in result.items():
+        print(f"{name:10} " + "  ".join(f"{key} {value:,.4f}" for key, value in losses.items()))
+
+
+def cost(options: Cost, config: Config) -> None:
+    """`moma cost`."""
+    from moma_jax.cost import print_cost
+
+    result = moma_jax.cost(config)
+    print(json.dumps(result)) if options.json else print_cost(result)
+
+
+def bench(words: list[str]) -> None:
+    """`moma bench step|data|ffn`."""
+    from moma_jax import bench as benches
+
+    match words[0] if words else "":
+        case "step":
+            options, config = _config(BenchStep, words[1:], "moma bench step")
+            result = benches.bench_step(config, ffn=options.ffn, repeats=options.repeats)
+        case "data":
+            options, config = _config(BenchData, words[1:], "moma bench data")
+            result = benches.bench_data(config, seconds=options.seconds)
+        case "ffn":
+            options = recipes.parse(BenchFfn, None, words[1:], "moma bench ffn")
+            measured = dataclasses.asdict(options)
+            del measured["json"]
+            result = benches.bench_ffn(**measured)
+        case _:
+            raise InputError("moma bench: say what to measure: step, data or ffn")
+    print(json.dumps(result)) if options.json else benches.print_bench(result)
+
+
+if __name__ == "__main__":
+    main()

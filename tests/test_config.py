@@ -1,0 +1,151 @@
+"""Every contradiction fails before device work, with one line that names the field and a value that would be right."""
+
+import ast
+import dataclasses
+import inspect
+import json
+from fractions import Fraction
+
+import pytest
+
+from moma_jax import config as config_lib
+from moma_jax.config import (
+    Config,
+    DataConfig,
+    EvalSet,
+    ExpertGroup,
+    MeshConfig,
+    Modality,
+    ModelConfig,
+    RunConfig,
+    StoreConfig,
+    TrainConfig,
+    differences,
+    from_json,
+    parse_ffn,
+    resolve,
+    to_json,
+)
+from moma_jax.errors import InputError
+
+TEXT = Modality("text", "t", 100, quota=0.5)
+IMAGE = Modality("image", "i", 20, span=16, quota=0.5)
+AUDIO = Modality("audio", "a", 10, span=4, quota=0.2)
+
+
+def valid(**sections) -> Config:
+    base = Config(
+        model=ModelConfig(layers=2, width=32, heads=4, ffn_width=96),
+        data=DataConfig(kind="synthetic", modalities=(TEXT, IMAGE), sequence=64, group_rows=2),
+        train=TrainConfig(steps=3, batch_rows=4, eval_sets=(EvalSet(rows=4),)),
+    )
+    for name, fields in sections.items():
+        base = dataclasses.replace(base, **{name: dataclasses.replace(getattr(base, name), **fields)})
+    return base
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"heads": 3}}, "model.heads: 3 heads .* 2 would"),
+        ({"model": {"ffn": "4t4a"}}, "model.ffn: .*modality 'a', which has no quota"),
+        ({"model": {"ffn": "4t"}}, "model.ffn: '4t' must name each of t, i once"),
+        ({"model": {"ffn": "4t0i"}}, "must name each of t, i once"),
+        ({"model": {"ffn": "8y"}}, "model.ffn"),
+        ({"model": {"ffn": "4t4i+x"}}, "model.ffn: .* is not an FFN"),
+        ({"model": {"ffn": "4t4i+"}}, "model.ffn: .* is not an FFN"),
+        ({"model": {"capacity": 1.5}}, "model.capacity"),
+        ({"model": {"layers": 0}}, "model.layers: must be positive"),
+        ({"data": {"modalities": (TEXT, dataclasses.replace(IMAGE, quota=0.1))}}, "raise it to 0.125"),
+        ({"data": {"modalities": (dataclasses.replace(TEXT, quota=0.3), IMAGE)}}, "quotas add up to 0.800"),
+        ({"data": {"modalities": (TEXT, dataclasses.replace(IMAGE, letter="t"))}}, "same letter"),
+        ({"data": {"sequence": 18}}, "data.sequence: 18 .* use 19 or more"),
+        ({"train": {"batch_rows": 5}}, "train.batch_rows: 5 rows .* use 6"),
+        ({"train": {"batch_rows": 4, "accumulate": 4}}, "use 8"),
+        ({"train": {"eval_sets": (EvalSet(rows=3),)}}, "train.eval_sets: .* such as 4"),
+        ({"train": {"eval_sets": (EvalSet(rows=4, stores=("nope",)),)}}, "draws from 'nope'"),
+        ({"train": {"steps": None}}, "exactly one of .* given: none"),
+        ({"train": {"tokens": 100.0}}, "exactly one of .* given: steps, tokens"),
+        ({"data": {"kind": "store"}}, "data.stores: name a store"),
+        ({"data": {"stores": (StoreConfig("a", "x", share={"smell": 1.0}),)}}, "share of 'smell'"),
+    ],
+)
+def test_contradictions_name_the_field_and_the_remedy(sections, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(valid(**sections))
+    assert "\n" not in str(caught.value)
+
+
+def test_resolve_fills_derived_fields_once():
+    resolved = resolve(valid())
+    assert resolved.model.hidden == 128  # 2/3 of 96, rounded up to a multiple of 128
+    assert resolve(resolved) == resolved
+
+
+@pytest.mark.parametrize(("ffn_width", "hidden"), [(2048, 1408), (4096, 2816), (8192, 5504), (192, 128), (193, 256)])
+def test_hidden_size_is_two_thirds_rounded_up(ffn_width, hidden):
+    assert resolve(valid(model={"ffn_width": ffn_width})).model.hidden == hidden
+
+
+def test_ffn_notation():
+    modalities = (TEXT, IMAGE, AUDIO)
+    assert parse_ffn("dense", modalities).dense
+    assert parse_ffn("1x", modalities).dense
+    assert parse_ffn("8x", modalities).groups == (ExpertGroup("all", (0, 1, 2), 8),)
+    layout = parse_ffn("7t1i2a+1x", modalities)
+    assert [(g.name, g.modalities, g.experts) for g in layout.groups] == [
+        ("text", (0,), 7),
+        ("image", (1,), 1),
+        ("audio", (2,), 2),
+    ]
+    assert layout.shared == 1
+    assert layout.groups[0].capacity(None) == Fraction(1, 7)
+    assert layout.groups[1].capacity(0.3) == 1, "a lone expert takes every token"
+    assert layout.groups[2].capacity(0.3) == Fraction(3, 10)
+
+
+def test_json_round_trip():
+    resolved = resolve(valid(data={"stores": (StoreConfig("a", "x", share={"text": 1.0}),)}))
+    assert from_json(json.loads(json.dumps(to_json(resolved)))) == resolved
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d["model"].update(widht=3), "config.model: unknown key widht"),
+        (lambda d: d.update(format_version=99), "format_version 99"),
+        (lambda d: d["model"].update(layers="two"), "config.model.layers: expected int"),
+        (lambda d: d["model"].update(norm="mid"), "config.model.norm: 'mid' is not one of swin, pre"),
+        (lambda d: d["data"]["modalities"][0].pop("letter"), r"config.data.modalities.0: missing key letter"),
+    ],
+)
+def test_json_with_unknown_keys_or_wrong_types_is_refused(damage, message):
+    data = json.loads(json.dumps(to_json(resolve(valid()))))
+    damage(data)
+    with pytest.raises(InputError, match=message):
+        from_json(data)
+
+
+def test_what_may_change_when_a_run_goes_on():
+    before = resolve(valid())
+    harmless = dataclasses.replace(
+        valid(train={"log_every": 3, "checkpoint_every": 7}, data={"prefetch": 9}),
+        mesh=MeshConfig(data=2),
+        run=RunConfig(dir="elsewhere"),
+    )
+    assert differences(before, resolve(harmless)) == []
+    changed = resolve(valid(train={"seed": 1}, model={"layers": 3}))
+    assert differences(before, changed) == ["model.layers: 2 -> 3", "train.seed: 0 -> 1"]
+
+
+def test_every_field_is_documented():
+    """Help pages are made from the field documentation, so a field without one would be a blank line."""
+    tree = ast.parse(inspect.getsource(config_lib))
+    settings = [
+        n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith(("Config", "EvalSet", "Modality"))
+    ]
+    assert len(settings) >= 8
+    for node in settings:
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and node.name != "Config":
+                assert isinstance(after, ast.Expr), f"{node.name}.{field.target.id} has no documentation"
