@@ -7,15 +7,15 @@ contradictions. Nothing here imports JAX, so `moma cost` and the data pipeline s
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 import typing
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
+from moma_jax.checks import check, require
 from moma_jax.errors import InputError
+from moma_jax.ffn import FfnLayout, parse_ffn
 
 FORMAT_VERSION = 1
 
@@ -304,81 +304,7 @@ def quota_tokens(modality: Modality, group_tokens: int) -> int:
     return min(group_tokens, round(modality.quota * group_tokens))
 
 
-# The FFN notation -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExpertGroup:
-    """Experts that share a router: the modalities they serve (indices) and how many they are."""
-
-    name: str
-    modalities: tuple[int, ...]
-    experts: int
-
-    def capacity(self, capacity: float | None) -> Fraction:
-        """Share of eligible tokens that each expert takes, exact (paper: c_e = 1/|E|)."""
-        if self.experts == 1:
-            return Fraction(1)
-        return Fraction(1, self.experts) if capacity is None else Fraction(capacity).limit_denominator(10000)
-
-
-@dataclass(frozen=True)
-class FfnLayout:
-    """What an FFN layer is made of: groups of routed experts and always-on shared experts.
-
-    `dense` is one group of one expert that serves every modality. A group of one expert has no router and gate 1.
-    """
-
-    groups: tuple[ExpertGroup, ...]
-    shared: int = 0
-
-    @property
-    def dense(self) -> bool:
-        """True where every token simply passes one expert."""
-        return len(self.groups) == 1 and self.groups[0].experts == 1
-
-
-def parse_ffn(notation: str, modalities: tuple[Modality, ...]) -> FfnLayout:
-    """Reads `dense`, `8x`, `4t4i`, `4t4i+1x`, ...; raises InputError naming what is wrong."""
-    everything = tuple(range(len(modalities)))
-    routed, _, shared_text = notation.partition("+")
-    shared = re.fullmatch(r"([1-9]\d*)x", shared_text) if shared_text else None
-    mixed = re.fullmatch(r"([1-9]\d*)x", routed)
-    counts = re.findall(r"(\d+)([a-z])", routed)
-    if routed == "dense":
-        groups = (ExpertGroup("all", everything, 1),)
-    elif mixed:
-        groups = (ExpertGroup("all", everything, int(mixed[1])),)
-    elif counts and "".join(n + letter for n, letter in counts) == routed:
-        groups = _modality_groups(notation, counts, modalities)
-    else:
-        groups = ()
-    if not groups or ("+" in notation and not shared):
-        raise InputError(f"model.ffn: {notation!r} is not an FFN; write dense, 8x, 1t1i, 4t4i or 4t4i+1x")
-    return FfnLayout(groups, int(shared[1]) if shared else 0)
-
-
-def _modality_groups(notation, counts, modalities) -> tuple[ExpertGroup, ...]:
-    letters = {m.letter: index for index, m in enumerate(modalities)}
-    by_letter = {letter: int(n) for n, letter in counts}
-    unknown = set(by_letter) - set(letters)
-    if unknown:
-        raise InputError(
-            f"model.ffn: {notation!r} has experts of modality {min(unknown)!r}, which has no quota: add it to "
-            f"data.modalities or use the letters {', '.join(letters)}"
-        )
-    missing = [m.letter for m in modalities if not by_letter.get(m.letter)]
-    if missing or len(counts) != len(by_letter):
-        raise InputError(f"model.ffn: {notation!r} must name each of {', '.join(letters)} once, at least 1 expert each")
-    return tuple(ExpertGroup(m.name, (index,), by_letter[m.letter]) for index, m in enumerate(modalities))
-
-
-# Derived fields and cross-checks --------------------------------------------------------------------------------------
-
-
-def round_up(value: float, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `value`."""
-    return -(-int(-(-value // 1)) // multiple) * multiple
+# Derived fields and dictionaries
 
 
 def resolve(config: Config) -> Config:
@@ -391,126 +317,6 @@ def resolve(config: Config) -> Config:
     return resolved
 
 
-def check(config: Config) -> None:
-    """Raises InputError for the first contradiction, naming the field and a value that would be right."""
-    _check_ranges(config)
-    _check_modalities(config)
-    _check_model(config)
-    _check_batches(config)
-    _check_data(config)
-    _check_length(config)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _check_ranges(config: Config) -> None:
-    positive = {
-        "model": ("layers", "width", "heads", "ffn_width", "hidden", "attention_chunk"),
-        "data": ("sequence", "group_rows", "lanes", "wait_documents", "window_documents", "prefetch", "read_threads"),
-        "optimizer": ("peak_lr", "epsilon", "clip_norm"),
-        "train": ("batch_rows", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_last"),
-    }
-    for section, names in positive.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            _require(value is not None and value > 0, f"{section}.{name}: must be positive, is {value}")
-    shares = {"model.dropout": config.model.dropout, "optimizer.beta1": config.optimizer.beta1,
-              "optimizer.beta2": config.optimizer.beta2}  # fmt: skip
-    for name, value in shares.items():
-        _require(0 <= value < 1, f"{name}: must be at least 0 and below 1, is {value}")
-    capacity = config.model.capacity
-    _require(capacity is None or 0 < capacity <= 1, f"model.capacity: must be above 0 and at most 1, is {capacity}")
-    _require(config.mesh.data == -1 or config.mesh.data > 0, "mesh.data: must be -1 or positive")
-
-
-def _check_model(config: Config) -> None:
-    model = config.model
-    if model.width % model.heads or (model.width // model.heads) % 2:
-        right = max(h for h in range(1, model.heads + 1) if model.width % h == 0 and (model.width // h) % 2 == 0)
-        raise InputError(
-            f"model.heads: {model.heads} heads do not divide the width {model.width} into even head widths; "
-            f"{right} would"
-        )
-    parse_ffn(model.ffn, config.data.modalities)
-
-
-def _check_modalities(config: Config) -> None:
-    modalities, tokens = config.data.modalities, config.group_tokens
-    _require(bool(modalities), "data.modalities: name at least text")
-    _require(len({m.letter for m in modalities}) == len(modalities), "data.modalities: two have the same letter")
-    _require(len({m.name for m in modalities}) == len(modalities), "data.modalities: two have the same name")
-    _require(modalities[0].span == 0, "data.modalities: the first is text and has span 0")
-    for m, quota in zip(modalities, config.quotas, strict=True):
-        _require(m.size > 0, f"data.modalities: {m.name} has size {m.size}; give the number of its ids")
-        _require(0 < m.quota <= 1, f"data.modalities: {m.name} has quota {m.quota}; give a share above 0, at most 1")
-        _require(
-            quota >= max(m.span, 1),
-            f"data.modalities: the quota of {m.name}, {quota} tokens of a routing group of {tokens}, cannot hold one "
-            f"span of {m.span}; raise it to {max(m.span, 1) / tokens:.3f} or more, or data.group_rows",
-        )
-        if m.span:
-            _require(
-                m.span + 3 <= config.data.sequence,
-                f"data.sequence: {config.data.sequence} positions cannot hold a span of {m.name} ({m.span} codes and "
-                f"its marks); use {m.span + 3} or more",
-            )
-    total = sum(m.quota for m in modalities)
-    _require(
-        total >= 1 - 1e-6,
-        f"data.modalities: the quotas add up to {total:.3f}, so no routing group could be filled; raise them to 1",
-    )
-
-
-def _check_batches(config: Config) -> None:
-    rows, step = config.train.batch_rows, config.data.group_rows * config.train.accumulate
-    _require(
-        rows % step == 0,
-        f"train.batch_rows: {rows} rows do not split into {config.train.accumulate} microbatches of whole routing "
-        f"groups of {config.data.group_rows} rows; use {round_up(rows, step)}",
-    )
-    for eval_set in config.train.eval_sets:
-        _require(
-            eval_set.rows > 0 and eval_set.rows % config.data.group_rows == 0,
-            f"train.eval_sets: {eval_set.name} has {eval_set.rows} rows; use whole routing groups, such as "
-            f"{round_up(max(eval_set.rows, 1), config.data.group_rows)}",
-        )
-    names = [s.name for s in config.train.eval_sets]
-    _require(len(set(names)) == len(names), "train.eval_sets: two have the same name")
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    _require(data.kind == "synthetic" or bool(data.stores), "data.stores: name a store, or set data.kind=synthetic")
-    names = [s.name for s in data.stores]
-    _require(len(set(names)) == len(names), "data.stores: two have the same name")
-    for eval_set in config.train.eval_sets:
-        for name in eval_set.stores:
-            _require(name in names, f"train.eval_sets: {eval_set.name} draws from {name!r}; data.stores has {names}")
-    known = {m.name for m in data.modalities}
-    for store in data.stores:
-        for name, share in store.share.items():
-            _require(
-                name in known, f"data.stores: {store.name} has a share of {name!r}; modalities are {sorted(known)}"
-            )
-            _require(0 <= share <= 1, f"data.stores: {store.name} has a share of {share} of {name}; give 0 to 1")
-
-
-def _check_length(config: Config) -> None:
-    train = config.train
-    given = [name for name in ("steps", "tokens", "flops") if getattr(train, name) is not None]
-    _require(
-        len(given) == 1,
-        f"train.steps: give exactly one of train.steps, train.tokens, train.flops; given: {', '.join(given) or 'none'}",
-    )
-    _require(getattr(train, given[0]) > 0, f"train.{given[0]}: must be positive")
-
-
-# Dictionaries ---------------------------------------------------------------------------------------------------------
-
-
 def to_json(config: Config) -> dict[str, Any]:
     """The content of config.json: plain values and a format version."""
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
@@ -520,7 +326,7 @@ def from_json(data: dict[str, Any]) -> Config:
     """Reads `to_json`'s dictionary; raises InputError for unknown or missing keys and other format versions."""
     if data.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"config.json: format_version {data.get('format_version')!r}; this version of moma_jax reads {FORMAT_VERSION}"
+            f"config.json: format_version {data.get('format_version')!r}; this moma_jax reads {FORMAT_VERSION}"
         )
     return _read(Config, {k: v for k, v in data.items() if k != "format_version"}, "config")
 
@@ -530,32 +336,32 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        _require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
+        require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         unknown = sorted(set(value) - set(hints))
-        _require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(hints)}")
+        require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(hints)}")
         required = {
             f.name
             for f in dataclasses.fields(kind)
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
         missing = sorted(required - set(value))
-        _require(not missing, f"{where}: missing key {', '.join(missing)}")
+        require(not missing, f"{where}: missing key {', '.join(missing)}")
         return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         return _read(next(a for a in arguments if a is not type(None)), value, where)
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where}: expected a list, found {value!r}")
+        require(isinstance(value, (list, tuple)), f"{where}: expected a list, found {value!r}")
         return tuple(_read(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
     if origin is dict:
         return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is Literal:
-        _require(value in arguments, f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+        require(value in arguments, f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _require(type(value) is kind, f"{where}: expected {kind.__name__}, found {value!r}")
+    require(type(value) is kind, f"{where}: expected {kind.__name__}, found {value!r}")
     return value
 
 

@@ -20,7 +20,8 @@ import math
 from fractions import Fraction
 from typing import Any
 
-from moma_jax.config import Config, ExpertGroup, resolve
+from moma_jax.config import Config, resolve
+from moma_jax.ffn import ExpertGroup
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass: one product per operand."""
@@ -142,7 +143,7 @@ def _forward_by_part(config: Config) -> dict[str, Fraction | int]:
 
 def _executed_by_part(config: Config) -> dict[str, Fraction | int]:
     """Forward FLOPs of one position as the static shapes run them: slots instead of k_e tokens."""
-    model, layout = config.model, config.experts
+    layout = config.experts
     if layout.dense:
         return _by_part(config, Fraction(1), Fraction(0))
     slots = sum(g.experts * group_slots(config, g) for g in layout.groups)
@@ -203,15 +204,17 @@ def activation_bytes(config: Config) -> int:
 
 # Devices --------------------------------------------------------------------------------------------------------------
 
-_PEAKS = (  # device kind begins with, without "NVIDIA"; bf16 FLOP/s of one JAX device, without sparsity
+_PEAKS = (  # how device kinds begin, less "NVIDIA", the longer name first; bf16 FLOP/s without sparsity
     ("tpu v2", 22.5e12),  # a JAX device is one of the chip's two cores
     ("tpu v3", 61.5e12),
     ("tpu v4 lite", 138e12),
     ("tpu v4", 275e12),
     ("tpu v5 lite", 197e12),
     ("tpu v5e", 197e12),
-    ("tpu v5", 459e12),  # "TPU v5" and "TPU v5p" are the same device
-    ("tpu v6", 918e12),  # "TPU v6 lite" and "TPU v6e"
+    ("tpu v5", 459e12),
+    ("tpu v5p", 459e12),
+    ("tpu v6 lite", 918e12),
+    ("tpu v6e", 918e12),
     ("a100", 312e12),
     ("h100 pcie", 756e12),
     ("h100 nvl", 835e12),

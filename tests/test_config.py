@@ -13,7 +13,6 @@ from moma_jax.config import (
     Config,
     DataConfig,
     EvalSet,
-    ExpertGroup,
     MeshConfig,
     Modality,
     ModelConfig,
@@ -22,11 +21,11 @@ from moma_jax.config import (
     TrainConfig,
     differences,
     from_json,
-    parse_ffn,
     resolve,
     to_json,
 )
 from moma_jax.errors import InputError
+from moma_jax.ffn import ExpertGroup, parse_ffn
 
 TEXT = Modality("text", "t", 100, quota=0.5)
 IMAGE = Modality("image", "i", 20, span=16, quota=0.5)

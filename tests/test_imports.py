@@ -13,8 +13,8 @@ FLOORS = [
     ["training"],
     ["recipes"],
     ["model", "data", "cost"],
-    ["config", "batch"],
-    ["vocab", "sharding"],
+    ["config", "checks", "batch"],
+    ["vocab", "sharding", "ffn"],
     ["errors"],
 ]
 MODEL_FLOORS = [["decoder"], ["depth", "experts", "attention", "auxiliary"], ["routing"]]

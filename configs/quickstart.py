@@ -1,0 +1,44 @@
+"""A few minutes from nothing to a trained mixed-modal model, on drawn scenes with captions.
+
+Command:   moma train configs/quickstart.py
+Data:      `scenes`, drawn by this package: coloured shapes in a spatial relation, with a true caption.
+Hardware:  2 CPU cores.
+"""
+
+from moma_jax.config import (
+    Config,
+    DataConfig,
+    EvalSet,
+    Modality,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    StoreConfig,
+    TrainConfig,
+)
+
+
+def config() -> Config:
+    """The recipe."""
+    return Config(
+        model=ModelConfig(ffn="4t4i", layers=4, width=128, heads=4, ffn_width=512),
+        data=DataConfig(
+            modalities=(
+                Modality("text", "t", size=1024, quota=0.14),
+                Modality("image", "i", size=64, span=256, quota=0.9),
+            ),
+            stores=(StoreConfig("scenes", "stores/scenes"),),
+            prepare=PrepareConfig(source="scenes", documents=10_000, text_size=1024, image_side=16, colours=64),
+            sequence=512,
+            group_rows=8,
+            lanes=8,
+        ),
+        optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-5, schedule="cosine", warmup_steps=30),
+        train=TrainConfig(
+            tokens=1.2e6,
+            batch_rows=8,
+            eval_sets=(EvalSet("heldout", rows=32),),
+            eval_every=100,
+            checkpoint_every=100,
+        ),
+    )

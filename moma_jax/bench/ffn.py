@@ -1,0 +1,156 @@
+"""The feed-forward layer alone: whole, and in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moma_jax.bench.timing import differentiated, in_turns, random, say, summarise
+from moma_jax.config import IMAGE, TEXT, ModelConfig
+from moma_jax.ffn import parse_ffn
+from moma_jax.model import experts as experts_lib
+from moma_jax.model.decoder import Decoder
+
+
+def bench_ffn(
+    ffn: str = "4t4i", *, width: int = 256, hidden: int = 704, tokens: int = 4096, repeats: int = 40
+) -> dict[str, Any]:
+    """The FFN alone, forward and backward in float32, against a dense one of equal active FLOPs.
+
+    Args:
+      ffn: the variant; text and image are half of the tokens of one routing group each.
+      width: d. hidden: F of one expert. tokens: positions of the routing group. repeats: timed calls of each.
+
+    Returns:
+      {"ffn_seconds", "dense_seconds", "relative_to_dense", "spread", "parts", ...}: `relative_to_dense` is the time
+      over dense's (1.05 is 5% slower), `parts` the seconds of its pieces, timed alone (see `pieces`).
+
+    Raises:
+      InputError: `ffn` is not an FFN of text and image.
+    """
+    x_BSD = random(0, (1, tokens, width), jnp.float32)
+    cases = {name: _half_and_half(name, width, hidden, tokens) for name in dict.fromkeys(("dense", ffn))}
+    say(f"FFN {ffn} and dense: d={width}, F={hidden}, {tokens} tokens, {repeats} times each")
+    seconds = in_turns({name: case.whole(x_BSD) for name, case in cases.items()}, repeats)
+    parts = in_turns(cases[ffn].pieces(x_BSD), max(repeats // 4, 1))
+    (median, spread), (dense, _) = summarise(seconds[ffn]), summarise(seconds["dense"])
+    return {
+        "bench": "ffn",
+        "device": jax.local_devices()[0].device_kind,
+        "shape": {"ffn": ffn, "width": width, "hidden": hidden, "tokens": tokens},
+        "ffn_seconds": median,
+        "dense_seconds": dense,
+        "relative_to_dense": median / dense,
+        "spread": spread,
+        "parts": {name: summarise(times)[0] for name, times in parts.items()},
+    }
+
+
+def _half_and_half(ffn: str, width: int, hidden: int, tokens: int) -> FfnCase:
+    """An FFN on one routing group, text in its first half and image in its second."""
+    model = ModelConfig(ffn=ffn, width=width, hidden=hidden, dtype="float32")
+    first = tokens // 2
+    decoder = Decoder(model, (TEXT, IMAGE), (first, tokens - first), 1)
+    modality_BS = (jnp.arange(tokens) >= first).astype(jnp.int32)[None]
+    return FfnCase.of(decoder, jnp.ones((1, tokens), jnp.int32), modality_BS, jnp.float32)
+
+
+class FfnCase(NamedTuple):
+    """One FFN layer with what it needs to run: the module, its parameters, where its tokens are."""
+
+    module: experts_lib.Ffn
+    params: Any
+    place: experts_lib.Place
+    drawn: experts_lib.Drawn
+
+    @classmethod
+    def of(cls, decoder: Decoder, segment_BS, modality_BS, dtype) -> FfnCase:
+        """The FFN of a decoder on a batch of these segments and modalities, in the compute type `dtype`."""
+        model = decoder.model
+        rules = decoder.rules(dtype, segment_BS.shape[1])
+        group_G = jnp.arange(segment_BS.shape[0] // decoder.group_rows)
+        place = decoder.place(rules, segment_BS, modality_BS, group_G)
+        module = experts_lib.Ffn(model, rules, parse_ffn(model.ffn, decoder.modalities).shared, True)
+        drawn = experts_lib.Drawn(jnp.uint32(1), jax.random.key(1))
+        x_GTD = jnp.zeros((*place.modality_GT.shape, model.width), dtype)
+        params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x_GTD, place, drawn, {}))
+        return cls(module, params, place, drawn)
+
+    def whole(self, x_BSD) -> Callable:
+        """The layer as the decoder runs it."""
+
+        def layer(params, x_GTD, around):
+            return self.module.apply(params, x_GTD, *around, {}).y_GTD
+
+        return differentiated(layer, (self.params, self._grouped(x_BSD)), (self.place, self.drawn))
+
+    def pieces(self, x_BSD) -> dict[str, Callable]:
+        """The layer's pieces, each alone, forward and backward: router, dispatch, experts, combine.
+
+        router: scores and selections. dispatch: tokens to slots. experts: SwiGLU of every slot, shared experts
+        included. combine: slots back to tokens, weighted. A dense FFN has experts alone.
+        """
+        rules, weights, x_GTD = self.module.rules, self._weights(), self._grouped(x_BSD)
+        shared, around = weights.pop("shared", None), (self.place, self.drawn)
+        if experts_lib.is_dense(rules):
+            return {"experts": differentiated(_everywhere, (tuple(filter(None, (*weights.values(), shared))), x_GTD))}
+
+        def chosen(weights, x_GTD, around):
+            return experts_lib.choose(x_GTD, *around, {}, weights, rules=rules, noise=True)[0]
+
+        def gates(weights, x_GTD, around):
+            return {name: selection.gate_EC for name, selection in chosen(weights, x_GTD, around).items()}
+
+        selections = jax.jit(chosen)(weights, x_GTD, around)
+        slots = {name: _slots(selection, x_GTD.shape[1]) for name, selection in selections.items()}
+        taken = {name: jax.jit(_taken)(x_GTD, slot[0]) for name, slot in slots.items()}
+        calls = {}
+        if any(weight.router_DE is not None for weight in weights.values()):
+            calls["router"] = differentiated(gates, (weights, x_GTD), around)
+        calls["dispatch"] = differentiated(_dispatch, (x_GTD,), slots)
+        calls["experts"] = differentiated(_experts, (weights, taken, shared, x_GTD))
+        calls["combine"] = differentiated(_combine, (taken, {name: s[1] for name, s in slots.items()}), (slots, x_GTD))
+        return calls
+
+    def _weights(self) -> dict[str, experts_lib.Experts]:
+        """The parameters by group of experts."""
+        return {name: experts_lib.Experts(**group) for name, group in self.params["params"].items()}
+
+    def _grouped(self, x_BSD):
+        """Rows to routing groups."""
+        return x_BSD.reshape(*self.place.modality_GT.shape, x_BSD.shape[-1])
+
+
+def _slots(selection, tokens: int):
+    """(index_EN, gate_EN) of all routing groups' slots, by expert."""
+    selection = experts_lib.offset(selection, tokens)
+    return experts_lib.flat(selection.index_EC), experts_lib.flat(selection.gate_EC)
+
+
+def _taken(x_GTD, index_EN):
+    return x_GTD.reshape(-1, x_GTD.shape[-1])[index_EN]
+
+
+def _dispatch(x_GTD, slots):
+    return {name: _taken(x_GTD, index_EN) for name, (index_EN, _) in slots.items()}
+
+
+def _experts(weights, taken, shared, x_GTD, _):
+    outputs = {name: experts_lib.swiglu(taken[name], weights[name]) for name in weights}
+    return outputs if shared is None else (outputs, experts_lib.everywhere(x_GTD, shared))
+
+
+def _everywhere(weights, x_GTD, _):
+    return sum(experts_lib.everywhere(x_GTD, weight) for weight in weights)
+
+
+def _combine(outputs, gates, around):
+    slots, x_GTD = around
+    y_ND = jnp.zeros((x_GTD.shape[0] * x_GTD.shape[1], x_GTD.shape[2]), x_GTD.dtype)
+    for name, out_END in outputs.items():
+        y_ND = y_ND.at[slots[name][0]].add(out_END * gates[name][..., None].astype(out_END.dtype))
+    return y_ND

@@ -1,0 +1,87 @@
+"""Results of the benches as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """Prints `format_bench`."""
+    print(format_bench(result), end="")
+
+
+def format_bench(result: dict[str, Any]) -> str:
+    """What `bench_step`, `bench_data` or `bench_ffn` returned, as tables for the terminal."""
+    match result["bench"]:
+        case "step":
+            tables = _step(result)
+        case "data":
+            tables = [_data(result)]
+        case "ffn":
+            tables = [_ffn(result)]
+    console = Console(width=120, highlight=False)
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    return capture.get()
+
+
+def _step(result: dict[str, Any]) -> list[Any]:
+    update = result["update"]
+    title = (
+        f"{update['tokens']:,} tokens per update ({update['rows']} rows of {update['sequence']}, "
+        f"{update['accumulate']} microbatches), {result['dtype']}, remat {result['remat']}, "
+        f"{result['devices']} x {result['device']}"
+    )
+    speeds = _table("", "tokens/s", "of dense", "spread", "MFU", "s/update", "slots empty")
+    for name, v in result["variants"].items():
+        mfu = "unknown" if v["mfu"] is None else f"{v['mfu']:.1%}"
+        speed, ratio = f"{v['tokens_per_second']:,.0f}", f"{v['relative_to_dense']:.3f}"
+        spread, slack = f"{v['spread']:.1%}", f"{v['quota_slack']:.1%}"
+        speeds.add_row(name, speed, ratio, spread, mfu, f"{v['step_seconds']:.3f}", slack)
+    tables = [title, speeds]
+    if update["rows"] != update["rows_of_recipe"]:
+        tables.insert(1, f"(the recipe's {update['rows_of_recipe']} rows do not fit this machine at once)")
+    measured = {name: v["parts"] for name, v in result["variants"].items() if "parts" in v}
+    if measured:
+        names = list(next(iter(measured.values())))
+        parts = _table("", *names)
+        for name, values in measured.items():
+            parts.add_row(name, *(f"{values[part]:.3f}" for part in names))
+        note = "Seconds per update and device, piece by piece, each timed alone: forward, backward, times layers."
+        tables += ["", note, parts]
+    return tables
+
+
+def _data(result: dict[str, Any]) -> Table:
+    table = _table("data pipeline", "")
+    table.add_row("tokens/s", f"{result['tokens_per_second']:,.0f}")
+    table.add_row("tokens/s per core", f"{result['tokens_per_second_per_core']:,.0f}")
+    table.add_row("cores used", f"{result['cores_used']:.2f} of {result['cores']}")
+    table.add_row("fill", f"{result['fill']:.2%}")
+    for name, count in result["tokens"].items():
+        table.add_row(f"{name} tokens", f"{count:,}")
+    table.add_row("batches", f"{result['batches']:,} of {result['batch_tokens']:,} in {result['seconds']:.1f} s")
+    return table
+
+
+def _ffn(result: dict[str, Any]) -> Table:
+    shape = result["shape"]
+    table = _table(f"FFN d={shape['width']} F={shape['hidden']}, {shape['tokens']} tokens, {result['device']}", "ms")
+    table.add_row(shape["ffn"], f"{1000 * result['ffn_seconds']:.2f}")
+    table.add_row("dense", f"{1000 * result['dense_seconds']:.2f}")
+    table.add_row("time over dense's", f"{result['relative_to_dense']:.3f}x (spread {result['spread']:.1%})")
+    for name, seconds in result["parts"].items():
+        table.add_row(f"  {name} alone", f"{1000 * seconds:.2f}")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,218 @@
+"""The training step: tokens per second of FFN variants at equal active FLOPs, and where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moma_jax import sharding, vocab
+from moma_jax.batch import Batch
+from moma_jax.bench.parts import measure_parts
+from moma_jax.bench.timing import say, summarise, timed
+from moma_jax.config import Config, resolve
+from moma_jax.cost import activation_bytes, flops_per_token, parameter_count, peak_flops
+from moma_jax.data.stream import open_stream
+from moma_jax.errors import RunError
+from moma_jax.model.decoder import decoder_of
+from moma_jax.model.experts import is_dense
+from moma_jax.training import step as step_lib
+
+
+class Variant(NamedTuple):
+    """One FFN, ready to step: `fresh` makes a state, `step` takes and donates one."""
+
+    name: str
+    program: step_lib.Program
+    fresh: Callable
+    step: Callable
+
+
+def bench_step(
+    config: Config, ffn: Sequence[str] = ("dense", "8x", "1t1i", "4t4i"), *, repeats: int = 9, parts: bool = True
+) -> dict[str, Any]:
+    """Training-step speed of FFN variants at equal active FLOPs, on synthetic tokens at the quotas' ratio.
+
+    The step is the real one: forward, loss, backward, optimizer, on all devices of the config's mesh. The config's
+    update is used where it fits them by `moma cost`'s estimate, else as many whole routing groups as do, without
+    accumulation; "update" in the result says which it was.
+
+    Args:
+      config: what is trained; its `model.ffn` and data are replaced.
+      ffn: variants; `relative_to_dense` compares with `dense`, or with the first where dense is not among them.
+      repeats: timed steps of each variant.
+      parts: also measure where the time goes, piece by piece (see `measure_parts`).
+
+    Returns:
+      {"variants": {name: {"tokens_per_second", "spread", "relative_to_dense", "mfu", "step_seconds", "quota_slack",
+      "parts"}}, "update": {...}, "device", ...}. `relative_to_dense` is a ratio of tokens per second; `mfu` is None
+      where the device's peak is not known; `quota_slack` is the share of expert slots that stay empty; `parts` are
+      seconds per update and device.
+
+    Raises:
+      InputError: the config or a variant contradicts itself. RunError: a step ran out of device memory.
+    """
+    configs = [_variant_of(config, name) for name in ffn]
+    rows = min(_rows_that_fit(c) for c in configs)
+    configs = [_with_rows(c, rows) for c in configs]
+    batch = synthetic_batch(configs[0])
+    with _out_of_memory_is_named():
+        variants = [_compile(name, c) for name, c in zip(ffn, configs, strict=True)]
+        seconds = _step_seconds(variants, batch, repeats)
+    baseline = seconds["dense" if "dense" in ffn else ffn[0]]
+    figures = {v.name: _figures(v, seconds[v.name], baseline, batch) for v in variants}
+    for variant in variants if parts else ():
+        say(f"where the time of {variant.name} goes")
+        with _out_of_memory_is_named():
+            measured = measure_parts(variant.program, batch, repeats=min(repeats, 5))
+        own = figures[variant.name]
+        own["parts"] = {**measured, "other": own["step_seconds"] - sum(measured.values())}
+    return {"bench": "step", **_setting(variants[0].program, config), "variants": figures}
+
+
+def synthetic_batch(config: Config) -> Batch:
+    """The first batch of the synthetic stream: random tokens of the config's shapes at the quotas' ratio."""
+    data = dataclasses.replace(config.data, kind="synthetic", stores=())
+    with contextlib.closing(open_stream(dataclasses.replace(config, data=data))) as stream:
+        return next(iter(stream)).batch
+
+
+def _variant_of(config: Config, ffn: str) -> Config:
+    """The config with another FFN, on synthetic tokens, in the type that this hardware computes in."""
+    model = dataclasses.replace(config.model, ffn=ffn)
+    data = dataclasses.replace(config.data, kind="synthetic", stores=())
+    train = dataclasses.replace(config.train, eval_sets=())
+    return step_lib.with_dtype(resolve(dataclasses.replace(config, model=model, data=data, train=train)))
+
+
+def _compile(name: str, config: Config) -> Variant:
+    say(f"compiling the step of {name}: {config.train.batch_rows} rows of {config.data.sequence}")
+    program = step_lib.make_program(config, vocab.contiguous(config.data.modalities))
+    with sharding.use_mesh(program.mesh):
+        abstract = step_lib.abstract_state(program, {})
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        fresh = jax.jit(lambda: step_lib.create_state(program, {}), out_shardings=shardings).lower().compile()
+        return Variant(name, program, fresh, step_lib.compile_step(program, abstract))
+
+
+def _step_seconds(variants: list[Variant], batch: Batch, repeats: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` steps of each variant, in turns.
+
+    States stay on the devices between turns where all of them fit into half of the memory. Where they do not, each
+    turn makes its state anew, and a step that is not timed comes before the one that is.
+    """
+    batches = {v.name: step_lib.put(batch, v.program.mesh) for v in variants}
+    size = sum(12 * parameter_count(v.program.config)["total"] for v in variants)
+    states, resident = {}, size < _device_memory() / 2
+    seconds = {v.name: [] for v in variants}
+    for turn in range(repeats + 1):
+        say(f"step {turn} of {repeats} of each variant" if turn else "first steps")
+        for name, _, fresh, step in variants:
+            state = states.pop(name, None) or step(fresh(), batches[name])[0]
+            state = jax.block_until_ready(state)
+            took, (state, _) = timed(lambda state=state, step=step, name=name: step(state, batches[name]))
+            if turn:  # the first turn warms up
+                seconds[name].append(took)
+            if resident:
+                states[name] = state
+            del state
+    return seconds
+
+
+def _figures(variant: Variant, seconds: list[float], baseline: list[float], batch: Batch) -> dict[str, Any]:
+    config, mesh = variant.program.config, variant.program.mesh
+    median, spread = summarise(seconds)
+    speed = config.batch_tokens / median
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return {
+        "tokens_per_second": speed,
+        "spread": spread,
+        "relative_to_dense": statistics.median(baseline) / median,
+        "mfu": None if peak is None else speed * flops_per_token(config) / (peak * mesh.size),
+        "step_seconds": median,
+        "quota_slack": quota_slack(config, batch),
+    }
+
+
+def quota_slack(config: Config, batch: Batch) -> float:
+    """Share of the routed experts' slots that stay empty on a batch: k_e below ceil(capacity * quota)."""
+    rules = decoder_of(config).rules(jnp.float32, config.data.sequence)
+    if is_dense(rules):
+        return 0.0
+    modality_V = vocab.contiguous(config.data.modalities).modality_V
+    modality_BS = np.where(np.asarray(batch.segment_BS) > 0, modality_V[np.asarray(batch.token_BS)], -1)
+    modality_GT = modality_BS.reshape(-1, config.group_tokens)
+    slots = filled = 0
+    for group, quota in zip(rules.groups, rules.quotas, strict=True):
+        count_G = np.isin(modality_GT, group.modalities).sum(1)
+        slots += group.experts * quota.slots * len(count_G)
+        filled += group.experts * sum(quota.take(int(count)) for count in count_G)
+    return 1 - filled / slots
+
+
+def _setting(program: step_lib.Program, asked: Config) -> dict[str, Any]:
+    """What the figures were measured on."""
+    config, device = program.config, program.mesh.devices.flat[0]
+    return {
+        "device": device.device_kind,
+        "devices": program.mesh.size,
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "update": {
+            "rows": config.train.batch_rows,
+            "rows_of_recipe": asked.train.batch_rows,
+            "accumulate": config.train.accumulate,
+            "sequence": config.data.sequence,
+            "tokens": config.batch_tokens,
+        },
+    }
+
+
+# What fits ------------------------------------------------------------------------------------------------------------
+
+
+def _device_memory() -> float:
+    """Bytes of one device's memory (the machine's, on CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _rows_that_fit(config: Config) -> int:
+    """Rows of an update: the config's, or as many whole routing groups as `moma cost` says that the devices hold.
+
+    Parameters, gradient and moments are 16 bytes per parameter; a tenth of the memory is left alone.
+    """
+    devices = len(jax.local_devices()) if config.mesh.data == -1 else config.mesh.data
+    room = devices * (0.9 * _device_memory() - 16 * parameter_count(config)["total"])
+    if activation_bytes(config) <= room:
+        return config.train.batch_rows
+    unit = config.data.group_rows * devices
+    units = max(config.train.batch_rows // unit, 1)
+    while units > 1 and activation_bytes(_with_rows(config, units * unit)) > room:
+        units //= 2
+    return units * unit
+
+
+def _with_rows(config: Config, rows: int) -> Config:
+    """The config with updates of `rows` rows, in one microbatch where that is not the config's own number."""
+    if rows == config.train.batch_rows:
+        return config
+    return resolve(dataclasses.replace(config, train=dataclasses.replace(config.train, batch_rows=rows, accumulate=1)))
+
+
+@contextlib.contextmanager
+def _out_of_memory_is_named():
+    """Turns XLA's running out of memory into advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError("out of device memory; lower --train.batch-rows or set --model.remat full") from error

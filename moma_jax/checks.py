@@ -1,0 +1,134 @@
+"""Every cross-check of a config, made before any device work.
+
+Each refusal is one line that names the field and a value that would be right.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from moma_jax.errors import InputError
+from moma_jax.ffn import parse_ffn
+
+if typing.TYPE_CHECKING:
+    from moma_jax.config import Config
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-int(-(-value // 1)) // multiple) * multiple
+
+
+def check(config: Config) -> None:
+    """Raises InputError for the first contradiction, naming the field and a value that would be right."""
+    _check_ranges(config)
+    _check_modalities(config)
+    _check_model(config)
+    _check_batches(config)
+    _check_data(config)
+    _check_length(config)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _check_ranges(config: Config) -> None:
+    positive = {
+        "model": ("layers", "width", "heads", "ffn_width", "hidden", "attention_chunk"),
+        "data": ("sequence", "group_rows", "lanes", "wait_documents", "window_documents", "prefetch", "read_threads"),
+        "optimizer": ("peak_lr", "epsilon", "clip_norm"),
+        "train": ("batch_rows", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_last"),
+    }
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            require(value is not None and value > 0, f"{section}.{name}: must be positive, is {value}")
+    shares = {"model.dropout": config.model.dropout, "optimizer.beta1": config.optimizer.beta1,
+              "optimizer.beta2": config.optimizer.beta2}  # fmt: skip
+    for name, value in shares.items():
+        require(0 <= value < 1, f"{name}: must be at least 0 and below 1, is {value}")
+    capacity = config.model.capacity
+    require(capacity is None or 0 < capacity <= 1, f"model.capacity: must be above 0 and at most 1, is {capacity}")
+    require(config.mesh.data == -1 or config.mesh.data > 0, "mesh.data: must be -1 or positive")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.width % model.heads or (model.width // model.heads) % 2:
+        right = max(h for h in range(1, model.heads + 1) if model.width % h == 0 and (model.width // h) % 2 == 0)
+        raise InputError(
+            f"model.heads: {model.heads} heads do not divide the width {model.width} into even head widths; "
+            f"{right} would"
+        )
+    parse_ffn(model.ffn, config.data.modalities)
+
+
+def _check_modalities(config: Config) -> None:
+    modalities, tokens = config.data.modalities, config.group_tokens
+    require(bool(modalities), "data.modalities: name at least text")
+    require(len({m.letter for m in modalities}) == len(modalities), "data.modalities: two have the same letter")
+    require(len({m.name for m in modalities}) == len(modalities), "data.modalities: two have the same name")
+    require(modalities[0].span == 0, "data.modalities: the first is text and has span 0")
+    for m, quota in zip(modalities, config.quotas, strict=True):
+        require(m.size > 0, f"data.modalities: {m.name} has size {m.size}; give the number of its ids")
+        require(0 < m.quota <= 1, f"data.modalities: {m.name} has quota {m.quota}; give a share above 0, at most 1")
+        require(
+            quota >= max(m.span, 1),
+            f"data.modalities: the quota of {m.name}, {quota} tokens of a routing group of {tokens}, cannot hold one "
+            f"span of {m.span}; raise it to {max(m.span, 1) / tokens:.3f} or more, or data.group_rows",
+        )
+        if m.span:
+            require(
+                m.span + 3 <= config.data.sequence,
+                f"data.sequence: {config.data.sequence} positions cannot hold a span of {m.name} ({m.span} codes and "
+                f"its marks); use {m.span + 3} or more",
+            )
+    total = sum(m.quota for m in modalities)
+    require(
+        total >= 1 - 1e-6,
+        f"data.modalities: the quotas add up to {total:.3f}, so no routing group could be filled; raise them to 1",
+    )
+
+
+def _check_batches(config: Config) -> None:
+    rows, step = config.train.batch_rows, config.data.group_rows * config.train.accumulate
+    require(
+        rows % step == 0,
+        f"train.batch_rows: {rows} rows do not split into {config.train.accumulate} microbatches of whole routing "
+        f"groups of {config.data.group_rows} rows; use {round_up(rows, step)}",
+    )
+    for eval_set in config.train.eval_sets:
+        require(
+            eval_set.rows > 0 and eval_set.rows % config.data.group_rows == 0,
+            f"train.eval_sets: {eval_set.name} has {eval_set.rows} rows; use whole routing groups, such as "
+            f"{round_up(max(eval_set.rows, 1), config.data.group_rows)}",
+        )
+    names = [s.name for s in config.train.eval_sets]
+    require(len(set(names)) == len(names), "train.eval_sets: two have the same name")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    require(data.kind == "synthetic" or bool(data.stores), "data.stores: name a store, or set data.kind=synthetic")
+    names = [s.name for s in data.stores]
+    require(len(set(names)) == len(names), "data.stores: two have the same name")
+    for eval_set in config.train.eval_sets:
+        for name in eval_set.stores:
+            require(name in names, f"train.eval_sets: {eval_set.name} draws from {name!r}; data.stores has {names}")
+    known = {m.name for m in data.modalities}
+    for store in data.stores:
+        for name, share in store.share.items():
+            require(name in known, f"data.stores: {store.name} has a share of {name!r}; modalities are {sorted(known)}")
+            require(0 <= share <= 1, f"data.stores: {store.name} has a share of {share} of {name}; give 0 to 1")
+
+
+def _check_length(config: Config) -> None:
+    train = config.train
+    given = [name for name in ("steps", "tokens", "flops") if getattr(train, name) is not None]
+    require(
+        len(given) == 1,
+        f"train.steps: give exactly one of train.steps, train.tokens, train.flops; given: {', '.join(given) or 'none'}",
+    )
+    require(getattr(train, given[0]) > 0, f"train.{given[0]}: must be positive")

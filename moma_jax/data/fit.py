@@ -1,0 +1,171 @@
+"""The vocabulary of a new store: tokenizer and palette fitted on a sample of the training split, or taken over."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
+from moma_jax.data.image import BrokenPicture, fit_palette, load_picture
+from moma_jax.data.sources import Broken, Codes, Picture, Text, is_held_out
+from moma_jax.data.store import Codecs, open_store
+from moma_jax.data.text import TextCodec, fit_tokenizer, load_tokenizer
+from moma_jax.errors import InputError
+from moma_jax.vocab import Vocabulary, contiguous, special_tokens
+
+SAMPLE_UNITS = 2048
+"""Units of the source that are looked at, at most."""
+SAMPLE_CHARACTERS = 50_000_000
+"""Enough for a BPE of tens of thousands of ids; more changes little and takes long."""
+SAMPLE_PICTURES = 4096
+
+
+def ordered_map(function: Callable, items: Iterable) -> Iterator:
+    """`map` in threads, one for each core, a few items ahead; results in the order of the items."""
+    threads = len(os.sched_getaffinity(0))
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class Sample:
+    """Training texts, training pictures as pixels (side, side, 3), whether anything but text was seen, and what the
+    first broken document suffers from."""
+
+    texts: list[str] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    beyond_text: bool = False
+    broken: str = ""
+
+
+def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | None, look: Callable) -> Codecs:
+    """The id layout, tokenizer and image codec for a source.
+
+    Args:
+      source: see sources.py.
+      config: how to make them.
+      modalities: what the layout must be, of config.data.modalities; None: text, and image where the source has any.
+      look: called with the number of units looked at, for a progress bar.
+
+    Raises:
+      InputError: the settings contradict `modalities`, or there is nothing to fit on.
+    """
+    if config.vocabulary is not None:
+        codecs = open_store(config.vocabulary).codecs
+        require_modalities(codecs.vocabulary, modalities)
+        return codecs
+    sample = take_sample(source, config, look)
+    if not sample.texts and not sample.beyond_text:
+        reason = sample.broken or "check its split"
+        raise InputError(f"prepare.source: {config.source} has no usable training document; {reason}")
+    layout = tuple(modalities) if modalities is not None else _layout(config, sample)
+    special = special_tokens([m.name for m in layout[1:]])
+    if config.tokenizer is not None:
+        text = load_tokenizer(config.tokenizer, special)
+        size = text.size if modalities is None else layout[0].size
+    else:
+        text = TextCodec(fit_tokenizer(sample.texts, config.text_size, special))
+        size = config.text_size
+    if text.size > size:
+        raise InputError(f"data.modalities: {layout[0].name} has size {size}; the tokenizer needs {text.size}")
+    image = None
+    if sample.pictures:
+        image = fit_palette(sample.pictures, config.image_side, config.colours, config.seed).to_json()
+    vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, sample) for m in layout[1:])])
+    require_modalities(vocabulary, modalities)
+    return Codecs(vocabulary, text.to_json().encode(), image)
+
+
+def _layout(config: PrepareConfig, sample: Sample) -> tuple[Modality, ...]:
+    return (TEXT, IMAGE) if sample.beyond_text or config.codebook is not None else (TEXT,)
+
+
+def _sized(modality: Modality, size: int, span: int) -> Modality:
+    return Modality(modality.name, modality.letter, size=size, span=span)
+
+
+def _declared(modality: Modality, config: PrepareConfig, sample: Sample) -> Modality:
+    """A further modality with the sizes that prepare's settings give it; others keep their own."""
+    if modality.name != "image":
+        return modality
+    if config.codebook is not None and config.codes_per_image is not None:
+        return _sized(modality, config.codebook, config.codes_per_image)
+    return _sized(modality, config.colours, config.image_side**2) if sample.pictures else modality
+
+
+def require_modalities(vocabulary: Vocabulary, modalities: Sequence[Modality] | None) -> None:
+    """Raises InputError where a vocabulary is not the one that `modalities` (None: any) call for."""
+    if modalities is None:
+        return
+    names = [m.name for m in vocabulary.modalities]
+    if [m.name for m in modalities] != names:
+        raise InputError(f"data.modalities: {', '.join(m.name for m in modalities)}; the store has {', '.join(names)}")
+    for wanted, found in zip(modalities, vocabulary.modalities, strict=True):
+        for attribute in ("size", "span", "letter"):
+            value, right = getattr(wanted, attribute), getattr(found, attribute)
+            if value != right:
+                raise InputError(
+                    f"data.modalities: {wanted.name} has {attribute} {value}; that of the prepared store is {right}"
+                )
+
+
+def take_sample(source, config: PrepareConfig, look: Callable) -> Sample:
+    """Texts and pictures of training documents, from units in an order that the seed fixes."""
+    sample, characters = Sample(), 0
+    order = np.random.default_rng(config.seed).permutation(source.units())[:SAMPLE_UNITS]
+    wanted = config.tokenizer is None
+
+    def read(unit: int) -> Sample:
+        # Units that begin when there are enough pictures come after enough pictures, so the outcome is the same.
+        return _sample_unit(source.read(int(unit)), config, len(sample.pictures) < SAMPLE_PICTURES)
+
+    for looked, found in enumerate(ordered_map(read, order), 1):
+        sample.beyond_text |= found.beyond_text
+        sample.broken = sample.broken or found.broken
+        if wanted and characters < SAMPLE_CHARACTERS:
+            sample.texts += found.texts
+            characters += sum(map(len, found.texts))
+        if len(sample.pictures) < SAMPLE_PICTURES:
+            sample.pictures += found.pictures
+        look(looked, len(order))
+        if len(sample.pictures) >= SAMPLE_PICTURES and (not wanted or characters >= SAMPLE_CHARACTERS):
+            break
+    return sample
+
+
+def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Sample:
+    sample = Sample()
+    for document in items:
+        if isinstance(document, Broken):
+            sample.broken = sample.broken or f"{document.id}: {document.reason}"
+            continue
+        if is_held_out(document, config.held_out):
+            continue
+        for segment in document.segments:
+            match segment:
+                case Text(text):
+                    sample.texts.append(text)
+                case Picture(image):
+                    sample.beyond_text = True
+                    if not pictures:
+                        continue
+                    try:
+                        sample.pictures.append(load_picture(image, config.image_side))
+                    except BrokenPicture:
+                        continue  # prepare counts and names it
+                case Codes():
+                    sample.beyond_text = True
+    return sample

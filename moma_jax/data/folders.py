@@ -1,0 +1,98 @@
+"""The files of a source: a local folder or one on gs:// or s3://, read by names relative to it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pyarrow import fs
+
+from moma_jax.errors import InputError
+
+MAX_FILE_BYTES = 256 << 20
+"""Largest picture or caption file that is read whole."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of a file system. `local` says that symbolic links can occur."""
+
+    filesystem: fs.FileSystem
+    base: str
+    local: bool = False
+
+    def files(self, *suffixes: str) -> list[tuple[str, int]]:
+        """Relative names and bytes of all files with one of these (lower-case) suffixes, sorted by name.
+
+        Linked directories are not entered.
+        """
+        found = self._local_files(suffixes) if self.local else self._remote_files(suffixes)
+        return sorted(found)
+
+    def _local_files(self, suffixes: tuple[str, ...]) -> Iterable[tuple[str, int]]:
+        for folder, _, names in os.walk(self.base, followlinks=False):
+            for name in names:
+                path = os.path.join(folder, name)
+                if name.lower().endswith(suffixes):
+                    # A link that leads nowhere stays in the list: reading it will name it as broken.
+                    size = os.path.getsize(path) if os.path.exists(path) else 0
+                    yield os.path.relpath(path, self.base).replace(os.sep, "/"), size
+
+    def _remote_files(self, suffixes: tuple[str, ...]) -> Iterable[tuple[str, int]]:
+        for info in self.filesystem.get_file_info(fs.FileSelector(self.base, recursive=True)):
+            if info.type == fs.FileType.File and info.path.lower().endswith(suffixes):
+                yield posixpath.relpath(info.path, self.base), info.size
+
+    def open(self, name: str):
+        """The file as a seekable binary stream (pyarrow.NativeFile); raises OSError."""
+        return self.filesystem.open_input_file(posixpath.join(self.base, name))
+
+    def read(self, name: str) -> bytes:
+        """The whole file; raises ValueError where the name leaves the folder (also by a link), OSError otherwise."""
+        path = posixpath.normpath(posixpath.join(self.base, name))
+        inside = not posixpath.isabs(name) and not posixpath.normpath(name).startswith("..") and "\0" not in name
+        if inside and self.local:
+            inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.base), ""))
+        if not inside:
+            raise ValueError(f"{name!r} leads out of the folder")
+        if self.local and os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{name!r} is no regular file")  # reading a pipe would wait for ever
+        with self.filesystem.open_input_file(path) as file:
+            if file.size() > MAX_FILE_BYTES:
+                raise ValueError(f"{name!r} is larger than {MAX_FILE_BYTES >> 20} MiB")
+            return file.read()
+
+
+def locate(path: str) -> tuple[Folder, str | None]:
+    """The folder at `path`, or the folder of the file at `path` and the file's name; raises InputError."""
+    path = path.removeprefix("file://")
+    try:
+        local = "://" not in path
+        filesystem, base = (fs.LocalFileSystem(), os.path.abspath(path)) if local else fs.FileSystem.from_uri(path)
+        kind = filesystem.get_file_info(base).type
+    except (OSError, ValueError) as error:
+        raise InputError(f"prepare.source: cannot reach {path}: {first_line(error)}") from error
+    if kind == fs.FileType.Directory:
+        return Folder(filesystem, base, local), None
+    if kind == fs.FileType.File:
+        folder, name = posixpath.split(base)
+        return Folder(filesystem, folder, local), name
+    raise InputError(f'prepare.source: {path} does not exist; give a folder, a .jsonl or .parquet file, or "scenes"')
+
+
+def fingerprint(kind: str, files: list[tuple[str, int]], *settings: object) -> str:
+    """SHA-256, as hex, of what a source reads: names, sizes and the settings that change its documents."""
+    return hashlib.sha256(repr((kind, files, settings)).encode()).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message on one line."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+
+
+def printable(name: str) -> str:
+    """The name as UTF-8 can hold it: JSON and file names can carry halves of surrogate pairs."""
+    return name.encode("utf-8", "replace").decode()

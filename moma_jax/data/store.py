@@ -1,0 +1,344 @@
+"""The token store: flat tokens and their index, in immutable parts under one manifest.
+
+    manifest.json                     format version, hashes, counts, checksums; its presence makes a directory a store
+    settings.json                     what the store is made from, written first
+    vocabulary.json tokenizer.json codec-image.json
+    report.json                       broken documents
+    parts/00001-of-00008/part.json    one part's counts and checksums
+    parts/00001-of-00008/pairs-train/{tokens,bounds,kind,source,hash,spans}/   zarr3 arrays
+
+The arrays of one (part, collection, split) with N documents and K spans:
+
+    tokens  (total,)  uint16 or uint32: every document's tokens, one after the other
+    bounds  (N+1, 2)  int64: where the tokens and the spans of document n begin; row N is the end
+    kind    (N,)      uint8: index into KINDS
+    source  (N,)      uint16: index into the part's list of source names
+    hash    (N, 16)   uint8: the content hash
+    spans   (K, 2)    int32: runs (modality, tokens) over the token sequence
+
+All are raw bytes in zarr3's sharding codec and are read by range, so a store of any size opens at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from moma_jax.data.directory import CONTEXT, Directory, first_line
+from moma_jax.data.image import PaletteCodec, codec_from_json
+from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, part_name
+from moma_jax.data.text import TextCodec
+from moma_jax.errors import InputError, RunError
+from moma_jax.vocab import Vocabulary
+
+__all__ = ["COLLECTIONS", "KINDS", "SPLITS", "Codecs", "Index", "Store", "View", "open_store", "require_same_codecs"]
+
+# Vocabulary, tokenizer and codec --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """What turns text and pictures into ids, as kept in a store.
+
+    Attributes:
+      vocabulary: the id layout.
+      tokenizer: content of tokenizer.json.
+      image: description of the image codec, plain JSON values with its `kind`; None where a store has no pictures or
+        was made from ready codes without their codec.
+    """
+
+    vocabulary: Vocabulary
+    tokenizer: bytes
+    image: dict[str, Any] | None
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """What must be equal in two stores whose tokens are to be mixed."""
+        image = None if self.image is None else json.dumps(self.image, sort_keys=True).encode()
+        return {
+            "vocabulary": self.vocabulary.hash,
+            "tokenizer": hashlib.sha256(self.tokenizer).hexdigest(),
+            "image_codec": None if image is None else hashlib.sha256(image).hexdigest(),
+        }
+
+    def write(self, directory: Directory) -> None:
+        """Writes the three files, vocabulary.json last."""
+        directory.write("tokenizer.json", self.tokenizer)
+        if self.image is not None:
+            directory.write_json("codec-image.json", self.image)
+        directory.write_json("vocabulary.json", {"layout": self.vocabulary.to_json(), "hashes": self.hashes})
+
+
+def read_codecs(directory: Directory) -> Codecs | None:
+    """The files that `Codecs.write` wrote, None where they are not complete; raises InputError where they differ."""
+    description = directory.read_json("vocabulary.json")
+    if description is None:
+        return None
+    tokenizer = directory.read("tokenizer.json")
+    image = directory.read_json("codec-image.json") if description["hashes"]["image_codec"] else None
+    codecs = Codecs(Vocabulary.from_json(description["layout"]), tokenizer or b"", image)
+    for name, value in codecs.hashes.items():
+        if value != description["hashes"][name]:
+            raise InputError(f"{directory.path}: the {name} was changed after the store was made; restore the file")
+    return codecs
+
+
+def text_codec(codecs: Codecs) -> TextCodec:
+    """The tokenizer, ready to use."""
+    return TextCodec.from_json(codecs.tokenizer.decode())
+
+
+def image_codec(codecs: Codecs) -> PaletteCodec | None:
+    """The image codec, ready to use; None where there is none."""
+    return None if codecs.image is None else codec_from_json(codecs.image)
+
+
+def require_same_codecs(first: Store, second: Store) -> None:
+    """Raises InputError where the ids of two stores do not mean the same."""
+    for name, value in first.manifest["hashes"].items():
+        other = second.manifest["hashes"][name]
+        if value != other and None not in (value, other):
+            raise InputError(
+                f"{second.path}: its {name.replace('_', ' ')} differs from that of {first.path}, so their ids do not "
+                f"mean the same; prepare it again with --vocabulary {first.path}"
+            )
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class Index(NamedTuple):
+    """What the planner needs of documents [start, stop).
+
+    Attributes:
+      length_N: int64, tokens of each document.
+      kind_N: uint8, index into KINDS.
+      span_row_N1: int64 (N+1,); document n has the spans span_row[n]:span_row[n+1].
+      span_modality_K: uint8, modality of each span.
+      span_length_K: int32, tokens of each span.
+    """
+
+    length_N: np.ndarray
+    kind_N: np.ndarray
+    span_row_N1: np.ndarray
+    span_modality_K: np.ndarray
+    span_length_K: np.ndarray
+
+
+def open_store(path: str, *, cache_bytes: int = 256 << 20, read_concurrency: int = 64) -> Store:
+    """Opens a store for reading: one small file is read, arrays are opened when first used.
+
+    Args:
+      path: the store's directory, local, gs:// or s3://.
+      cache_bytes: bytes of decoded chunks that are kept, over all views of this store.
+      read_concurrency: reads in flight.
+
+    Raises:
+      InputError: there is no complete store of a known format at `path`.
+    """
+    return Store(Directory(path), cache_bytes, read_concurrency)
+
+
+class Store:
+    """A complete store, see `open_store`. All methods may be called from several threads.
+
+    Attributes:
+      path: as given.
+      manifest: the content of manifest.json.
+    """
+
+    def __init__(self, directory: Directory, cache_bytes: int, read_concurrency: int):
+        self.path, self.directory = directory.path, directory
+        self.manifest = directory.read_json("manifest.json")
+        if self.manifest is None:
+            if directory.read("settings.json") is not None:
+                raise InputError(f"{self.path}: unfinished; run the same `moma prepare` again (--merge after --part)")
+            raise InputError(f"{self.path}: no store here; make it with `moma prepare SOURCE --out {self.path}`")
+        if self.manifest["format_version"] != FORMAT_VERSION:
+            raise InputError(
+                f"{self.path}: store format {self.manifest['format_version']}; this version of moma_jax reads "
+                f"{FORMAT_VERSION}: prepare the store again"
+            )
+        limit = {"limit": read_concurrency}
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": cache_bytes},
+                "file_io_concurrency": limit,
+                "gcs_request_concurrency": limit,
+                "s3_request_concurrency": limit,
+            },
+            CONTEXT,
+        )
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def codecs(self) -> Codecs:
+        """Vocabulary, tokenizer and image codec, checked against the manifest."""
+        codecs = read_codecs(self.directory)
+        if codecs is None or codecs.hashes != self.manifest["hashes"]:
+            raise InputError(f"{self.path}: vocabulary.json is not the one of manifest.json; restore the store's files")
+        return codecs
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The id layout."""
+        return self.codecs.vocabulary
+
+    def text_codec(self) -> TextCodec:
+        """The tokenizer."""
+        return text_codec(self.codecs)
+
+    def image_codec(self) -> PaletteCodec | None:
+        """The image codec; None where pictures came as ready codes or there are none."""
+        return image_codec(self.codecs)
+
+    def view(self, collection: str = "all", split: str = "train") -> View:
+        """The documents of a collection ("text", "pairs", "interleaved" or "all") and split ("train", "validation").
+
+        A view may be empty. Raises InputError for another name.
+        """
+        if collection not in (*COLLECTIONS, "all"):
+            raise InputError(f"collection: {collection!r} is not one of {', '.join(COLLECTIONS)}, all")
+        if split not in SPLITS:
+            raise InputError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+        return View(self, COLLECTIONS if collection == "all" else (collection,), split)
+
+    def array(self, name: str) -> ts.TensorStore:
+        """One array, opened once; parts never change, so nothing is read twice while it is cached."""
+        with self._lock:
+            array = self._arrays.get(name)
+        if array is None:
+            spec = {"driver": "zarr3", "kvstore": self.directory.kvstore(name)}
+            try:
+                array = ts.open(
+                    spec, context=self._context, read=True, recheck_cached_data=False, recheck_cached_metadata=False
+                ).result()
+            except ValueError as error:
+                raise RunError(f"{self.path}/{name}: {first_line(error)}") from error
+            with self._lock:
+                self._arrays[name] = array
+        return array
+
+    def verify(self) -> None:
+        """Reads everything and compares checksums; raises RunError naming the first array that is damaged."""
+        parts = self.manifest["parts"]
+        for k, part in enumerate(parts, 1):
+            for collection, description in part["collections"].items():
+                for array, checksum in description["checksums"].items():
+                    name = f"{part_name(k, len(parts))}/{collection}/{array}"
+                    if _checksum(self.array(name)) != checksum:
+                        raise RunError(f"{self.path}/{name}: damaged, its checksum is not that of the manifest")
+
+
+def _checksum(array: ts.TensorStore) -> str:
+    digest = hashlib.sha256()
+    rows = array.chunk_layout.write_chunk.shape[0]
+    for start in range(0, array.shape[0], rows):
+        value_N = array[start : min(start + rows, array.shape[0])].read().result()
+        digest.update(np.ascontiguousarray(value_N, value_N.dtype.newbyteorder("<")))
+    return digest.hexdigest()
+
+
+class View:
+    """Documents of some collections and one split: 0..documents-1, collection after collection, part after part.
+
+    Attributes:
+      documents: their number.
+      tokens_M: int64, their tokens of each modality.
+    """
+
+    def __init__(self, store: Store, collections: tuple[str, ...], split: str):
+        self._store, self._pieces, counts = store, [], []
+        parts = store.manifest["parts"]
+        tokens_M = np.zeros(len(store.manifest["modalities"]), np.int64)
+        self._sources = []
+        for collection in collections:
+            for k, part in enumerate(parts, 1):
+                description = part["collections"].get(f"{collection}-{split}")
+                if description is not None:
+                    self._pieces.append(f"{part_name(k, len(parts))}/{collection}-{split}")
+                    self._sources.append(part["sources"])
+                    counts.append(description["documents"])
+                    tokens_M += description["tokens_M"]
+        self._start_P = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+        self.documents = int(self._start_P[-1])
+        self.tokens_M = tokens_M
+
+    def index(self, start: int, stop: int) -> Index:
+        """Lengths, kinds and spans of documents [start, stop); reads only these. Raises IndexError outside."""
+        pieces = self._overlaps(start, stop)
+        bounds = [self._array(p, "bounds")[a : b + 1].read() for p, a, b in pieces]
+        kinds = [self._array(p, "kind")[a:b].read() for p, a, b in pieces]
+        bounds = [future.result() for future in bounds]
+        spans = [
+            self._array(p, "spans")[int(bound_N2[0, 1]) : int(bound_N2[-1, 1])].read()
+            for (p, _, _), bound_N2 in zip(pieces, bounds, strict=True)
+        ]
+        step_N2 = np.concatenate([np.zeros((0, 2), np.int64), *(np.diff(b, axis=0) for b in bounds)])
+        span_K2 = np.concatenate([np.zeros((0, 2), np.int32), *(future.result() for future in spans)])
+        return Index(
+            length_N=step_N2[:, 0],
+            kind_N=np.concatenate([np.zeros(0, np.uint8), *(future.result() for future in kinds)]),
+            span_row_N1=np.concatenate([[0], np.cumsum(step_N2[:, 1])]),
+            span_modality_K=span_K2[:, 0].astype(np.uint8),
+            span_length_K=span_K2[:, 1],
+        )
+
+    def read(self, doc_N, start_N, stop_N) -> list[np.ndarray]:
+        """Tokens [start, stop) of each document, uint16 or uint32; all reads are in flight together.
+
+        Args: equally long sequences of document numbers and of positions in those documents. Raises IndexError for a
+        document or a position that does not exist.
+        """
+        doc_N, start_N, stop_N = (np.asarray(a, np.int64) for a in (doc_N, start_N, stop_N))
+        if len(doc_N) and (doc_N.min() < 0 or doc_N.max() >= self.documents):
+            raise IndexError(f"document numbers {doc_N.min()} to {doc_N.max()}; the view has {self.documents}")
+        piece_N = np.searchsorted(self._start_P, doc_N, "right") - 1
+        groups = [(int(p), np.flatnonzero(piece_N == p)) for p in np.unique(piece_N)]
+        bounds = [self._bounds(p, doc_N[chosen_N] - self._start_P[p]) for p, chosen_N in groups]
+        futures: list[Any] = [None] * len(doc_N)
+        for (p, chosen_N), bound_N2 in zip(groups, bounds, strict=True):
+            begin_N, end_N = bound_N2.result().reshape(-1, 2).T
+            first_N, last_N = begin_N + start_N[chosen_N], begin_N + stop_N[chosen_N]
+            if np.any((start_N[chosen_N] < 0) | (first_N > last_N) | (last_N > end_N)):
+                raise IndexError("positions outside a document")
+            tokens = self._array(p, "tokens")
+            for n, first, last in zip(chosen_N.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
+                futures[n] = tokens[first:last].read()
+        return [future.result() for future in futures]
+
+    def provenance(self, start: int, stop: int) -> tuple[list[str], np.ndarray]:
+        """Source names and content hashes, uint8 (N, 16), of documents [start, stop)."""
+        names, hashes = [], [np.zeros((0, 16), np.uint8)]
+        for p, a, b in self._overlaps(start, stop):
+            source_N = self._array(p, "source")[a:b].read().result()
+            names += [self._sources[p][s] for s in source_N]
+            hashes.append(self._array(p, "hash")[a:b].read().result())
+        return names, np.concatenate(hashes)
+
+    def _bounds(self, piece: int, doc_N: np.ndarray):
+        """A future of the bounds of documents of a piece, (N, 2, 1): where their tokens begin and end."""
+        return self._array(piece, "bounds")[np.stack([doc_N, doc_N + 1], axis=1), 0].read()
+
+    def _array(self, piece: int, array: str) -> ts.TensorStore:
+        return self._store.array(f"{self._pieces[piece]}/{array}")
+
+    def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The pieces that hold documents [start, stop), each with its own range."""
+        if not 0 <= start <= stop <= self.documents:
+            raise IndexError(f"documents {start} to {stop}; the view has {self.documents}")
+        first = int(np.searchsorted(self._start_P, start, "right")) - 1
+        last = int(np.searchsorted(self._start_P, stop, "left"))
+        starts = self._start_P.tolist()
+        return [
+            (p, max(start, starts[p]) - starts[p], min(stop, starts[p + 1]) - starts[p])
+            for p in range(first, min(last, len(self._pieces)))
+        ]

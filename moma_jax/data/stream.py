@@ -1,0 +1,392 @@
+"""The stream of batches: plans groups, reads their tokens ahead in threads, hands out batches with their cursors.
+
+The planner runs in Grain's prefetch thread and hands each planned batch to a few reader threads. Every batch carries
+the cursor after it, so reading ahead never runs past a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from moma_jax.batch import Batch, Packed
+from moma_jax.checks import round_up
+from moma_jax.config import Config, DataConfig, Modality, StoreConfig, quota_tokens
+from moma_jax.data.mixture import resolve_shares
+from moma_jax.data.packing import Frame, Group
+from moma_jax.data.planner import Planner, Source
+from moma_jax.data.store import open_store
+from moma_jax.data.synthetic import Synthetic, SyntheticPlan
+from moma_jax.errors import InputError
+from moma_jax.vocab import Vocabulary, contiguous
+
+
+class Plan(NamedTuple):
+    """One planned batch: piece_N6 (store, document, start, stop, document's length, row) and where planning stands."""
+
+    piece_N6: np.ndarray
+    cursor: dict[str, np.ndarray]
+    epochs: dict[str, float]
+    waiting: int
+
+
+class Stream:
+    """An iterator of Packed; close it, or use it in a `with` statement."""
+
+    def __init__(self, plans: grain.IterDataset, make: Any, prefetch: int, threads: int):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="moma-read")
+        submitted = plans.map(lambda plan: self._pool.submit(make, plan))
+        self._iterator = iter(grain.experimental.ThreadPrefetchIterDataset(submitted, prefetch_buffer_size=prefetch))
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Packed]:
+        return self
+
+    def __next__(self) -> Packed:
+        if self._closed:
+            raise StopIteration
+        future: Future[Packed] = next(self._iterator)
+        return future.result()
+
+    def close(self) -> None:
+        """Stops planning and reading; waits for reads that have begun."""
+        if not self._closed:
+            self._closed = True
+            self._iterator.close()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_stream(
+    config: Config,
+    *,
+    split: str = "train",
+    cursor: dict[str, Any] | None = None,
+    seed: int | None = None,
+    stores: Sequence[str] | None = None,
+    rows: int | None = None,
+    epochs: int | None = None,
+    host: int = 0,
+    hosts: int = 1,
+) -> Stream:
+    """Opens the batches of a config.
+
+    Args:
+      config: a resolved config.
+      split: "train" or "validation" documents.
+      cursor: where to go on, from a Packed; None begins.
+      seed: of the document order; data.seed where None.
+      stores: names of the data.stores to draw from; None or empty: all.
+      rows: rows of one batch over all hosts, whole routing groups; train.batch_rows where None.
+      epochs: passes after which the stream ends, the last groups and batch padded: one lane then packs everything
+        (evaluation). None: no end.
+      host, hosts: this host gets the host-th of `hosts` equal slices of each batch's rows.
+
+    Returns:
+      Packed batches; each one's cursor opens the stream at the next.
+
+    Raises:
+      InputError: stores, shares, quotas, lanes or the cursor contradict each other.
+    """
+    data = config.data
+    rows = config.train.batch_rows if rows is None else rows
+    groups = rows // data.group_rows
+    if rows % data.group_rows or groups % hosts or not groups:
+        step = data.group_rows * hosts
+        raise InputError(
+            f"train.batch_rows: {rows} rows do not split into whole routing groups of {data.group_rows} rows on "
+            f"{hosts} hosts; use {round_up(max(rows, 1), step)}"
+        )
+    mine = range(host * groups // hosts, (host + 1) * groups // hosts)
+    seed = data.seed if seed is None else seed
+    frame = frame_of(data)
+    if data.kind == "synthetic":
+        synthetic = Synthetic(frame, contiguous(data.modalities), seed)
+        steps = _Plans(lambda: _SyntheticIterator(groups, mine, cursor))
+        return Stream(steps, synthetic.packed, data.prefetch, data.read_threads)
+    chosen = _chosen_stores(data, stores)
+    vocabulary, views = _open_views(data, chosen, split)
+    planner = make_planner(data, chosen, views, seed=seed, groups=groups, mine=mine, epochs=epochs, hosts=hosts)
+    reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary.pad)
+    plans = _Plans(lambda: _PlanIterator(planner, groups, mine, cursor, epochs))
+    return Stream(plans, reader.packed, data.prefetch, data.read_threads)
+
+
+def frame_of(data: DataConfig) -> Frame:
+    """The room of a routing group."""
+    tokens = data.group_rows * data.sequence
+    quotas = tuple(quota_tokens(m, tokens) for m in data.modalities)
+    return Frame(data.group_rows, data.sequence, quotas, tuple(m.span for m in data.modalities))
+
+
+def make_planner(
+    data: DataConfig,
+    stores: Sequence[StoreConfig],
+    views: Sequence[Any],
+    *,
+    seed: int,
+    groups: int,
+    mine: range,
+    epochs: int | None = None,
+    hosts: int = 1,
+) -> Planner:
+    """The planner of the lanes that positions `mine` of every batch of `groups` groups need."""
+    share_NM = resolve_shares(stores, [view.tokens_M for view in views], data.modalities, check=epochs is None)
+    lanes = data.lanes if epochs is None else 1
+    if hosts > 1 and epochs is None and lanes % groups:
+        raise InputError(
+            f"data.lanes: {lanes} lanes are not a multiple of the {groups} routing groups of a batch, which {hosts} "
+            f"hosts share; use {round_up(lanes, groups)}"
+        )
+    needed = range(lanes) if hosts == 1 or epochs is not None else [n for n in range(lanes) if n % groups in mine]
+    return Planner(
+        [Source(s.name, view, share_M) for s, view, share_M in zip(stores, views, share_NM, strict=True)],
+        frame_of(data),
+        lanes=lanes,
+        mine=needed,
+        seed=seed,
+        window_documents=data.window_documents,
+        wait_documents=data.wait_documents,
+        epochs=epochs,
+    )
+
+
+def merge_cursors(cursors: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One cursor of all lanes from the hosts' cursors after the same batch."""
+    per_lane = ("lane", "order", "waiting", "supplied", "ended")
+    order_L = np.argsort(np.concatenate([cursor["lane"] for cursor in cursors]), kind="stable")
+    merged = {name: np.concatenate([cursor[name] for cursor in cursors])[order_L] for name in per_lane}
+    return {**cursors[0], **merged}
+
+
+# Planning -------------------------------------------------------------------------------------------------------------
+
+
+class _Plans(grain.IterDataset):
+    """Grain's view of a planning iterator."""
+
+    def __init__(self, iterator: Any):
+        super().__init__()
+        self._make_iterator = iterator
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return self._make_iterator()
+
+
+class _PlanIterator(grain.DatasetIterator):
+    """Plans batch after batch; its state is the cursor."""
+
+    def __init__(self, planner: Planner, groups: int, mine: range, cursor: dict | None, epochs: int | None):
+        super().__init__()
+        self._planner, self._groups, self._mine, self._epochs = planner, groups, mine, epochs
+        self._group, self._state = 0, {}
+        self.set_state(cursor if cursor is not None else {"group": np.int64(0), **planner.cursor()})
+
+    def __next__(self) -> Plan:
+        lanes = self._planner.lanes
+        planned = [(p, self._planner.next_group((self._group + p) % lanes)) for p in self._positions()]
+        if self._epochs is not None and not any(any(group.rows) for _, group in planned):
+            raise StopIteration
+        self._group += self._groups
+        rows = self._planner.frame.rows
+        piece_N6 = np.concatenate(
+            [pieces_of_group(g, (p - self._mine.start) * rows) for p, g in planned if p in self._mine]
+        )
+        self._state = {"group": np.int64(self._group), **self._planner.cursor()}
+        return Plan(piece_N6, self._state, self._planner.epochs(), self._planner.waiting())
+
+    def _positions(self) -> range:
+        """Positions of the batch to plan: one's own, or all of them where one lane packs everything."""
+        return self._mine if self._epochs is None else range(self._groups)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return self._state
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        self._group = int(state["group"])
+        if len(self._mine) < self._groups and self._epochs is None and self._group % self._groups:
+            raise InputError(
+                f"train.batch_rows: the checkpoint's data position, group {self._group}, is not the start of a batch "
+                f"of {self._groups} groups; use the batch_rows that the run began with"
+            )
+        self._planner.restore(state)
+        self._state = state
+
+
+class _SyntheticIterator(grain.DatasetIterator):
+    """Numbers batch after batch; the cursor is the step."""
+
+    def __init__(self, groups: int, mine: range, cursor: dict | None):
+        super().__init__()
+        self._groups, self._mine = groups, mine
+        self.set_state(cursor if cursor is not None else {"step": np.int64(0)})
+
+    def __next__(self) -> SyntheticPlan:
+        first = int(self._state["step"]) * self._groups + self._mine.start
+        self._state = {"step": self._state["step"] + 1}
+        return SyntheticPlan(range(first, first + len(self._mine)), self._state)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return self._state
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        self._state = {"step": np.int64(state["step"])}
+
+
+def pieces_of_group(group: Group, first_row: int) -> np.ndarray:
+    """A group's pieces in the order of their rows: int64 (N, 6) store, document, start, stop, length, row."""
+    flat = [(*piece[:5], first_row + row) for row, pieces in enumerate(group.rows) for piece in pieces]
+    return np.array(flat, np.int64).reshape(-1, 6)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Turns plans into batches.
+
+    Args:
+      views: stores' views, with `read(doc_N, start_N, stop_N)`.
+      frame: the room of a group.
+      rows: rows of a batch on this host.
+      pad: the padding id.
+    """
+
+    def __init__(self, views: Sequence[Any], frame: Frame, rows: int, pad: int):
+        self._views, self._frame, self._rows, self._pad = views, frame, rows, pad
+
+    def packed(self, plan: Plan) -> Packed:
+        """Reads and assembles a planned batch."""
+        store_N, document_N, start_N, stop_N, length_N, row_N = plan.piece_N6.T
+        tokens: list[Any] = [None] * len(store_N)
+        ahead_N = np.minimum(stop_N + 1, length_N)
+        for store, view in enumerate(self._views):
+            place_K = np.flatnonzero(store_N == store)
+            if len(place_K):
+                found = view.read(document_N[place_K], start_N[place_K], ahead_N[place_K])
+                for place, token_T in zip(place_K.tolist(), found, strict=True):
+                    tokens[place] = token_T
+        batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, self._pad)
+        return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
+
+
+def assemble(
+    tokens: Sequence[np.ndarray], size_N: np.ndarray, row_N: np.ndarray, rows: int, sequence: int, pad: int
+) -> Batch:
+    """Lays pieces out in rows.
+
+    Args:
+      tokens: each piece's tokens, and the next token of its document where there is one.
+      size_N: tokens of each piece, without that next one.
+      row_N: each piece's row, ascending.
+      rows, sequence: shape of the batch.
+      pad: the padding id.
+    """
+    read_N = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    continued_N = read_N > size_N
+    token_R = np.concatenate([*tokens, [pad]]).astype(np.int32) if len(tokens) else np.full(1, pad, np.int32)
+    # Positions in token_R of the tokens that stand in rows: all but the extra ones.
+    keep_R = np.ones(len(token_R), bool)
+    keep_R[-1] = False
+    end_N = np.cumsum(read_N)
+    keep_R[end_N[continued_N] - 1] = False
+    source_T = np.flatnonzero(keep_R)
+    last_N = np.cumsum(size_N) - 1
+    weight_T = np.ones(len(source_T), np.float32)
+    weight_T[last_N[~continued_N]] = 0
+    target_T = token_R[source_T + 1]
+    target_T[last_N[~continued_N]] = pad
+    number_N = np.arange(len(size_N))
+    first_N = number_N - np.searchsorted(row_N, row_N)
+    segment_T = np.repeat((first_N + 1).astype(np.int32), size_N)
+    position_T = np.arange(len(source_T), dtype=np.int32) - np.repeat((last_N + 1 - size_N).astype(np.int32), size_N)
+    fill_B = np.bincount(row_N, weights=size_N, minlength=rows).astype(np.int64)
+    taken_BS = np.arange(sequence) < fill_B[:, None]
+
+    def spread(value_T: np.ndarray, empty: float) -> np.ndarray:
+        value_BS = np.full((rows, sequence), empty, value_T.dtype)
+        value_BS[taken_BS] = value_T
+        return value_BS
+
+    return Batch(
+        spread(token_R[source_T], pad), spread(target_T, pad), spread(segment_T, 0), spread(position_T, 0),
+        spread(weight_T, 0),
+    )  # fmt: skip
+
+
+# Stores ---------------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_of(config: Config) -> Vocabulary:
+    """The id space of a config's stores, which must be data.modalities'; of random tokens the contiguous one.
+
+    Raises:
+      InputError: a store is missing or differs from the config or from the first store.
+    """
+    if config.data.kind == "synthetic":
+        return contiguous(config.data.modalities)
+    data = config.data
+    return _check_vocabularies(data, data.stores, [_open(store, data) for store in data.stores])
+
+
+def _open(store: StoreConfig, data: DataConfig) -> Any:
+    return open_store(store.path, cache_bytes=data.cache_bytes, read_concurrency=data.read_concurrency)
+
+
+def _chosen_stores(data: DataConfig, names: Sequence[str] | None) -> list[StoreConfig]:
+    known = {store.name: store for store in data.stores}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise InputError(f"data.stores: there is no {unknown[0]!r}; the stores are {', '.join(known)}")
+    return [store for store in data.stores if not names or store.name in names]
+
+
+def _open_views(data: DataConfig, stores: Sequence[StoreConfig], split: str) -> tuple[Vocabulary, list[Any]]:
+    by_path = {store.path: _open(store, data) for store in stores}
+    opened = [by_path[store.path] for store in stores]
+    vocabulary = _check_vocabularies(data, stores, opened)
+    views = [found.view(store.collection, split) for store, found in zip(stores, opened, strict=True)]
+    for store, view in zip(stores, views, strict=True):
+        if not view.documents:
+            raise InputError(
+                f"data.stores: {store.name} ({store.path}) has no {split} documents of collection {store.collection}; "
+                f"name another collection or prepare the store with some"
+            )
+    return vocabulary, views
+
+
+def _check_vocabularies(data: DataConfig, stores: Sequence[StoreConfig], opened: Sequence[Any]) -> Vocabulary:
+    vocabulary = opened[0].vocabulary
+    for store, found in zip(stores, opened, strict=True):
+        _check_modalities(data.modalities, found.vocabulary, store)
+        if found.vocabulary.hash != vocabulary.hash:
+            raise InputError(
+                f"data.stores: {store.name} has another vocabulary than {stores[0].name}; prepare it again with "
+                f"vocabulary={stores[0].path}"
+            )
+    return vocabulary
+
+
+def _check_modalities(modalities: Sequence[Modality], vocabulary: Vocabulary, store: StoreConfig) -> None:
+    have, want = [m.name for m in vocabulary.modalities], [m.name for m in modalities]
+    if have != want:
+        raise InputError(
+            f"data.modalities: they are {', '.join(want)}, the store {store.name} has {', '.join(have)}; name these"
+        )
+    for modality, ids in zip(modalities, vocabulary.modalities, strict=True):
+        for field, right in (("size", ids.size), ("span", ids.span)):
+            stated = getattr(modality, field)
+            if stated != right:
+                raise InputError(
+                    f"data.modalities: {modality.name} has {field}={stated}, the store {store.name} ({store.path}) "
+                    f"has {right}; set {field}={right}"
+                )

@@ -1,0 +1,165 @@
+"""Text to ids and back: byte-level BPE, trained here or read from any tokenizer.json.
+
+The special ids of the vocabulary come first, 0..n-1. Text never encodes to them: "<image>" in a caption is seven
+letters, not a mark. A tokenizer.json from elsewhere is renumbered: its own ids follow the special ones. What is saved
+is again a tokenizer.json, whose ids are those of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moma_jax.errors import InputError
+
+BYTES = 256
+
+
+def fit_tokenizer(texts: Iterable[str], size: int, special_tokens: Sequence[str]) -> Tokenizer:
+    """Trains a byte-level BPE; the same texts give the same tokenizer.
+
+    Args:
+      texts: the training texts, read once.
+      size: ids in all, the special ones and 256 bytes included. Little text yields fewer; the rest stay unused.
+      special_tokens: texts of the ids 0..n-1.
+
+    Raises:
+      InputError: a size that cannot hold the special ids and the bytes.
+    """
+    least = len(special_tokens) + BYTES
+    if size < least:
+        raise InputError(f"prepare.text_size: {size} ids cannot hold {BYTES} bytes and the special ids; use {least}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: str, special_tokens: Sequence[str], size: int | None = None) -> TextCodec:
+    """Reads a tokenizer.json with a BPE model; its ids are moved up unless it has the special tokens at 0..n-1.
+
+    Args:
+      path: a local file.
+      special_tokens: texts of the special ids 0..n-1.
+      size: text ids of the vocabulary, which must hold all of the tokenizer's; None: not checked.
+
+    Raises:
+      InputError: no such file, no BPE tokenizer, or more ids than `size`.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        kind = content["model"].get("type", "BPE")
+        codec = TextCodec.from_json(json.dumps(_renumbered(content, special_tokens))) if kind == "BPE" else None
+    except InputError as error:
+        raise InputError(f"prepare.tokenizer: {path}: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"prepare.tokenizer: {path} cannot be read as a tokenizer.json: {reason}") from error
+    if codec is None:
+        raise InputError(f"prepare.tokenizer: {path} has a {kind} model; give one with a BPE model")
+    if size is not None and codec.size > size:
+        raise InputError(
+            f"prepare.text_size: {path} needs {codec.size} ids with the special ones, not {size}; "
+            f"set prepare.text_size and the size of text in data.modalities to {codec.size}"
+        )
+    return codec
+
+
+class TextCodec:
+    """Text to ids and back.
+
+    Attributes:
+      tokenizer: the Hugging Face tokenizer; its special tokens have the first ids.
+      special_ids: n; no text encodes to an id below.
+      size: ids in use at most: 0 <= id < size.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Raises InputError where the special tokens do not have the ids 0..n-1, or text can encode to one."""
+        self._json = tokenizer.to_str()
+        self.tokenizer = Tokenizer.from_str(self._json)
+        self.tokenizer.encode_special_tokens = True
+        tokens = {i: t.content for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
+        self.special_ids = next(i for i in range(len(tokens) + 1) if i not in tokens)
+        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.special_ids:
+            raise InputError("has no special tokens at ids 0 and up")
+        for special in range(self.special_ids):
+            if np.any(self.encode(tokens[special]) < self.special_ids):
+                raise InputError(f"encodes the letters of {tokens[special]!r} as the special id; use a byte-level BPE")
+
+    @classmethod
+    def from_json(cls, content: str) -> TextCodec:
+        """Reads what `to_json` gave."""
+        return cls(Tokenizer.from_str(content))
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json with the vocabulary's ids."""
+        return self._json
+
+    @property
+    def hash(self) -> str:
+        """SHA-256, as hex, of `to_json`."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    def save(self, path: str) -> None:
+        """Writes tokenizer.json, whole or not at all."""
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.write(self._json)
+        os.replace(f"{path}.tmp", path)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 of shape (tokens,). Nothing is added and no special id occurs."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of many texts, on all cores."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids; special ids and ids that are no text are left out. Bytes that are no UTF-8 become U+FFFD."""
+        ids = np.asarray(ids, np.int64)
+        ids = ids[(ids >= self.special_ids) & (ids < self.size)]
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _renumbered(content: dict[str, Any], special_tokens: Sequence[str]) -> dict[str, Any]:
+    """A tokenizer.json's content with `special_tokens` at 0..n-1 and all else, where they were not, moved up by n.
+
+    The tokenizer's own tokens of these texts lose them, and merges that would make one are dropped, so that no text
+    can encode to a special id. Truncation, padding and templates go too: a document's marks are set by the caller.
+    """
+    model, added = content["model"], content.get("added_tokens") or []
+    vocabulary = {**{token["content"]: token["id"] for token in added}, **model["vocab"]}
+    own = all(vocabulary.get(token) == i for i, token in enumerate(special_tokens))
+    shift = 0 if own else len(special_tokens)
+    renamed = {f"\0{t}" if t in special_tokens else t: i + shift for t, i in vocabulary.items() if not own}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    taken = set(special_tokens)
+    model = {
+        **model,
+        "ignore_merges": False,
+        "vocab": {**{token: i for i, token in enumerate(special_tokens)}, **(vocabulary if own else renamed)},
+        "merges": [merge for merge in merges if not taken & {*merge, "".join(merge)}],
+    }
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    marks = [{"id": i, "content": token, **plain} for i, token in enumerate(special_tokens)]
+    rest = [{**token, "id": token["id"] + shift} for token in added if token["content"] not in taken]
+    cleared = {"truncation": None, "padding": None, "post_processor": None}
+    return {**content, **cleared, "model": model, "added_tokens": sorted(marks + rest, key=lambda token: token["id"])}

@@ -1,0 +1,112 @@
+"""Causal attention inside documents, with QK-norm and rotary positions (paper section 2.1, Chameleon)."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moma_jax.config import ModelConfig
+from moma_jax.model.experts import normal, output_scale
+
+# A score that no softmax sees; finite, so that a row without a visible key gives no NaN.
+HIDDEN = -1e30
+
+
+def rotary_angles(position_BS, head_width: int, theta: float):
+    """Cosine and sine of the rotary angles, float32 (B, S, K/2) each."""
+    frequency_K = theta ** -(jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle_BSK = position_BS[..., None].astype(jnp.float32) * frequency_K
+    return jnp.cos(angle_BSK), jnp.sin(angle_BSK)
+
+
+def rotate(x_BSHK, angles):
+    """Rotary position embedding in float32; channel k pairs with k + K/2, as in Llama and HF Chameleon."""
+    cos_BSK, sin_BSK = (a[:, :, None] for a in angles)
+    first, second = jnp.split(x_BSHK, 2, axis=-1)
+    return jnp.concatenate([first * cos_BSK - second * sin_BSK, second * cos_BSK + first * sin_BSK], axis=-1)
+
+
+def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
+    """Softmax attention to earlier positions of the same document, (B, S, H, K) in the dtype of v.
+
+    A query sees the keys of its segment at its own position and before. Padding is a segment of its own (0): its rows
+    are finite, and no real token sees them. At most `chunk` queries are scored at a time, the backward pass included.
+
+    A platform's fused kernel (splash attention on TPU, cuDNN on GPU) would take these same arguments here.
+    """
+    sequence = q_BSHK.shape[1]
+    if sequence <= chunk:
+        return _attend_block((q_BSHK, segment_BS, position_BS), k_BSHK, v_BSHK, segment_BS, position_BS)
+    chunks = -(-sequence // chunk)
+
+    def split(x_BS, fill):
+        pad = [(0, 0), (0, chunks * chunk - sequence)] + [(0, 0)] * (x_BS.ndim - 2)
+        x_BS = jnp.pad(x_BS, pad, constant_values=fill)
+        return jnp.moveaxis(x_BS.reshape(x_BS.shape[0], chunks, chunk, *x_BS.shape[2:]), 1, 0)
+
+    # Queries beyond the end belong to no segment; their rows are cut off.
+    queries = (split(q_BSHK, 0), split(segment_BS, -1), split(position_BS, 0))
+    block = jax.checkpoint(lambda query: _attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS))
+    out_BSHK = jnp.moveaxis(jax.lax.map(block, queries), 0, 1)
+    return out_BSHK.reshape(out_BSHK.shape[0], chunks * chunk, *out_BSHK.shape[3:])[:, :sequence]
+
+
+def _attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
+    """Attention of some queries (their q, segments, positions) to all keys; softmax in float32."""
+    q_BQHK, segment_BQ, position_BQ = query
+    score_BHQS = jnp.einsum("bqhk,bshk->bhqs", q_BQHK, k_BSHK, preferred_element_type=jnp.float32)
+    score_BHQS = score_BHQS / math.sqrt(q_BQHK.shape[-1])
+    same_BQS = segment_BQ[:, :, None] == segment_BS[:, None, :]
+    visible_BQS = same_BQS & (position_BQ[:, :, None] >= position_BS[:, None, :])
+    weight_BHQS = jax.nn.softmax(jnp.where(visible_BQS[:, None], score_BHQS, HIDDEN), axis=-1)
+    return jnp.einsum("bhqs,bshk->bqhk", weight_BHQS.astype(v_BSHK.dtype), v_BSHK)
+
+
+class QkNorm(nn.Module):
+    """LayerNorm over each head's channels with scale and bias of its own per head (Chameleon); float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BSHK):
+        shape = x_BSHK.shape[2:]
+        ones, zeros = (
+            nn.with_logical_partitioning(init, ("heads", "head")) for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale_HK = self.param("scale_HK", ones, shape, jnp.float32)
+        bias_HK = self.param("bias_HK", zeros, shape, jnp.float32)
+        x_BSHK = x_BSHK.astype(jnp.float32)
+        centred = x_BSHK - x_BSHK.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale_HK + bias_HK
+
+
+class Attention(nn.Module):
+    """The attention sub-layer: projections without bias, QK-norm, rotary positions, `attend`."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, segment_BS, position_BS, angles):
+        """x_BSD in compute dtype; returns the same shape and dtype."""
+        model, dtype = self.model, x_BSD.dtype
+        d, h = model.width, model.heads
+
+        def weight(name, axes, init, shape):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
+
+        query_DHK, key_DHK, value_DHK = (
+            weight(name, ("embed", "heads", "head"), normal(d), (d, h, d // h))
+            for name in ("query_DHK", "key_DHK", "value_DHK")
+        )
+        out_HKD = weight("out_HKD", ("heads", "head", "embed"), normal(d, output_scale(model)), (h, d // h, d))
+        q_BSHK, k_BSHK, v_BSHK = (
+            jnp.einsum("bsd,dhk->bshk", x_BSD, w_DHK) for w_DHK in (query_DHK, key_DHK, value_DHK)
+        )
+        q_BSHK = rotate(QkNorm(model.norm_epsilon, name="query_norm")(q_BSHK), angles).astype(dtype)
+        k_BSHK = rotate(QkNorm(model.norm_epsilon, name="key_norm")(k_BSHK), angles).astype(dtype)
+        y_BSHK = attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=model.attention_chunk)
+        return jnp.einsum("bshk,hkd->bsd", y_BSHK, out_HKD)

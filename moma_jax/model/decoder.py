@@ -1,0 +1,242 @@
+"""The Chameleon decoder with a mixture of modality-aware experts (paper sections 2.1 and 2.2).
+
+Parameters, all float32; layers are stacked with a leading axis L, also where there is one (logical axes in brackets):
+
+    embedding/kernel_VD                       [vocab, embed]
+    layers/attention/project_LD3HK            query, key, value side by side
+    ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moma_jax.config import Config, Modality, ModelConfig
+from moma_jax.ffn import parse_ffn
+from moma_jax.model.attention import Attention, rotary_angles
+from moma_jax.model.experts import Drawn, Ffn, Place, Rules, is_dense, normal
+from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash, take_all
+
+
+class DecoderOutput(NamedTuple):
+    """What a forward pass has to say.
+
+    Attributes:
+      hidden_BSD: after the final norm, in compute dtype.
+      routing_state: the state after this step, stacked over layers, by group of experts.
+      losses: float32 scalars of the select function, averaged over routing groups, summed over layers.
+      report: tokens taken, layer by layer.
+      selections: by group of experts, stacked (L, G, E, C), where asked for; else None.
+    """
+
+    hidden_BSD: Any
+    routing_state: Any
+    losses: dict[str, Any]
+    report: RoutingReport
+    selections: dict[str, Selection] | None
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the width, in float32, back in the dtype of x."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale_D = self.param("scale_D", ones, x_BSD.shape[-1:], jnp.float32)
+        x32_BSD = x_BSD.astype(jnp.float32)
+        square_BS1 = jnp.square(x32_BSD).mean(-1, keepdims=True)
+        return (x32_BSD * jax.lax.rsqrt(square_BS1 + self.epsilon) * scale_D).astype(x_BSD.dtype)
+
+
+class Kernel(nn.Module):
+    """A matrix of its own: the embedding table or the unembedding."""
+
+    kernel: str
+    axes: tuple[str, str]
+    shape: tuple[int, int]
+    init: Callable
+
+    @nn.compact
+    def __call__(self):
+        return self.param(self.kernel, nn.with_logical_partitioning(self.init, self.axes), self.shape, jnp.float32)
+
+
+class Common(NamedTuple):
+    """What every layer sees alike."""
+
+    segment_BS: Any
+    position_BS: Any
+    angles: Any
+    place: Place
+    jitter_key: Any
+    step_key: Any
+
+
+class Layer(nn.Module):
+    """One Chameleon layer. Norms behind the sub-layers (swin: Chameleon-34B, MoMa) or before them (pre)."""
+
+    model: ModelConfig
+    rules: Rules
+    shared: int
+    group_rows: int
+    train: bool
+    return_selections: bool
+
+    @nn.compact
+    def __call__(self, x_BSD, scanned, common: Common):
+        number, state = scanned
+        model, pre = self.model, self.model.norm == "pre"
+        key = jax.random.fold_in(common.step_key, number)
+
+        def norm(name, x):
+            return RmsNorm(model.norm_epsilon, name=name)(x)
+
+        def residual(x_BSD, y_BSD, which):
+            return x_BSD + self.dropout(y_BSD, common.place.group_G, jax.random.fold_in(key, which))
+
+        attention = Attention(model, name="attention")
+        y_BSD = norm("attention_norm", x_BSD) if pre else x_BSD
+        y_BSD = attention(y_BSD, common.segment_BS, common.position_BS, common.angles)
+        x_BSD = residual(x_BSD, y_BSD if pre else norm("attention_norm", y_BSD), 1)
+
+        drawn = Drawn(jax.random.bits(jax.random.fold_in(common.jitter_key, number)), jax.random.fold_in(key, 0))
+        y_BSD = norm("ffn_norm", x_BSD) if pre else x_BSD
+        y_GTD = y_BSD.reshape(-1, self.group_rows * x_BSD.shape[1], model.width)
+        ffn = Ffn(model, self.rules, self.shared, self.train, name="ffn")(y_GTD, common.place, drawn, state)
+        y_BSD = ffn.y_GTD.reshape(x_BSD.shape)
+        x_BSD = residual(x_BSD, y_BSD if pre else norm("ffn_norm", y_BSD), 2)
+        selections = ffn.selections if self.return_selections else None
+        return x_BSD, (ffn.state, ffn.losses, ffn.taken_M3, selections)
+
+    def dropout(self, y_BSD, group_G, key):
+        """Dropout on a sub-layer's output, drawn per routing group so that microbatches draw the same."""
+        rate = self.model.dropout
+        if not self.train or rate == 0.0:
+            return y_BSD
+        y_GX = y_BSD.reshape(group_G.shape[0], -1)
+        keep_GX = jax.vmap(lambda g: jax.random.bernoulli(jax.random.fold_in(key, g), 1 - rate, y_GX.shape[1:]))(group_G)
+        return jnp.where(keep_GX, y_GX / (1 - rate), 0).astype(y_BSD.dtype).reshape(y_BSD.shape)
+
+
+class Decoder(nn.Module):
+    """The decoder. Build it with `decoder_of`.
+
+    Attributes:
+      model: the model's part of the config.
+      modalities: of the vocabulary, in order.
+      quotas: hard bound on each modality's tokens in one routing group.
+      group_rows: rows of a routing group.
+      select: who takes which token, in groups of more than one expert.
+      dtype: compute dtype.
+    """
+
+    model: ModelConfig
+    modalities: tuple[Modality, ...]
+    quotas: tuple[int, ...]
+    group_rows: int
+    select: Callable = expert_choice
+
+    @nn.compact
+    def __call__(
+        self,
+        token_BS,
+        segment_BS,
+        position_BS,
+        modality_BS,
+        *,
+        key,
+        step=0,
+        group_G=None,
+        routing_state=None,
+        train: bool = False,
+        return_selections: bool = False,
+    ) -> DecoderOutput:
+        model, vocabulary = self.model, sum(m.size for m in self.modalities)
+        dtype = compute_dtype(model)
+        group_G = jnp.arange(token_BS.shape[0] // self.group_rows) if group_G is None else group_G
+        embedding_VD = Kernel(
+            "kernel_VD", ("vocab", "embed"), (vocabulary, model.width), normal(model.width), name="embedding"
+        )()
+        # Declared here, used by the objective, which makes logits a chunk at a time.
+        Kernel("kernel_DV", ("embed", "vocab"), (model.width, vocabulary), normal(model.width), name="unembedding")()
+        rules = self.rules(dtype, token_BS.shape[1])
+        jitter_key, step_key = jax.random.split(key)
+        common = Common(
+            segment_BS,
+            position_BS,
+            rotary_angles(position_BS, model.width // model.heads, model.rope_theta),
+            self.place(rules, segment_BS, modality_BS, group_G),
+            jitter_key,
+            jax.random.fold_in(step_key, step),
+        )
+        layout = parse_ffn(model.ffn, self.modalities)
+        layers = nn.scan(
+            rematerialised(model.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=model.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(model, rules, layout.shared, self.group_rows, train, return_selections, name="layers")
+        state = {} if routing_state is None else routing_state
+        x_BSD = embedding_VD[token_BS].astype(dtype)
+        x_BSD, (state, losses, taken_LM3, selections) = layers(x_BSD, (jnp.arange(model.layers), state), common)
+        count_M = taken_LM3[0].sum(-1)
+        return DecoderOutput(
+            RmsNorm(model.norm_epsilon, name="final_norm")(x_BSD),
+            state,
+            {name: loss_L.sum() for name, loss_L in losses.items()},
+            RoutingReport(taken_LM3, jnp.broadcast_to(count_M, taken_LM3.shape[:2])),
+            selections,
+        )
+
+    def rules(self, dtype, sequence: int) -> Rules:
+        """The static side of routing for rows of `sequence` positions."""
+        model, tokens = self.model, self.group_rows * sequence
+        groups = parse_ffn(model.ffn, self.modalities).groups
+        bounds = [min(tokens, sum(self.quotas[m] for m in g.modalities)) for g in groups]
+        quotas = tuple(Quota(b, g.capacity(model.capacity)) for b, g in zip(bounds, groups, strict=True))
+        return Rules(groups, quotas, len(self.modalities), self.select, model.jitter, model.gumbel, dtype)
+
+    def place(self, rules: Rules, segment_BS, modality_BS, group_G) -> Place:
+        """What routing knows about each token, the same in every layer."""
+        groups, sequence = group_G.shape[0], segment_BS.shape[1]
+        modality_GT = jnp.where(segment_BS > 0, modality_BS.astype(jnp.int32), -1).reshape(groups, -1)
+        row_GR1 = (group_G[:, None] * self.group_rows + jnp.arange(self.group_rows))[..., None]
+        hash_GT = place_hash(row_GR1, jnp.arange(sequence)).reshape(groups, -1)
+        alone = {}
+        for group, quota in zip(rules.groups, rules.quotas, strict=True):
+            if group.experts == 1 and not is_dense(rules):
+                eligible_GT = jnp.isin(modality_GT, jnp.array(group.modalities))
+                alone[group.name] = jax.vmap(lambda e, quota=quota: take_all(e, quota))(eligible_GT)
+        return Place(modality_GT, hash_GT, group_G, alone)
+
+
+def rematerialised(policy: str):
+    """The layer, with the named remat policy."""
+    match policy:
+        case "none":
+            return Layer
+        case "dots":
+            return nn.remat(Layer, prevent_cse=False, policy=jax.checkpoint_policies.checkpoint_dots)
+        case "full":
+            return nn.remat(Layer, prevent_cse=False)
+
+
+def compute_dtype(model: ModelConfig):
+    """The dtype of activations; auto is bfloat16 where the hardware has it (TPU, GPU), else float32."""
+    if model.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(model.dtype)
+
+
+def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:
+    """The decoder of a resolved config."""
+    return Decoder(config.model, config.data.modalities, config.quotas, config.data.group_rows, select)

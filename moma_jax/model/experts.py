@@ -1,0 +1,279 @@
+"""The feed-forward layer: dense, mixed-modal experts, modality groups, shared experts (paper section 2.2, Eq. 1).
+
+    y = sum over the experts j that took x of gate_j(x) * SwiGLU_j(x)   (+ the shared experts' SwiGLU, gate 1)
+
+Dispatch, computation and combination act on a Selection and do not know who chose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moma_jax.config import ModelConfig
+from moma_jax.ffn import ExpertGroup
+from moma_jax.model.routing import Quota, Selection, count_taken, make_score
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+class Experts(NamedTuple):
+    """Weights of one group of experts, float32.
+
+    Attributes:
+      gate_EDF, up_EDF, down_EFD: projections of each expert's SwiGLU.
+      router_DE: None where the group has one expert.
+    """
+
+    gate_EDF: Any
+    up_EDF: Any
+    down_EFD: Any
+    router_DE: Any = None
+
+
+class Place(NamedTuple):
+    """What routing knows about tokens beside their content, for G routing groups of T tokens.
+
+    Attributes:
+      modality_GT: int32 modality, -1 on padding.
+      hash_GT: uint32 hash of row and position (`routing.place_hash`).
+      group_G: int32 index of the routing group within the update.
+      alone: Selections (G, 1, C) of the groups that have one expert, by name; equal in all layers.
+    """
+
+    modality_GT: Any
+    hash_GT: Any
+    group_G: Any
+    alone: dict[str, Selection]
+
+
+class Drawn(NamedTuple):
+    """Randomness of one layer: uint32 seed of the jitter (fixed), PRNG key of this step."""
+
+    jitter: Any
+    key: Any
+
+
+class FfnOutput(NamedTuple):
+    """What the layer has to say: y_GTD, new state and losses (averaged over groups), int32 tokens of each modality
+    taken by 0, 1, 2+ experts (summed over groups), and the Selections by name."""
+
+    y_GTD: Any
+    state: dict[str, Any]
+    losses: dict[str, Any]
+    taken_M3: Any
+    selections: dict[str, Selection]
+
+
+class Rules(NamedTuple):
+    """What is static about routing: groups of experts, their quotas, and who chooses."""
+
+    groups: tuple[ExpertGroup, ...]
+    quotas: tuple[Quota, ...]
+    modalities: int
+    select: Callable
+    jitter: float
+    gumbel: bool
+    dtype: Any
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+def normal(fan_in: int, scale: float = 1.0):
+    """Normal initialiser of standard deviation scale / sqrt(fan_in): keeps a unit-variance input at `scale`."""
+    return nn.initializers.normal(scale / math.sqrt(fan_in))
+
+
+class ExpertWeights(nn.Module):
+    """Declares the weights of `experts` SwiGLU experts, every expert drawn independently, and of their router."""
+
+    experts: int
+    width: int
+    hidden: int
+    out_scale: float
+    routed: bool
+
+    @nn.compact
+    def __call__(self) -> Experts:
+        def weight(name, axes, init, shape):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+        e, d, f = self.experts, self.width, self.hidden
+        return Experts(
+            weight("gate_EDF", ("expert", "embed", "ffn"), normal(d), (e, d, f)),
+            weight("up_EDF", ("expert", "embed", "ffn"), normal(d), (e, d, f)),
+            weight("down_EFD", ("expert", "ffn", "embed"), normal(f, self.out_scale), (e, f, d)),
+            weight("router_DE", ("embed", None), normal(d), (d, e)) if self.routed else None,
+        )
+
+
+class Ffn(nn.Module):
+    """The feed-forward sub-layer. Parameters: one `Experts` per group, by the group's name, and `shared`."""
+
+    model: ModelConfig
+    rules: Rules
+    shared: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_GTD, place: Place, drawn: Drawn, state) -> FfnOutput:
+        """x_GTD in compute dtype; returns y_GTD in the same."""
+        out_scale = output_scale(self.model)
+
+        def weights(name, experts, hidden, routed):
+            return ExpertWeights(experts, self.model.width, hidden, out_scale, routed, name=name)()
+
+        routed = {g.name: weights(g.name, g.experts, self.model.hidden, g.experts > 1) for g in self.rules.groups}
+        if self.shared:
+            # N always-on experts with gate 1 are one of N times the hidden width.
+            always = weights("shared", 1, self.shared * self.model.hidden, False)
+        if is_dense(self.rules):
+            (experts,) = routed.values()
+            modality_N = place.modality_GT.reshape(-1)
+            taken_M3 = count_taken(jnp.ones_like(modality_N), modality_N, self.rules.modalities)
+            output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, {})
+        else:
+            output = over_devices(x_GTD, place, drawn, state, routed, rules=self.rules, noise=self.train)
+        return output._replace(y_GTD=output.y_GTD + everywhere(x_GTD, always)) if self.shared else output
+
+
+def is_dense(rules: Rules) -> bool:
+    """True where every token simply passes one expert."""
+    return len(rules.groups) == 1 and rules.groups[0].experts == 1
+
+
+def output_scale(model: ModelConfig) -> float:
+    """Initial scale of projections that write into the residual stream.
+
+    Pre-norm adds 2L outputs up, so each starts at 1/sqrt(2L) (GPT-2's rule); under swin the norm behind the sub-layer
+    sets the scale.
+    """
+    return 1.0 / math.sqrt(2 * model.layers) if model.norm == "pre" else 1.0
+
+
+# Computation ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu(x_END, experts: Experts, weight_EN=None):
+    """Weighted SwiGLU of each expert on its own N tokens: weight * (silu(x W_gate) * (x W_up)) W_down.
+
+    Args:
+      x_END: compute dtype, in which everything is done. weight_EN: float32 router gates; None for 1.
+
+    The weight multiplies the hidden vector, which is linear in it and saves a pass over the output. The backward pass
+    keeps the two projections and computes the hidden vector anew from them: no further matrix product.
+    """
+    dtype = x_END.dtype
+    gate_ENF = jnp.einsum("end,edf->enf", x_END, experts.gate_EDF.astype(dtype))
+    up_ENF = jnp.einsum("end,edf->enf", x_END, experts.up_EDF.astype(dtype))
+
+    def contract(gate_ENF, up_ENF, weight_EN, down_EFD):
+        hidden_ENF = jax.nn.silu(gate_ENF) * up_ENF
+        if weight_EN is not None:
+            hidden_ENF = hidden_ENF * weight_EN[..., None].astype(dtype)
+        return jnp.einsum("enf,efd->end", hidden_ENF, down_EFD.astype(dtype))
+
+    return jax.checkpoint(contract, prevent_cse=False)(gate_ENF, up_ENF, weight_EN, experts.down_EFD)
+
+
+def everywhere(x_GTD, experts: Experts):
+    """One SwiGLU on all tokens, no dispatch."""
+    return swiglu(x_GTD.reshape(1, -1, x_GTD.shape[-1]), experts).reshape(x_GTD.shape)
+
+
+def over_devices(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool) -> FfnOutput:
+    """`routed_ffn`, on each device's own routing groups where a mesh has an axis "data".
+
+    Inside `jax.shard_map` gathers stay local; left to the partitioner they would be reshuffled over all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = "data" in mesh.axis_names and mesh.shape["data"] > 1 and "data" not in mesh.manual_axes
+    if not split:
+        return routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
+
+    def local(x_GTD, place, drawn, state, routed):
+        output = routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
+        return output._replace(
+            state=jax.tree.map(lambda s: jax.lax.pmean(s, "data"), output.state),
+            losses=jax.tree.map(lambda s: jax.lax.pmean(s, "data"), output.losses),
+            taken_M3=jax.lax.psum(output.taken_M3, "data"),
+        )
+
+    groups, same = PartitionSpec("data"), PartitionSpec()
+    return jax.shard_map(
+        local,
+        in_specs=(groups, groups, same, same, same),
+        out_specs=FfnOutput(groups, same, same, same, groups),
+        axis_names={"data"},
+    )(x_GTD, place, drawn, state, routed)
+
+
+def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules, noise: bool) -> FfnOutput:
+    """Scores, selections, dispatch, experts, combination (Eq. 1) on whole routing groups.
+
+    Args:
+      x_GTD: activations in compute dtype. state: by group name, for stateful select functions.
+      routed: `Experts` by group name. noise: True in training; adds Gumbel noise where the rules have it.
+    """
+    selections, state, losses = choose(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
+    groups, tokens, width = x_GTD.shape
+    x_ND, y_ND = x_GTD.reshape(-1, width), jnp.zeros((groups * tokens, width), x_GTD.dtype)
+    times_N = jnp.zeros(groups * tokens, jnp.int32)
+    for group in rules.groups:
+        index_EN, gate_EN, filled_EN = (flat(a) for a in offset(selections[group.name], tokens))
+        y_ND = y_ND.at[index_EN].add(swiglu(x_ND[index_EN], routed[group.name], gate_EN))
+        times_N = times_N.at[index_EN].add(filled_EN.astype(jnp.int32))
+    taken_M3 = count_taken(times_N, place.modality_GT.reshape(-1), rules.modalities)
+    return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, selections)
+
+
+def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
+    """Selections (G, E, C) by group name, the new state and the losses, both averaged over routing groups."""
+    many = [(g, q, i) for i, (g, q) in enumerate(zip(rules.groups, rules.quotas, strict=True)) if g.experts > 1]
+    selections, losses = dict(place.alone), {}
+    if not many:
+        return selections, state, losses
+    # One product for all routers, in float32 on every platform.
+    routers_DE = jnp.concatenate([routed[g.name].router_DE for g, _, _ in many], axis=1)
+    logit_GTE = jnp.einsum("gtd,de->gte", x_GTD.astype(jnp.float32), routers_DE, precision=EXACT)
+    state, start = dict(state), 0
+    for group, quota, number in many:
+        own_GTE = logit_GTE[..., start : start + group.experts]
+        start += group.experts
+        eligible_GT = jnp.isin(place.modality_GT, jnp.array(group.modalities))
+        before = state.get(group.name, ())
+
+        def one(logit_TE, eligible_T, hash_T, index, number=number, quota=quota, before=before):
+            key = jax.random.fold_in(jax.random.fold_in(drawn.key, index), number)
+            noise_key, select_key = jax.random.split(key)
+            noise_key = noise_key if noise and rules.gumbel else None
+            score = make_score(logit_TE, hash_T, drawn.jitter, rules.jitter, noise_key)
+            return rules.select(score, eligible_T, quota, before, select_key)
+
+        chosen, after, extra = jax.vmap(one)(own_GTE, eligible_GT, place.hash_GT, place.group_G)
+        # An empty slot weighs nothing, whatever a select function says.
+        gate_GEC = jnp.where(chosen.filled_EC, chosen.gate_EC, 0.0)
+        selections[group.name] = Selection(chosen.index_EC, gate_GEC, chosen.filled_EC)
+        if group.name in state:
+            state[group.name] = jax.tree.map(lambda new, old: new.mean(0).astype(old.dtype), after, before)
+        for name, loss_G in extra.items():
+            losses[name] = losses.get(name, 0.0) + loss_G.mean()
+    return selections, state, losses
+
+
+def offset(selection: Selection, tokens: int) -> Selection:
+    """Indices into the tokens of all routing groups, one after the other."""
+    start_G = jnp.arange(selection.index_EC.shape[0], dtype=jnp.int32) * tokens
+    return selection._replace(index_EC=selection.index_EC + start_G[:, None, None])
+
+
+def flat(slots_GEC):
+    """(G, E, C) to (E, G*C): each expert's slots of all routing groups."""
+    return jnp.swapaxes(slots_GEC, 0, 1).reshape(slots_GEC.shape[1], -1)

@@ -1,0 +1,175 @@
+"""Checkpoints that carry everything: state, data cursor, counters, config, vocabulary, versions (Orbax, asynchronous).
+
+A checkpoint is a directory `checkpoints/STEP/` with three items: `state` (arrays, sharded, restorable onto any mesh),
+`cursor` (where the data stream stands) and `meta` (plain values). It appears under its final name only when all of it
+is written, so one that a kill interrupted is never seen.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from moma_jax.errors import InputError
+from moma_jax.training.run_dir import RunDir
+from moma_jax.training.step import TrainState
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds beside the train state.
+
+    Attributes:
+      step: updates made.
+      cursor: the data stream's cursor.
+      meta: plain values: config, vocabulary and its hash, select, versions, counters.
+    """
+
+    step: int
+    cursor: Any
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self, run: RunDir, *, keep_last: int | None = None, keep_every: int | None = None, write: bool = False
+    ):
+        """Opens them; with `write`, keeps the newest `keep_last` and every multiple of `keep_every`."""
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
+        keep = [policies.LatestN(keep_last)] if keep_last else []
+        keep += [policies.EveryNSteps(keep_every)] if keep_every else []
+        options = ocp.CheckpointManagerOptions(
+            create=write,
+            read_only=not write,
+            cleanup_tmp_directories=write,
+            preservation_policy=policies.AnyPreservationPolicy(keep) if write and keep_last else None,
+        )
+        self.path = run.join("checkpoints")
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def where(self, step: int) -> str:
+        """Directory of the checkpoint of `step`."""
+        return f"{self.path}/{step}"
+
+    def save(self, state: TrainState, saved: Saved) -> None:
+        """Begins to write a checkpoint; the arrays are copied before this returns, so the state may be donated."""
+        self._manager.save(
+            saved.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_dict(state)),
+                cursor=ocp.args.JsonSave(pack_arrays(saved.cursor)),
+                meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **saved.meta}),
+            ),
+        )
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """The state of a checkpoint, with the shapes, types and shardings of `target`.
+
+        Raises:
+          InputError: the checkpoint holds other arrays than `target`.
+        """
+        restored = self._restore(step, "state", ocp.args.StandardRestore(_as_dict(target)))
+        return TrainState(**restored)
+
+    def restore_params(self, step: int, target: Any) -> Any:
+        """Only the parameters of a checkpoint, with the shapes, types and shardings of `target`."""
+        self._compare(step, target)
+        return self._restore_part(step, {"params": target})["params"]
+
+    def saved(self, step: int) -> Saved:
+        """Cursor and plain values of a checkpoint; InputError where its format is another."""
+        meta = self._restore(step, "meta", ocp.args.JsonRestore())
+        if meta.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"{self.where(step)}: format_version {meta.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+            )
+        cursor = unpack_arrays(self._restore(step, "cursor", ocp.args.JsonRestore()))
+        return Saved(step, cursor, meta)
+
+    def wait(self) -> None:
+        """Returns when everything begun is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of threads."""
+        self._manager.close()
+
+    def _restore(self, step: int, item: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    def routing_state(self, step: int, placed: jax.sharding.Sharding) -> Any:
+        """The select function's state of a checkpoint, placed as told."""
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), self._shapes(step)["routing_state"]
+        )
+        return self._restore_part(step, {"routing_state": target})["routing_state"] if jax.tree.leaves(target) else {}
+
+    def _shapes(self, step: int) -> Any:
+        """The saved state's tree with shapes and types."""
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.metadata(f"{self.where(step)}/state").item_metadata.tree
+
+    def _restore_part(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
+        args = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(f"{self.where(step)}/state", args=args)
+
+    def _compare(self, step: int, target: Any) -> None:
+        """InputError where the checkpoint's parameters are not those of `target`."""
+        tree = self._shapes(step)["params"]
+        have = {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        want = {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(target)}
+        wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
+        if wrong:
+            path = wrong[0]
+            raise InputError(
+                f"run.init_from: {self.where(step)} has {have.get(path)} at {path}, this model {want.get(path)}; "
+                "give both runs the same model section"
+            )
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "routing_state")}
+
+
+def pack_arrays(tree: Any) -> Any:
+    """A nest of dictionaries of arrays and plain values as JSON values, exactly, whatever the arrays' types."""
+    if isinstance(tree, dict):
+        return {str(key): pack_arrays(value) for key, value in tree.items()}
+    if tree is None or isinstance(tree, (str, bool, int, float)):
+        return tree
+    array = np.asarray(tree)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"cannot save an array of {array.dtype}")
+    return {"__array__": [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]}
+
+
+def unpack_arrays(tree: Any) -> Any:
+    """The inverse of `pack_arrays`."""
+    if not isinstance(tree, dict):
+        return tree
+    if "__array__" not in tree:
+        return {key: unpack_arrays(value) for key, value in tree.items()}
+    dtype, shape, content = tree["__array__"]
+    return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()

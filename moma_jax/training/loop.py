@@ -1,0 +1,367 @@
+"""The training loop: a config in, a run directory with checkpoints, metrics and a summary out.
+
+A run started in a directory that has a checkpoint goes on from it, exactly: batches, losses and parameters are those
+of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from moma_jax import config as config_lib
+from moma_jax import sharding
+from moma_jax.config import Config, EvalSet
+from moma_jax.cost import flops_per_token, peak_flops, total_steps
+from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.errors import InputError, RunError
+from moma_jax.model.routing import expert_choice
+from moma_jax.training.checkpoint import Checkpoints, Saved
+from moma_jax.training.evaluate import Evaluator, require_select, select_name, unigram
+from moma_jax.training.journal import Journal, open_journal, read_metrics
+from moma_jax.training.meter import Meter
+from moma_jax.training.run_dir import RunDir, commit, versions
+from moma_jax.training.step import (
+    Program,
+    TrainState,
+    abstract_params,
+    abstract_state,
+    compile_step,
+    create_state,
+    make_program,
+    put,
+    with_dtype,
+)
+from moma_jax.training.view import View, losses
+
+
+def train(
+    config: Config, *, select: Callable | None = None, routing_state: Any = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `config.run.dir`.
+
+    Args:
+      config: a resolved config (`moma_jax.recipe`).
+      select: a routing function of your own (see model/routing.py); its name goes into the run's record.
+      routing_state: its first state, stacked over layers, by group of experts; None where it has none.
+      quiet: print nothing.
+
+    Returns:
+      The run's summary, as in summary.json.
+
+    Raises:
+      InputError: the config contradicts itself, or the run in this directory was begun with another one.
+      RunError: the loss stopped being a number (`train.on_nan`), or the data ended.
+      SystemExit: 143 after SIGTERM, 130 after SIGINT, when the checkpoint is written.
+    """
+    config = with_dtype(config_lib.resolve(config))
+    if config.run.dir is None:
+        raise InputError("run.dir: name the directory of the run, such as runs/first")
+    if config.run.compilation_cache is not None:
+        _use_compilation_cache(config.run.compilation_cache)
+    _refuse_changes(config, select)
+    with RunDir(config.run.dir).locked() as run, _status(run, config) as status:
+        if (finished := _finished(run, config)) is not None:
+            View(0, 0, quiet=quiet).say(f"{config.run.dir}: training is complete")
+            return finished
+        _prepare_missing_stores(config, progress=not quiet)
+        vocabulary = vocabulary_of(config)
+        program = make_program(config, vocabulary, select or expert_choice)
+        with sharding.use_mesh(program.mesh), _signals() as received, contextlib.ExitStack() as cleanup:
+            session = _Session(run, program, select_name(select), vocabulary, status, cleanup)
+            session.begin({} if routing_state is None else routing_state, quiet)
+            session.run_steps(received)
+            return session.finish()
+
+
+class _Session:
+    """One process's share of a run: the state, where it stands, and where its records go."""
+
+    def __init__(self, run: RunDir, program: Program, select: str, vocabulary, status, cleanup: contextlib.ExitStack):
+        self.run, self.program, self.config = run, program, program.config
+        self.select, self.vocabulary, self.status, self.cleanup = select, vocabulary, status, cleanup
+        self.total = total_steps(self.config)
+        self.hashes = _hashes(self.config, vocabulary)
+        self.evaluate = Evaluator(program)
+        self.saved_step: int | None = None
+
+    def begin(self, routing_state: Any, quiet: bool) -> None:
+        """Restores the newest checkpoint or makes a fresh state; opens data and journal there; compiles."""
+        config = self.config
+        keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
+        self.checkpoints = self.cleanup.enter_context(contextlib.closing(Checkpoints(self.run, **keep, write=True)))
+        self.step, cursor, counters = 0, None, None
+        if (latest := self.checkpoints.latest()) is not None:
+            saved = self.checkpoints.saved(latest)
+            self._require_same(saved)
+            self.step, self.saved_step = latest, latest
+            cursor, counters = saved.cursor, saved.meta["counters"]
+            self.state = self.checkpoints.restore(latest, abstract_state(self.program, routing_state))
+        elif config.run.init_from is not None:
+            self.state = _from_other_run(self.program, routing_state, self.hashes, config.run.init_from)
+        else:
+            self.state = create_state(self.program, routing_state)
+        self.run.write_json("config.json", config_lib.to_json(config))
+        self.status.write("running", self.step)
+        self.stream = self.cleanup.enter_context(contextlib.closing(open_stream(config, cursor=cursor)))
+        self.view = View(self.total, self.step, quiet=quiet)
+        self.view.say(f"{config.run.dir}: {'goes on from' if self.step else 'starts at'} step {self.step}")
+        tensorboard = config.run.tensorboard and self.run.local is not None
+        journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
+        self.journal: Journal = self.cleanup.enter_context(contextlib.closing(journal))
+        self.meter = Meter(config, flops_per_token=flops_per_token(config), peak=_peak(self.program), saved=counters)
+        self.train_step = self.meter.timed(lambda: compile_step(self.program, self.state))
+
+    def run_steps(self, received: list[int]) -> None:
+        """Trains to the last step, or to the step after a signal."""
+        config = self.config.train
+        packed_batches = iter(self.stream)
+        while self.step < self.total:
+            packed = next(packed_batches, None)
+            if packed is None:
+                raise RunError(f"step {self.step}: the training data ended; prepare more documents")
+            self.state, report = self.train_step(self.state, put(packed.batch, self.program.mesh))
+            self.step += 1
+            self.meter.add(self.step, report)
+            last = self.step == self.total
+            stop, log = bool(received), last or self.step % config.log_every == 0
+            sets = [s for s in config.eval_sets if last or self.step % (s.every or config.eval_every) == 0]
+            save = last or stop or self.step % config.checkpoint_every == 0
+            # One step behind, unless somebody is about to read: the device never waits for the host.
+            self._guard(self.meter.settle(leave=0 if log or sets or save else 1))
+            if log:
+                self._log(packed.epochs)
+            for eval_set in sets:
+                self.meter.timed(lambda eval_set=eval_set: self._evaluate(eval_set))
+            if save:
+                self._save(packed.cursor)
+            if stop and not last:
+                self._stop(received[0])
+
+    def finish(self) -> dict[str, Any]:
+        """Waits for the last checkpoint; writes and prints the summary."""
+        self.checkpoints.wait()
+        self.journal.close()
+        summary = self._summary()
+        self.run.write_json("summary.json", summary)
+        self.status.write("complete", self.step)
+        for name, result in summary["eval"].items():
+            self.view.say(f"held out, {name}:  {losses(result['choice'])}")
+            self.view.say(f"{'unigram model':>{len(name) + 10}}:  {losses(result['unigram'])}")
+        return summary
+
+    def _guard(self, bad_steps: list[int]) -> None:
+        """Stops at an update that was not finite, or records that it was skipped."""
+        for step in bad_steps:
+            if self.config.train.on_nan == "stop":
+                self.checkpoints.wait()
+                latest = self.checkpoints.latest()
+                good = "there is no checkpoint yet" if latest is None else self.checkpoints.where(latest)
+                raise RunError(
+                    f"step {step}: the loss or its gradient is not finite; last good checkpoint: {good}; lower "
+                    "optimizer.peak_lr, or set train.on_nan=skip in a new run"
+                )
+            self.journal.write({"kind": "event", "step": step, "event": "update skipped: loss or gradient not finite"})
+
+    def _log(self, epochs: dict[str, float]) -> None:
+        rate = float(self.program.optimizer.learning_rate(self.step))
+        self.journal.write(self.meter.record(self.step, rate, epochs))
+        self.status.write("running", self.step)
+
+    def _evaluate(self, eval_set: EvalSet) -> None:
+        result = self.evaluate(self.state.params, self.state.routing_state, eval_set)
+        names = {"kind": "eval", "step": self.step, "eval_set": eval_set.name, "routing": "choice"}
+        self.journal.write({**names, **result})
+
+    def _save(self, cursor: Any) -> None:
+        """Begins a checkpoint; what the journal says so far belongs to it."""
+        self.journal.seal(self.step)
+        meta = {
+            "config": config_lib.to_json(self.config),
+            "vocabulary": self.vocabulary.to_json(),
+            "hashes": self.hashes,
+            "select": self.select,
+            "versions": versions(),
+            "commit": commit(),
+            "counters": self.meter.to_json(),
+        }
+        self.checkpoints.save(self.state, Saved(self.step, cursor, meta))
+        self.saved_step = self.step
+
+    def _stop(self, number: int) -> None:
+        """Ends the process by the signal's exit code once the checkpoint is written."""
+        self.checkpoints.wait()
+        self.status.write("stopped", self.step)
+        self.view.say(f"stopped at step {self.step}; the same command goes on from there")
+        raise SystemExit(128 + number)
+
+    def _require_same(self, saved: Saved) -> None:
+        """InputError where the stores are no longer those of the checkpoint."""
+        for name, value in saved.meta["hashes"].items():
+            if self.hashes.get(name) != value:
+                raise InputError(
+                    f"data.stores: their {name} is not that of {self.checkpoints.where(saved.step)}; restore the stores "
+                    "or choose another run.dir"
+                )
+
+    def _summary(self) -> dict[str, Any]:
+        """Final figures, and what they depend on."""
+        records = read_metrics(self.config.run.dir)
+        figures = [r for r in records if r["kind"] == "train"][-1]
+        held_out: dict[str, Any] = {}
+        for eval_set in self.config.train.eval_sets:
+            of_set = [r for r in records if r["kind"] == "eval" and r["eval_set"] == eval_set.name]
+            keep = ("loss", "tokens")
+            choice = {k: v for k, v in of_set[-1].items() if k.startswith(keep)}
+            baseline = unigram(self.config, self.program.modality_V, eval_set)
+            held_out[eval_set.name] = {"choice": choice, "unigram": baseline}
+        device = self.program.mesh.devices.flat[0]
+        return {
+            "steps": self.step,
+            "final": {k: v for k, v in figures.items() if k not in ("schema", "kind", "time")},
+            "eval": held_out,
+            "select": self.select,
+            "commit": commit(),
+            "versions": versions(),
+            "device": {"kind": device.device_kind, "count": self.program.mesh.size},
+            "wall_seconds": figures["wall_seconds"],
+            "command": shlex.join(sys.argv),
+        }
+
+
+# Before the first step ------------------------------------------------------------------------------------------------
+
+
+def _refuse_changes(config: Config, select: Callable | None) -> None:
+    """InputError where the run in this directory was begun with another config or select function."""
+    run = RunDir(config.run.dir)
+    written = run.read_json("config.json")
+    if written is None:
+        return
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        if (latest := checkpoints.latest()) is None:
+            return  # nothing to go on from: the run starts anew
+        meta = checkpoints.saved(latest).meta
+    changed = config_lib.differences(config_lib.from_json(meta["config"]), config)
+    if changed:
+        raise InputError(
+            f"run.dir: {config.run.dir} holds a run with another config ({'; '.join(changed)}); change it back, or "
+            "choose another run.dir (with run.init_from to start from its weights)"
+        )
+    require_select(meta["select"], select, config.run.dir)
+
+
+def _finished(run: RunDir, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that is complete."""
+    status, summary = run.read_json("status.json"), run.read_json("summary.json")
+    complete = status is not None and status["state"] == "complete" and status["step"] == total_steps(config)
+    return summary if complete else None
+
+
+def _prepare_missing_stores(config: Config, progress: bool) -> None:
+    """Makes the stores' directories that do not exist, where the config says how."""
+    if config.data.kind != "store" or config.data.prepare is None:
+        return
+    from moma_jax.data.prepare import prepare
+
+    for path in dict.fromkeys(store.path for store in config.data.stores):
+        if RunDir(path).read("manifest.json") is None:
+            prepare(config.data.prepare, path, modalities=config.data.modalities, progress=progress)
+
+
+def _hashes(config: Config, vocabulary) -> dict[str, str | None]:
+    """What makes ids mean the same: layout, tokenizer and codec of the stores (they are equal in all of them)."""
+    if config.data.kind == "synthetic":
+        return {"vocabulary": vocabulary.hash}
+    from moma_jax.data.store import open_store
+
+    return open_store(config.data.stores[0].path).codecs.hashes
+
+
+def _from_other_run(program: Program, routing_state: Any, hashes: dict[str, str | None], path: str) -> TrainState:
+    """A fresh state with the newest parameters of another run; its ids must mean the same."""
+    with contextlib.closing(Checkpoints(RunDir(path))) as checkpoints:
+        if (latest := checkpoints.latest()) is None:
+            raise InputError(f"run.init_from: {path} has no checkpoint; give the directory of a run that was saved")
+        theirs = checkpoints.saved(latest).meta["hashes"]
+        for name, value in theirs.items():
+            if hashes.get(name) != value:
+                raise InputError(f"run.init_from: the {name} of {path} is not that of this run's stores; use the same")
+        params = checkpoints.restore_params(latest, abstract_params(program, routing_state))
+    return dataclasses.replace(create_state(program, routing_state), params=params)
+
+
+def _peak(program: Program) -> float | None:
+    """FLOP/s that all devices together could do; None where unknown."""
+    peak = peak_flops(program.mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * program.mesh.size
+
+
+def _use_compilation_cache(path: str) -> None:
+    """Keeps every compiled program."""
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(path) if "://" not in path else path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# While it runs --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that receives SIGTERM and SIGINT; a second one of them acts as usual."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number, frame):
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread, as in some notebooks: signals are not ours there
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Status:
+    """status.json: what a run is doing, for whoever watches it."""
+
+    def __init__(self, run: RunDir, config: Config):
+        self._run, self._total, self._step = run, total_steps(config), 0
+        self.begun = False
+
+    def write(self, state: str, step: int | None = None) -> None:
+        """Writes running, complete, stopped or failed."""
+        self.begun, self._step = True, self._step if step is None else step
+        status = {"state": state, "step": self._step, "total": self._total, "pid": os.getpid(), "updated": time.time()}
+        self._run.write_json("status.json", status)
+
+
+@contextlib.contextmanager
+def _status(run: RunDir, config: Config) -> Iterator[_Status]:
+    """Marks a run that ends by an exception as failed, once it has begun."""
+    status = _Status(run, config)
+    try:
+        yield status
+    except SystemExit:
+        raise
+    except BaseException:
+        if status.begun:
+            status.write("failed")
+        raise

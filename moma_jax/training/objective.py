@@ -1,0 +1,165 @@
+"""The loss: next-token cross-entropy in nats, in chunks, split by modality (paper section 2.1).
+
+Logits of one chunk of tokens exist at a time, in the forward and in the backward pass. The gradient is a closed form
+(softmax minus one-hot), so it is taken while the chunk's logits are at hand: three matrix products per token, as without
+chunks, where rematerialising the chunk would cost four.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moma_jax.sharding import DATA
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, float32; divide by weights for means.
+
+    Attributes:
+      cross_entropy_M: weighted nats, by modality of the target.
+      weight_M: weights, by modality of the target.
+      square_log_partition: weighted sum of the squared log-partition of the logits, over all tokens.
+    """
+
+    cross_entropy_M: jax.Array
+    weight_M: jax.Array
+    square_log_partition: jax.Array
+
+
+class _Settings(NamedTuple):
+    """What the loss depends on beside arrays; hashable, so that it can be static."""
+
+    modalities: int
+    chunk: int
+    z_loss: float
+
+
+def cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, modality_V, *, modalities, chunk, z_loss=0.0):
+    """Sum over tokens of weight * (cross-entropy + z_loss * log-partition^2), and its parts.
+
+    Under a mesh (`jax.set_mesh`) each device handles its own rows, `chunk` tokens at a time.
+
+    Args:
+      hidden_BSD: the decoder's output after the final norm, in the compute type.
+      kernel_DV: unembedding, float32; it is cast to the compute type, logits are float32.
+      target_BS: int ids of what follows.
+      weight_BS: float32; tokens of weight 0 count nothing, whatever their hidden state.
+      modality_V: modality index of every id.
+      modalities: number of modalities M.
+      chunk: tokens whose logits exist at once.
+      z_loss: weight of the squared log-partition.
+
+    Returns:
+      (total, Sums): `total` is a float32 scalar and the only differentiable result, in hidden_BSD and kernel_DV.
+    """
+    settings = _Settings(modalities, chunk, z_loss)
+    target_modality_BS = jnp.take(jnp.asarray(modality_V, jnp.int32), target_BS)
+    weight_BS = weight_BS.astype(jnp.float32)
+    return _total(settings, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(settings, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS):
+    return _over_devices(settings, False, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS)[0]
+
+
+def _total_forward(settings, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS):
+    result, grads = _over_devices(settings, True, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS)
+    return result, grads
+
+
+def _total_backward(settings, grads, cotangents):
+    grad_hidden_BSD, grad_kernel_DV = grads
+    scale, _ = cotangents  # the Sums are reports
+    hidden = (grad_hidden_BSD * scale).astype(grad_hidden_BSD.dtype)
+    return hidden, grad_kernel_DV * scale, None, None, None
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+def _over_devices(settings, with_grads, *arrays):
+    """`_local` on every device's own rows, sums and the kernel's gradient added up over the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(DATA, 1) == 1:
+        return _local(settings, with_grads, *arrays)
+
+    def on_device(*shards):
+        (total, sums), grads = _local(settings, with_grads, *shards)
+        total, sums = jax.lax.psum((total, sums), DATA)
+        if with_grads:
+            grads = (grads[0], jax.lax.psum(grads[1], DATA))
+        return (total, sums), grads
+
+    row, whole = PartitionSpec(DATA), PartitionSpec()
+    out_specs = ((whole, whole), (row, whole) if with_grads else None)
+    run = jax.shard_map(on_device, in_specs=(row, whole, row, row, row), out_specs=out_specs, check_vma=False)
+    return run(*arrays)
+
+
+def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS):
+    """((total, Sums), grads or None) of these rows: a scan over chunks of tokens."""
+    rows, sequence, width = hidden_BSD.shape
+    tokens = rows * sequence
+    chunk = min(settings.chunk, tokens)
+    chunks = -(-tokens // chunk)
+
+    def split(x_BS):
+        """(tokens, ...) -> (chunks, chunk, ...), padded with zeros, so with weight 0."""
+        x_N = x_BS.reshape(tokens, *x_BS.shape[2:])
+        x_N = jnp.pad(x_N, ((0, chunks * chunk - tokens), *((0, 0),) * (x_N.ndim - 1)))
+        return x_N.reshape(chunks, chunk, *x_N.shape[1:])
+
+    kernel_compute_DV = kernel_DV.astype(hidden_BSD.dtype)
+    inputs = tuple(split(x) for x in (hidden_BSD, target_BS, target_modality_BS, weight_BS))
+    zero_M = jnp.zeros(settings.modalities, jnp.float32)
+    start = (jnp.float32(0), Sums(zero_M, zero_M, jnp.float32(0)))
+    start_grad_DV = jnp.zeros(kernel_DV.shape, jnp.float32) if with_grads else None
+
+    def body(carry, chunk_inputs):
+        sums, grad_DV = carry
+        more, grad_hidden_ND, more_grad_DV = _chunk(settings, with_grads, kernel_compute_DV, *chunk_inputs)
+        sums = jax.tree.map(jnp.add, sums, more)
+        return (sums, grad_DV + more_grad_DV if with_grads else None), grad_hidden_ND
+
+    if chunks == 1:  # no loop around a single chunk: XLA then fuses and threads it freely
+        (sums, grad_DV), grad_hidden_ND = body((start, start_grad_DV), tuple(x[0] for x in inputs))
+    else:
+        (sums, grad_DV), grad_hidden_ND = jax.lax.scan(body, (start, start_grad_DV), inputs)
+    if not with_grads:
+        return sums, None
+    grad_hidden_BSD = grad_hidden_ND.reshape(chunks * chunk, width)[:tokens].reshape(rows, sequence, width)
+    return sums, (grad_hidden_BSD, grad_DV.astype(kernel_DV.dtype))
+
+
+def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, modality_N, weight_N):
+    """((total, Sums), gradient of hidden_ND, gradient of kernel_DV) of one chunk; gradients None where not asked."""
+    logit_NV = jnp.dot(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
+    log_partition_N = jax.nn.logsumexp(logit_NV, axis=-1)
+    target_logit_N = jnp.take_along_axis(logit_NV, target_N[:, None], axis=-1)[:, 0]
+    counted_N = weight_N != 0  # not a product: what padding's hidden state holds must not matter, even if it is NaN
+    nats_N = jnp.where(counted_N, weight_N * (log_partition_N - target_logit_N), 0)
+    square_N = jnp.where(counted_N, weight_N * log_partition_N**2, 0)
+    is_modality_NM = modality_N[:, None] == jnp.arange(settings.modalities)
+    sums = Sums(
+        jnp.sum(jnp.where(is_modality_NM, nats_N[:, None], 0), axis=0),
+        jnp.sum(jnp.where(is_modality_NM, weight_N[:, None], 0), axis=0),
+        jnp.sum(square_N),
+    )
+    total = jnp.sum(nats_N) + settings.z_loss * sums.square_log_partition
+    if not with_grads:
+        return (total, sums), None, None
+    softmax_NV = jnp.exp(logit_NV - log_partition_N[:, None])
+    pull_N = 1 + 2 * settings.z_loss * log_partition_N
+    is_target_NV = jnp.arange(logit_NV.shape[-1]) == target_N[:, None]
+    grad_NV = weight_N[:, None] * (pull_N[:, None] * softmax_NV - is_target_NV)
+    grad_NV = jnp.where(counted_N[:, None], grad_NV, 0).astype(hidden_ND.dtype)
+    grad_hidden_ND = jnp.dot(grad_NV, kernel_DV.T, preferred_element_type=jnp.float32).astype(hidden_ND.dtype)
+    hidden_ND = jnp.where(counted_N[:, None], hidden_ND, 0)  # 0 * NaN again
+    grad_kernel_DV = jnp.dot(hidden_ND.T, grad_NV, preferred_element_type=jnp.float32)
+    return (total, sums), grad_hidden_ND, grad_kernel_DV

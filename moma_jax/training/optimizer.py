@@ -1,0 +1,72 @@
+"""AdamW with warm-up and decay, as Chameleon and the paper train (paper Table 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moma_jax.config import Config, OptimizerConfig
+from moma_jax.cost import total_steps
+
+NOT_DECAYED = ("scale", "bias")
+"""Parameters whose own name begins so are not decayed: norms and biases. Matrices and embeddings are."""
+
+
+class Optimizer(NamedTuple):
+    """An update rule and its learning rate.
+
+    Attributes:
+      transformation: gradient -> clipped, decayed Adam direction; multiply by minus the learning rate and add.
+      learning_rate: update number, from 1 -> learning rate. It follows the step, not the count of applied updates, so
+        that a skipped update does not shift the schedule.
+    """
+
+    transformation: optax.GradientTransformation
+    learning_rate: Callable
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """The optimizer of a run; its schedule ends at `cost.total_steps`."""
+    settings = config.optimizer
+    transformation = optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
+    )
+    return Optimizer(transformation, make_schedule(settings, total_steps(config)))
+
+
+def make_schedule(settings: OptimizerConfig, total: int) -> Callable:
+    """Update number, from 1 -> learning rate: up to peak_lr at update `warmup_steps`, down to end_lr at `total`."""
+    warmup, peak, end = settings.warmup_steps, settings.peak_lr, settings.end_lr
+
+    def learning_rate(update):
+        update = jnp.asarray(update, jnp.float32)
+        progress = jnp.clip((update - warmup) / max(total - warmup, 1), 0, 1)
+        if settings.schedule == "cosine":
+            progress = (1 - jnp.cos(jnp.pi * progress)) / 2
+        decayed = peak + (end - peak) * progress
+        return jnp.where(update < warmup, peak * update / max(warmup, 1), decayed)
+
+    return learning_rate
+
+
+def decay_mask(params):
+    """True for every parameter that weight decay touches, by its own name (see NOT_DECAYED)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _name(path[-1]).startswith(NOT_DECAYED), params)
+
+
+def router_norm(grads) -> jax.Array | None:
+    """Global norm of the gradients of the routers (parameters called router...); None where there are none."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    routers = [leaf for path, leaf in leaves if _name(path[-1]).startswith("router")]
+    return optax.tree.norm(routers) if routers else None
+
+
+def _name(key) -> str:
+    """The text of one step of a tree path."""
+    return str(getattr(key, "key", getattr(key, "name", key)))

@@ -1,0 +1,84 @@
+"""A run's directory: where its files are, written whole or not at all, by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import tensorstore as ts
+
+from moma_jax.data.directory import Directory
+from moma_jax.errors import InputError
+
+PACKAGES = ("moma_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+
+
+class RunDir(Directory):
+    """A run's directory: files by relative name, each written whole or not at all."""
+
+    def join(self, name: str) -> str:
+        """The full path or URL of a file."""
+        return f"{(self.local or self.path).rstrip('/')}/{name}"
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the files that begin with `prefix`, sorted."""
+        keys = self._kv.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")).result()
+        return sorted(key.decode() for key in keys)
+
+    def delete(self, name: str) -> None:
+        """Removes a file."""
+        self._kv.write(name, None).result()
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Holds the directory for this process; InputError where another process trains in it.
+
+        Only local directories can be locked; the lock ends with the process, however it ends.
+        """
+        if self.local is None:
+            yield self
+            return
+        try:
+            os.makedirs(self.local, exist_ok=True)
+            file = open(self.join(".lock"), "a")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"run.dir: another process is training in {self.path}; use another one") from error
+            yield self
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a run's numbers depend on."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """Git commit of this package's source as it was at the first call; None outside git.
+
+    "-dirty" is added where tracked files differ from it.
+    """
+    home = str(Path(__file__).resolve().parents[1])
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", home, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # installed inside another project's tree: not its commit
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

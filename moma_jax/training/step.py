@@ -1,0 +1,305 @@
+"""One optimizer update: the state, its gradient over microbatches of whole routing groups, the guard, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moma_jax import sharding
+from moma_jax.batch import Batch
+from moma_jax.config import Config
+from moma_jax.model.decoder import decoder_of
+from moma_jax.model.routing import expert_choice
+from moma_jax.training import objective
+from moma_jax.training.optimizer import Optimizer, make_optimizer, router_norm
+from moma_jax.vocab import Vocabulary
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update changes.
+
+    Attributes:
+      step: int32 scalar, updates made or skipped so far.
+      params: the decoder's parameters, float32.
+      opt_state: the optimizer's moments.
+      routing_state: the select function's state, stacked over layers, by group of experts; {} where it has none.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    routing_state: Any
+
+
+class StepReport(NamedTuple):
+    """What one update says about itself: sums over its tokens, on the device.
+
+    Attributes:
+      sums: cross-entropy, weights and squared log-partition (`objective.Sums`).
+      tokens_M: int32 real tokens (padding apart) by modality.
+      taken_M3: int32 (token, layer) pairs by modality of the token, taken by 0, 1, 2 or more experts.
+      grad_norm: float32 global norm before clipping.
+      grad_norm_router: the same of the routers' gradients; None where there are no routers.
+      routing_losses: the select function's losses.
+      finite: bool; where False the update was skipped.
+    """
+
+    sums: objective.Sums
+    tokens_M: Any
+    taken_M3: Any
+    grad_norm: Any
+    grad_norm_router: Any
+    routing_losses: dict[str, Any]
+    finite: Any
+
+
+class Program(NamedTuple):
+    """What the compiled functions of a run are made of.
+
+    Attributes:
+      config: the resolved config. decoder: the model. optimizer: the update rule. mesh: the devices.
+      modality_V: int8 modality of every id.
+    """
+
+    config: Config
+    decoder: Any
+    optimizer: Optimizer
+    mesh: Mesh
+    modality_V: Any
+
+
+def make_program(config: Config, vocabulary: Vocabulary, select: Callable = expert_choice) -> Program:
+    """The parts of a run from its resolved config; `vocabulary` says which id is which modality."""
+    mesh = sharding.make_mesh(config.mesh.data, micro_groups(config))
+    return Program(config, decoder_of(config, select), make_optimizer(config), mesh, vocabulary.modality_V)
+
+
+def with_dtype(config: Config) -> Config:
+    """The config with `model.dtype` auto replaced by what this hardware computes in."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = "bfloat16" if jax.default_backend() in ("tpu", "gpu") else "float32"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
+def micro_groups(config: Config) -> int:
+    """Routing groups of one microbatch."""
+    return config.train.batch_rows // (config.train.accumulate * config.data.group_rows)
+
+
+# The state ------------------------------------------------------------------------------------------------------------
+
+
+def abstract_state(program: Program, routing_state: Any) -> TrainState:
+    """Shapes, types and shardings of the train state: what a checkpoint is restored onto."""
+    params = abstract_params(program, routing_state)
+    whole = sharding.replicated(program.mesh)
+    moments = jax.eval_shape(program.optimizer.transformation.init, params)
+    moments = optax.tree_utils.tree_map_params(
+        program.optimizer.transformation,
+        lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
+        moments,
+        params,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    )
+    rest = jax.eval_shape(lambda: (jnp.int32(0), jax.tree.map(jnp.asarray, routing_state)))
+    step, routing = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), rest)
+    return TrainState(step, params, moments, routing)
+
+
+def abstract_params(program: Program, routing_state: Any) -> Any:
+    """Shapes, types and shardings of the parameters; `routing_state` is one that the decoder takes."""
+    boxed = jax.eval_shape(lambda: _init_params(program, routing_state))
+    plain = jax.eval_shape(lambda: nn.unbox(_init_params(program, routing_state)))
+    shardings = sharding.shardings_of(boxed, program.mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
+
+
+def create_state(program: Program, routing_state: Any) -> TrainState:
+    """A fresh state from `train.seed`, born with its shardings; `routing_state` is the select function's first one."""
+
+    def create():
+        params = nn.unbox(_init_params(program, routing_state))
+        opt_state = program.optimizer.transformation.init(params)
+        return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program, routing_state))
+    return jax.jit(create, out_shardings=shardings)()
+
+
+def _init_params(program: Program, routing_state):
+    """The decoder's boxed parameters; only shapes of the arguments matter."""
+    config = program.config
+    rows = micro_groups(config) * config.data.group_rows
+    zero_BS = jnp.zeros((rows, config.data.sequence), jnp.int32)
+    variables = program.decoder.init(
+        jax.random.fold_in(jax.random.key(config.train.seed), 0),
+        zero_BS,
+        zero_BS,
+        zero_BS,
+        zero_BS,
+        **_noise(config, jnp.int32(0), jnp.arange(micro_groups(config))),
+        routing_state=routing_state,
+        train=False,
+    )
+    return variables["params"]
+
+
+def _noise(config: Config, step, group_G) -> dict[str, Any]:
+    """The decoder's arguments that fix all of its randomness: the run's seed, the step, the group within the update."""
+    return {"key": jax.random.fold_in(jax.random.key(config.train.seed), 1), "step": step, "group_G": group_G}
+
+
+# Forward --------------------------------------------------------------------------------------------------------------
+
+
+def _forward(program: Program, params, batch: Batch, step, group_G, routing_state, train: bool):
+    """(total nats with z-loss, Sums, DecoderOutput) of a microbatch."""
+    config = program.config
+    modality_V = jnp.asarray(program.modality_V, jnp.int32)
+    output = program.decoder.apply(
+        {"params": params},
+        batch.token_BS,
+        batch.segment_BS,
+        batch.position_BS,
+        jnp.take(modality_V, batch.token_BS),
+        **_noise(config, step, group_G),
+        routing_state=routing_state,
+        train=train,
+    )
+    total, sums = objective.cross_entropy(
+        output.hidden_BSD,
+        params["unembedding"]["kernel_DV"],
+        batch.target_BS,
+        batch.weight_BS,
+        modality_V,
+        modalities=len(config.data.modalities),
+        chunk=config.train.loss_chunk,
+        z_loss=config.train.z_loss if train else 0.0,
+    )
+    return total, sums, output
+
+
+def make_eval_step(program: Program) -> Callable:
+    """Compiled (params, routing_state, batch, first_group) -> Sums, under training routing without noise.
+
+    `first_group` is the global index of the batch's first routing group, so that how rows are split into batches
+    changes nothing.
+    """
+
+    def eval_step(params, routing_state, batch: Batch, first_group) -> objective.Sums:
+        groups = batch.token_BS.shape[0] // program.config.data.group_rows
+        group_G = first_group + jnp.arange(groups)
+        return _forward(program, params, batch, jnp.int32(0), group_G, routing_state, False)[1]
+
+    return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
+
+
+# The update -----------------------------------------------------------------------------------------------------------
+
+
+def make_train_step(program: Program) -> Callable:
+    """(state, batch) -> (state, StepReport); compile it with `compile_step`, which donates the state."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        grads, sums, routed, routing_state = _gradient(program, state, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(jnp.sum(sums.cross_entropy_M))
+        new_state = _update(program, state, grads, routing_state, finite)
+        taken_M3, routing_losses = routed
+        tokens_M = _tokens_by_modality(program, batch)
+        report = StepReport(sums, tokens_M, taken_M3, grad_norm, router_norm(grads), routing_losses, finite)
+        return new_state, report
+
+    return train_step
+
+
+def compile_step(program: Program, state: TrainState) -> Callable:
+    """The training step, compiled for `state` and the config's batch; it donates the state."""
+    config = program.config
+    shape = (config.train.batch_rows, config.data.sequence)
+    rows = sharding.rows(program.mesh)
+    types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in types))
+    shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
+    step = jax.jit(make_train_step(program), donate_argnums=0, out_shardings=shardings)
+    return step.lower(state, batch).compile()
+
+
+def put(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the devices, rows split over them."""
+    return jax.device_put(batch, sharding.rows(mesh))
+
+
+def replicate(value: Any, mesh: Mesh) -> Any:
+    """A number or a tree of arrays, whole on every device."""
+    return jax.device_put(jax.tree.map(jnp.asarray, value), sharding.replicated(mesh))
+
+
+def _gradient(program: Program, state: TrainState, batch: Batch):
+    """(gradient, Sums, (taken_M3, routing losses), routing_state), averaged over the weight of the whole update."""
+    accumulate = program.config.train.accumulate
+    weight = jnp.sum(batch.weight_BS)
+
+    def objective_of(params, micro: Batch, group_G):
+        total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state, True)
+        routing_losses = jax.tree.map(lambda x: x / accumulate, output.losses)
+        value = total / weight + sum(routing_losses.values(), jnp.float32(0))
+        taken_M3 = jnp.sum(output.report.taken_LM3, axis=0)
+        routing_state = jax.tree.map(lambda x: x / accumulate, output.routing_state)
+        return value, (sums, (taken_M3, routing_losses), routing_state)
+
+    differentiate = jax.grad(objective_of, has_aux=True)
+    group_G = jnp.arange(micro_groups(program.config) * accumulate)
+    if accumulate == 1:
+        grads, aux = differentiate(state.params, batch, group_G)
+        return grads, *aux
+
+    def one(carry, micro):
+        return jax.tree.map(jnp.add, carry, differentiate(state.params, *micro)), None
+
+    micros = _microbatches(program, (batch, group_G))
+    first = jax.tree.map(lambda x: x[0], micros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, state.params, *first))
+    (grads, aux), _ = jax.lax.scan(one, zeros, micros)
+    return grads, *aux
+
+
+def _microbatches(program: Program, tree):
+    """Splits leading axes into (microbatch, its part), every device keeping the rows that it has."""
+    devices, accumulate = program.mesh.size, program.config.train.accumulate
+    split = NamedSharding(program.mesh, PartitionSpec(None, sharding.DATA))
+
+    def one(x):
+        part = x.shape[0] // (devices * accumulate)
+        x = x.reshape(devices, accumulate, part, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(accumulate, devices * part, *x.shape[3:]), split)
+
+    return jax.tree.map(one, tree)
+
+
+def _update(program: Program, state: TrainState, grads, routing_state, finite) -> TrainState:
+    """The next state; where the gradient is not finite, all but the step stays as it is."""
+    optimizer = program.optimizer
+    direction, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
+    rate = optimizer.learning_rate(state.step + 1)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+    old = (state.params, state.opt_state, state.routing_state)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state, routing_state), old)
+    return TrainState(state.step + 1, *new)
+
+
+def _tokens_by_modality(program: Program, batch: Batch):
+    """Real tokens of a batch by modality, int32 (M,)."""
+    modality_BS = jnp.take(jnp.asarray(program.modality_V, jnp.int32), batch.token_BS)
+    is_modality_MBS = modality_BS == jnp.arange(len(program.config.data.modalities))[:, None, None]
+    return jnp.sum(is_modality_MBS & (batch.segment_BS > 0), axis=(1, 2), dtype=jnp.int32)

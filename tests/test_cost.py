@@ -1,0 +1,273 @@
+"""cost.py against the paper's Table 1, against the initialised model, and against the training step's own jaxpr."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moma_jax import recipes, sharding, vocab
+from moma_jax.batch import Batch
+from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
+from moma_jax.cost import cost, flops_per_token, format_cost, peak_flops, total_steps
+from moma_jax.training import step as step_lib
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def tiny(ffn="4t4i", *, width=32, layers=2, sequence=64, group_rows=2, quotas=(0.5, 0.5), accumulate=1, **model):
+    """A small resolved config with two modalities, remat off, attention and loss in one chunk."""
+    modalities = (
+        Modality("text", "t", size=96, quota=quotas[0]),
+        Modality("image", "i", size=64, span=16, quota=quotas[1]),
+    )
+    model = {"ffn_width": 4 * width, "heads": 4, "attention_chunk": sequence, **model}
+    return resolve(
+        Config(
+            model=ModelConfig(ffn=ffn, layers=layers, width=width, **model),
+            data=DataConfig(kind="synthetic", modalities=modalities, sequence=sequence, group_rows=group_rows),
+            train=TrainConfig(
+                steps=10, batch_rows=4, accumulate=accumulate, eval_sets=(), loss_chunk=4 * sequence // accumulate
+            ),
+        )
+    )
+
+
+def program_of(config):
+    """What training compiles its step from."""
+    return step_lib.make_program(config, vocab.contiguous(config.data.modalities))
+
+
+def step_jaxpr(config):
+    """The jaxpr of one whole update: forward, objective, backward, optimizer."""
+    program = program_of(config)
+    shape = (config.train.batch_rows, config.data.sequence)
+    types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
+    state = step_lib.abstract_state(program, {})
+    with sharding.use_mesh(program.mesh):
+        return jax.make_jaxpr(jax.jit(step_lib.make_train_step(program)))(state, batch).jaxpr
+
+
+def product_flops(jaxpr) -> int:
+    """FLOPs of every matrix product that a jaxpr runs: loop bodies times their length, the dearest branch of a cond."""
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+UNCOUNTED = ("ragged_dot", "ragged_dot_general", "conv_general_dilated", "pallas_call")
+
+
+def _equation_flops(equation) -> int:
+    name, params = equation.primitive.name, equation.params
+    assert name not in UNCOUNTED, f"cannot count {name}"
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    inner = [product_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    match name:
+        case "scan":
+            return params["length"] * sum(inner)
+        case "while":
+            assert not any(inner), "a product in a while loop of unknown length"
+            return 0
+        case "cond":
+            return max(inner)
+        case "shard_map":
+            return params["mesh"].size * sum(inner)
+        case _:  # jit, remat, custom derivatives: their bodies run once
+            return sum(inner)
+
+
+def _jaxprs(value):
+    """The jaxprs in one parameter of an equation."""
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        item = getattr(item, "jaxpr", item)
+        if hasattr(item, "eqns"):
+            yield item
+
+
+# Against the paper ----------------------------------------------------------------------------------------------------
+
+TABLE_1 = [
+    ("paper_90m", "dense", 92e6),
+    ("paper_90m", "8x", 210e6),
+    ("paper_90m", "4t4i", 210e6),
+    ("paper_435m", "dense", 436e6),
+    ("paper_435m", "8x", 1.9e9),
+    ("paper_435m", "7t1i", 1.9e9),
+    ("paper_1b4", "dense", 1.48e9),
+    ("paper_1b4", "8x", 7.1e9),
+    ("paper_1b4", "4t4i", 7.1e9),
+]
+
+
+@pytest.mark.parametrize(("name", "ffn", "parameters"), TABLE_1)
+def test_paper_recipes_have_the_parameters_of_table_1(name, ffn, parameters):
+    figures = cost(recipes.recipe(CONFIGS / f"{name}.py", {"model.ffn": ffn}))
+    assert figures["parameters"]["total"] == pytest.approx(parameters, rel=0.025)
+
+
+@pytest.mark.parametrize("name", ["paper_90m", "paper_435m", "paper_1b4"])
+def test_variants_of_a_paper_recipe_cost_the_same_per_token(name):
+    flops = [flops_per_token(recipes.recipe(CONFIGS / f"{name}.py", {"model.ffn": f})) for f in ("dense", "8x", "4t4i")]
+    assert max(flops) / min(flops) < 1.002  # routers are what differs
+
+
+def test_paper_recipes_have_the_batches_of_table_5():
+    for name, tokens, steps in (("90m", 6_291_456, 160_000), ("435m", 6_291_456, 160_000), ("1b4", 8_388_608, 120_000)):
+        config = recipes.recipe(CONFIGS / f"paper_{name}.py")
+        assert (config.batch_tokens, config.data.sequence, total_steps(config)) == (tokens, 4096, steps)
+        assert (config.optimizer.peak_lr, config.optimizer.end_lr, config.optimizer.warmup_steps) == (1e-4, 1e-6, 4000)
+        assert config.vocabulary_size == 65_536
+
+
+# Against the model ----------------------------------------------------------------------------------------------------
+
+VARIANTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "2t2i+1x", "4t4i+2x", "dense+1x"]
+
+
+@pytest.mark.parametrize("ffn", VARIANTS)
+def test_parameters_are_those_of_the_initialised_model(ffn):
+    config = tiny(ffn)
+    state = step_lib.abstract_state(program_of(config), {})
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    figures = cost(config)
+    assert figures["parameters"]["total"] == count
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert figures["bytes"] == {**figures["bytes"], "parameters": 4 * count, "optimizer": 4 * moments}
+
+
+@pytest.mark.parametrize("ffn", ["dense", "8x", "1t1i", "4t4i", "2t2i+1x"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"width": 64, "layers": 3, "sequence": 32, "norm": "pre"},
+        {"width": 48, "heads": 6, "sequence": 128, "group_rows": 1, "accumulate": 2},
+        {"ffn_width": 256, "quotas": (0.75, 0.25)},
+    ],
+    ids=["square", "wide", "accumulated", "uneven"],
+)
+def test_flops_are_those_of_the_steps_jaxpr(ffn, shape):
+    config = tiny(ffn, **shape)
+    counted = product_flops(step_jaxpr(config)) / config.batch_tokens
+    flops = cost(config)["flops_per_token"]
+    assert flops["executed"] == pytest.approx(counted, rel=1e-3)
+    assert flops["train"] == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("ffn", ["8x", "1t1i", "4t4i", "4t4i+1x"])
+def test_executed_flops_count_the_slots_of_generous_quotas(ffn):
+    config = tiny(ffn, quotas=(0.75, 0.5), capacity=0.3)
+    flops = cost(config)["flops_per_token"]
+    assert flops["executed"] == pytest.approx(product_flops(step_jaxpr(config)) / config.batch_tokens, rel=1e-3)
+    assert ffn == "8x" or flops["executed"] > 1.03 * flops["train"]
+
+
+def test_remat_costs_a_forward_pass_of_the_layers():
+    plain, again = tiny("4t4i"), tiny("4t4i", remat="full")
+    assert cost(again)["flops_per_token"] == cost(plain)["flops_per_token"]
+    extra = (product_flops(step_jaxpr(again)) - product_flops(step_jaxpr(plain))) / plain.batch_tokens
+    parts = cost(plain)["flops_per_token"]["by_part"]
+    assert 0 < extra <= 1.01 * (sum(parts.values()) - parts["unembedding"])
+
+
+def test_the_walker_multiplies_loops_and_takes_the_dearest_branch():
+    def looped(x):
+        def body(x, _):
+            return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), None
+
+        return jax.checkpoint(lambda x: jax.lax.scan(body, x, None, length=5)[0])(x)
+
+    assert product_flops(jax.make_jaxpr(jax.jit(looped))(jnp.ones((4, 4))).jaxpr) == 5 * 2 * 2 * 4**3
+
+
+# The convention -------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_add_up():
+    config = tiny("4t4i+1x")
+    figures = cost(config)
+    flops, parameters = figures["flops_per_token"], figures["parameters"]
+    assert sum(flops["by_part"].values()) == pytest.approx(flops["forward"])
+    assert flops["train"] == 3 * flops["forward"] == flops_per_token(config)
+    assert parameters["active"] == parameters["active_non_embedding"] + parameters["embedding"] < parameters["total"]
+    assert figures["run"]["flops"] == pytest.approx(flops["train"] * 10 * config.batch_tokens)
+    padded = cost(config, padding=0.2)["flops_per_token"]
+    assert padded["executed"] == pytest.approx(flops["executed"] / 0.8) and padded["train"] == flops["train"]
+
+
+def test_dense_forward_is_the_textbook_formula():
+    figures = cost(tiny("dense"))
+    d, hidden, layers, vocabulary, sequence = 32, 128, 2, 160, 64
+    textbook = 2 * (layers * (4 * d * d + 3 * d * hidden) + d * vocabulary) + layers * 4 * sequence * d
+    assert figures["flops_per_token"]["forward"] == textbook
+
+
+def test_length_is_rounded_up_to_whole_updates():
+    config = tiny("4t4i")
+
+    def steps(**length):
+        train = dataclasses.replace(config.train, steps=None, **length)
+        return total_steps(dataclasses.replace(config, train=train))
+
+    assert steps(tokens=config.batch_tokens * 7.0) == 7
+    assert steps(tokens=config.batch_tokens * 7.0 + 1) == 8
+    assert steps(flops=flops_per_token(config) * config.batch_tokens * 6.5) == 7
+
+
+def test_remat_keeps_less():
+    kept = [cost(tiny("4t4i", layers=8, remat=remat))["bytes"]["activations"] for remat in ("full", "dots", "none")]
+    assert kept == sorted(kept) and kept[0] < kept[2] / 2
+
+
+def test_peaks_are_known_by_device_kind():
+    assert peak_flops("TPU v4") == 275e12
+    assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
+    assert peak_flops("TPU v5") == peak_flops("TPU v5p") == 459e12
+    assert peak_flops("TPU v6 lite") == 918e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("cpu") is None and peak_flops("Tesla T4") is None
+
+
+def test_the_table_shows_every_part():
+    text = format_cost(cost(tiny("4t4i")))
+    assert all(word in text for word in ("total", "active", "experts", "attention scores", "activations", "steps"))
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+ONE_STEP = """
+import resource, sys
+import jax, numpy as np
+sys.path.insert(0, {tests!r})
+from test_cost import program_of
+from moma_jax import bench, recipes, sharding
+from moma_jax.training import step
+config = recipes.recipe({recipe!r}, {{"data.kind": "synthetic", "data.group_rows": 1, "train.batch_rows": 1,
+                                      "train.accumulate": 1}})
+program = program_of(config)
+with sharding.use_mesh(program.mesh):
+    state = step.create_state(program, {})
+    batch = step.put(bench.synthetic_batch(config), program.mesh)
+    state, report = step.compile_step(program, state)(state, batch)
+    assert bool(report.finite)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_of_paper_90m_on_one_row_fits_8_gib_on_a_cpu():
+    code = ONE_STEP.format(tests=str(Path(__file__).parent), recipe=str(CONFIGS / "paper_90m.py"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = int(done.stdout.split()[-1])
+    print(f"peak {peak / 2**30:.2f} GiB")
+    assert peak < 8 * 2**30

@@ -1,0 +1,88 @@
+"""A run that is killed at random moments ends as if nothing had happened, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from test_loop import parameters, records
+from tiny import tiny
+
+from moma_jax.training import loop
+
+KILLS, STEPS = 5, 24
+
+
+def config_of(directory, cache):
+    return tiny(
+        directory, train_steps=STEPS, train_checkpoint_every=3, train_log_every=2, train_eval_every=8,
+        run_compilation_cache=str(cache), run_tensorboard=True,
+    )  # fmt: skip
+
+
+def start(directory, cache):
+    """A real training process, its data as slow as a bad disk so that a kill can hit any step."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    words = [sys.executable, __file__, str(directory), str(cache)]
+    here = Path(__file__).parent
+    return subprocess.Popen(words, env=environment, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def journal_size(directory):
+    path = Path(directory) / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_killed_five_times_at_random(tmp_path):
+    draw = random.Random(1)
+    cache, calm, killed = tmp_path / "cache", tmp_path / "calm", tmp_path / "killed"
+    undisturbed = start(calm, cache)
+    output, _ = undisturbed.communicate(timeout=600)
+    assert undisturbed.returncode == 0, output.decode()[-3000:]
+    for _ in range(KILLS):
+        process, before = start(killed, cache), journal_size(killed)
+        while process.poll() is None and journal_size(killed) <= before:  # steps are under way
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output.decode()[-3000:]
+    last = start(killed, cache)
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output.decode()[-3000:]
+    assert b"goes on from step" in output
+    assert records(killed) == records(calm)
+    jax.tree.map(np.testing.assert_array_equal, parameters(killed), parameters(calm))
+
+
+def main(directory, cache):
+    original = loop.open_stream
+
+    def slow(*arguments, **settings):
+        stream = original(*arguments, **settings)
+        batches = iter(stream)
+
+        class Slow:
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                time.sleep(0.03)
+                return next(batches)
+
+            def close(self):
+                stream.close()
+
+        return Slow()
+
+    loop.open_stream = slow
+    loop.train(config_of(directory, cache))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

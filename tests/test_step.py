@@ -1,0 +1,161 @@
+"""One update: microbatches, devices, the guard."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny
+
+from moma_jax import sharding
+from moma_jax.data.stream import open_stream
+from moma_jax.errors import InputError
+from moma_jax.training.step import compile_step, create_state, make_eval_step, make_program, put, replicate
+from moma_jax.vocab import contiguous
+
+
+def start(config):
+    """Program, state and batches of a config."""
+    program = make_program(config, contiguous(config.data.modalities))
+    with sharding.use_mesh(program.mesh):
+        state = create_state(program, {})
+    return program, state, iter(open_stream(config))
+
+
+def updates(config, number):
+    """Loss by modality and norm of each of some updates, and the parameters after them."""
+    program, state, batches = start(config)
+    rows = []
+    with sharding.use_mesh(program.mesh):
+        step = compile_step(program, state)
+        for _ in range(number):
+            state, report = step(state, put(next(batches).batch, program.mesh))
+            sums = report.sums
+            rows.append([*np.asarray(sums.cross_entropy_M / sums.weight_M), float(report.grad_norm)])
+    return rows, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "2t2i+1x"])
+def test_microbatches_change_nothing(ffn):
+    whole, whole_params = updates(tiny(model_ffn=ffn, model_gumbel=True, model_dropout=0.1), 3)
+    parts, parts_params = updates(tiny(model_ffn=ffn, model_gumbel=True, model_dropout=0.1, train_accumulate=4), 3)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), parts_params, whole_params)
+
+
+def test_an_update_lowers_the_loss_of_its_own_batch():
+    config = tiny(train_steps=100, optimizer_warmup_steps=0)
+    program, state, batches = start(config)
+    with sharding.use_mesh(program.mesh):
+        step, batch = compile_step(program, state), put(next(batches).batch, program.mesh)
+        losses = []
+        for _ in range(20):
+            state, report = step(state, batch)
+            losses.append(float(report.sums.cross_entropy_M.sum() / report.sums.weight_M.sum()))
+    assert losses[-1] < 0.8 * losses[0] and int(state.step) == 20
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_changes_only_the_step(poison):
+    program, state, batches = start(tiny())
+    batch = next(batches).batch
+    broken = batch._replace(weight_BS=np.where(np.arange(16) == 3, poison, batch.weight_BS).astype(np.float32))
+    with sharding.use_mesh(program.mesh):
+        step = compile_step(program, state)
+        state, report = step(state, put(batch, program.mesh))
+        before = jax.device_get(state)
+        state, bad_report = step(state, put(broken, program.mesh))
+    assert report.finite and not bad_report.finite
+    after = jax.device_get(state)
+    assert after.step == before.step + 1
+    for part in ("params", "opt_state", "routing_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+
+
+def test_report_counts_real_tokens_and_routers():
+    config = tiny()
+    program, state, batches = start(config)
+    batch = next(batches).batch
+    segment_BS = np.array(batch.segment_BS)
+    segment_BS[:, 10:] = 0
+    batch = batch._replace(segment_BS=segment_BS, weight_BS=batch.weight_BS * (segment_BS > 0))
+    with sharding.use_mesh(program.mesh):
+        _, report = compile_step(program, state)(state, put(batch, program.mesh))
+    modality_BS = program.modality_V[batch.token_BS]
+    tokens_M = [int(np.sum((modality_BS == m) & (segment_BS > 0))) for m in range(2)]
+    assert report.tokens_M.tolist() == tokens_M
+    assert report.taken_M3.sum(-1).tolist() == [2 * n for n in tokens_M]  # two layers
+    assert 0 < float(report.grad_norm_router) < float(report.grad_norm)
+
+
+def test_evaluation_does_not_depend_on_batches():
+    program, state, batches = start(tiny())
+    batch = next(batches).batch
+    with sharding.use_mesh(program.mesh):
+        step = make_eval_step(program)
+
+        def sums(rows, first_group):
+            part = type(batch)(*(np.asarray(x)[rows] for x in batch))
+            return step(state.params, {}, put(part, program.mesh), replicate(first_group, program.mesh))
+
+        whole, first, rest = sums(slice(0, 8), 0), sums(slice(0, 2), 0), sums(slice(2, 8), 1)
+    np.testing.assert_allclose(first.cross_entropy_M + rest.cross_entropy_M, whole.cross_entropy_M, rtol=1e-5)
+
+
+def test_mesh_must_hold_whole_groups():
+    with pytest.raises(InputError, match="mesh.data: 2 devices"):
+        sharding.make_mesh(2, groups=4)
+    assert sharding.make_mesh(-1, groups=3).size == 1
+
+
+def test_unknown_logical_axis_is_refused():
+    import flax.linen as nn
+
+    boxed = {"kernel": nn.LogicallyPartitioned(np.zeros((2, 2)), ("embed", "embbed"))}
+    with pytest.raises(InputError, match="embbed"):
+        sharding.shardings_of(boxed, sharding.make_mesh(1, groups=1))
+
+
+def on_devices(number, accumulate):
+    """Runs this file as a program that sees so many virtual devices; returns what `updates` measured."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
+        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path)]),
+    }
+    words = [sys.executable, __file__, str(accumulate)]
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_give_the_losses_of_one():
+    one, eight = on_devices(1, 1), on_devices(8, 2)
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    np.testing.assert_allclose(eight["updates"], one["updates"], rtol=1e-5)
+    np.testing.assert_allclose(eight["evaluation"], one["evaluation"], rtol=1e-5)
+
+
+def main(accumulate):
+    config = tiny(train_batch_rows=32, train_accumulate=accumulate, train_loss_chunk=16, model_gumbel=True)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
+    rows, _ = updates(config, 3)
+    program, state, batches = start(config)
+    batch = next(batches).batch
+    batch = type(batch)(*(np.asarray(x)[:16] for x in batch))
+    with sharding.use_mesh(program.mesh):
+        step = make_eval_step(program)
+        sums = step(state.params, {}, put(batch, program.mesh), replicate(0, program.mesh))
+    rows = [list(map(float, row)) for row in rows]
+    print(json.dumps({"devices": program.mesh.size, "updates": rows, "evaluation": sums.cross_entropy_M.tolist()}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
