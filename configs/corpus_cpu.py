@@ -47,8 +47,8 @@ def config() -> Config:
         train=TrainConfig(
             tokens=4e6,
             batch_rows=8,
-            eval_sets=(EvalSet("heldout", rows=64),),
-            eval_every=100,
+            eval_sets=(EvalSet("heldout", rows=256),),
+            eval_every=200,
             checkpoint_every=200,
         ),
     )

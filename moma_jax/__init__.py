@@ -1,6 +1,7 @@
 """MoMa, mixture of modality-aware experts (arXiv 2407.21770), in JAX and Flax.
 
-The functions behind the `moma` command, each loaded when first used, so that `import moma_jax` stays light:
+The functions behind the `moma` command. Those that need JAX are loaded when first used, so that `import moma_jax` stays
+light; `cost` needs none, and is bound here because a module of its name would take its place.
 
   recipe(path, overrides)    a recipe or config.json with overrides -> resolved Config
   prepare(config, out)       a source -> a token store
@@ -13,16 +14,17 @@ The functions behind the `moma` command, each loaded when first used, so that `i
 
 import importlib
 
+from moma_jax.cost import cost
+
 _HOME = {
     "recipe": "moma_jax.recipes",
     "prepare": "moma_jax.data.prepare",
     "train": "moma_jax.training.loop",
     "evaluate": "moma_jax.training.evaluate",
     "load": "moma_jax.training.evaluate",
-    "cost": "moma_jax.cost",
     "read_metrics": "moma_jax.training.journal",
 }
-__all__ = sorted(_HOME)
+__all__ = ["cost", *sorted(_HOME)]
 
 
 def __getattr__(name):

@@ -15,6 +15,7 @@ import moma_jax
 from moma_jax import recipes
 from moma_jax.config import Config, PrepareConfig, resolve
 from moma_jax.errors import InputError, RunError
+from moma_jax.host import keep_freed_memory
 
 COMMANDS = {
     "prepare": "make a token store from pictures and text",
@@ -106,6 +107,7 @@ class BenchFfn:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 the run failed, 2 the input is at fault, 143 stopped by SIGTERM."""
     words = sys.argv[1:] if arguments is None else arguments
+    keep_freed_memory()
     try:
         run_command(words)
     except InputError as error:

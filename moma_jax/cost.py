@@ -183,8 +183,8 @@ def activation_bytes(config: Config) -> int:
       full: the layer's input, d.
       dots: besides, the results of its products: q, k, v, the attention's output and projection (5d), and gate, up and
         down of every slot (2F + d).
-      none: besides, the operands of norms, rotations and SwiGLU (about 8d + F), and the attention's weights, S per head
-        in float32.
+      none: besides, the operands of norms and rotations and the slots' inputs (about 9d), and, where a row is no longer
+        than `attention_chunk`, the attention's weights, S per head in float32; longer rows compute them anew.
 
     The layer that is being differentiated holds what `none` keeps, with the weights of one chunk of queries.
     """
@@ -194,12 +194,13 @@ def activation_bytes(config: Config) -> int:
     width = FLOAT32 if model.dtype == "float32" else 2
     positions = config.batch_tokens // config.train.accumulate
     slots = _executed_by_part(config)["experts"] / (layers * 6 * d * hidden) + config.experts.shared
-    kept = {"full": d, "dots": 6 * d + slots * (2 * hidden + d), "none": 14 * d + slots * (3 * hidden + d)}
-    scores = FLOAT32 * model.heads * data.sequence
-    per_layer = width * kept[model.remat] + (scores if model.remat == "none" else 0)
-    one_layer = width * kept["none"] + scores * Fraction(min(model.attention_chunk, data.sequence), data.sequence)
+    products = 6 * d + slots * (2 * hidden + d)
+    weights = FLOAT32 * model.heads * data.sequence if data.sequence <= model.attention_chunk else 0
+    one_chunk = FLOAT32 * model.heads * min(model.attention_chunk, data.sequence)
+    everything = width * (products + 9 * d) + weights
+    per_layer = {"full": width * d, "dots": width * products, "none": everything}[model.remat]
     logits = 2 * FLOAT32 * min(config.train.loss_chunk, positions) * config.vocabulary_size
-    return math.ceil(positions * (layers * per_layer + one_layer + 2 * width * d) + logits)
+    return math.ceil(positions * (layers * per_layer + everything + one_chunk + 2 * width * d) + logits)
 
 
 # Devices --------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ class FakeStore:
     """Views by (collection, split)."""
 
     def __init__(self, modalities, views):
-        self.vocabulary, self._views = contiguous(modalities), views
+        self.vocabulary, self._views, self.path = contiguous(modalities), views, "fake"
+        self.manifest = {"hashes": {"vocabulary": self.vocabulary.hash, "tokenizer": "same"}}
         for view in views.values():
             view.vocabulary = self.vocabulary
 

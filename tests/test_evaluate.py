@@ -83,7 +83,7 @@ def test_unigram_losses_are_those_of_smoothed_frequencies():
     eval_set = dataclasses.replace(config.train.eval_sets[0], rows=8)
     result = unigram(config, vocabulary.modality_V, eval_set)
     seen = [p.batch for _, p in zip(range(3), open_stream(config), strict=False)]
-    counts = {v: 1 for v in range(vocabulary.size)}
+    counts = dict.fromkeys(range(vocabulary.size), 1)
     for batch in seen:
         for target, weight in zip(batch.target_BS.flat, batch.weight_BS.flat, strict=True):
             counts[int(target)] += weight > 0

@@ -15,7 +15,7 @@ FLOORS = [
     ["model", "data", "cost"],
     ["config", "checks", "batch"],
     ["vocab", "sharding", "ffn"],
-    ["errors"],
+    ["errors", "host"],
 ]
 MODEL_FLOORS = [["decoder"], ["depth", "experts", "attention", "auxiliary"], ["routing"]]
 

@@ -163,6 +163,7 @@ def test_a_run_starts_from_anothers_weights(whole, tmp_path):
         moma_jax.train(tiny(tmp_path / "b", run_init_from=whole[0].run.dir, model_ffn="1t1i"), quiet=True)
     with pytest.raises(InputError, match="no checkpoint"):
         moma_jax.train(tiny(tmp_path / "c", run_init_from=str(tmp_path / "nothing")), quiet=True)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
 
 
 def poison(batch_number, batch):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
 from moma_jax.data import prepare as prepare_lib
+from moma_jax.data.directory import Directory
 from moma_jax.data.parts import PartWriter
 from moma_jax.data.prepare import prepare
 from moma_jax.data.store import KINDS, open_store, require_same_codecs
@@ -196,8 +197,6 @@ def test_other_settings_source_or_parts_are_refused(source, made, tmp_path):
 def test_a_part_being_written_is_not_written_twice(source, tmp_path):
     out = str(tmp_path / "store")
     prepare(settings(source), out, part=(1, 3), progress=False)
-    from moma_jax.data.directory import Directory
-
     directory = Directory(out)
     staged = directory.stage("parts/00002-of-00003")
     with pytest.raises(InputError, match="another process"):

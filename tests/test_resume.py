@@ -15,12 +15,12 @@ from tiny import tiny
 
 from moma_jax.training import loop
 
-KILLS, STEPS = 5, 24
+KILLS, STEPS = 5, 66
 
 
 def config_of(directory, cache):
     return tiny(
-        directory, train_steps=STEPS, train_checkpoint_every=3, train_log_every=2, train_eval_every=8,
+        directory, train_steps=STEPS, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
         run_compilation_cache=str(cache), run_tensorboard=True,
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_killed_five_times_at_random(tmp_path):
         process, before = start(killed, cache), journal_size(killed)
         while process.poll() is None and journal_size(killed) <= before:  # steps are under way
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.25))
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, output.decode()[-3000:]

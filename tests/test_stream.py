@@ -287,3 +287,13 @@ def test_random_tokens_resume_and_do_not_depend_on_hosts():
     parts = [take(open_stream(random, host=host, hosts=2), 1)[0].batch.token_BS for host in range(2)]
     np.testing.assert_array_equal(np.concatenate(parts), whole[0].batch.token_BS)
     assert whole[0].cursor == {"step": 1}
+
+
+def test_stores_of_equal_sizes_but_other_tokenizers_are_refused(views, monkeypatch):
+    """The id layout alone does not say what an id means."""
+    stores = {name: FakeStore(MODALITIES, views) for name in ("here", "there")}
+    stores["there"].manifest["hashes"]["tokenizer"] = "other"
+    monkeypatch.setattr(stream_lib, "open_store", lambda path, **options: stores[path])
+    mixed = (STORES[0], dataclasses.replace(STORES[1], path="there"), STORES[2])
+    with pytest.raises(InputError, match="its tokenizer differs .* --vocabulary"):
+        open_stream(config(stores=mixed))

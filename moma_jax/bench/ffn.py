@@ -68,23 +68,27 @@ class FfnCase(NamedTuple):
     drawn: experts_lib.Drawn
 
     @classmethod
-    def of(cls, decoder: Decoder, segment_BS, modality_BS, dtype) -> FfnCase:
-        """The FFN of a decoder on a batch of these segments and modalities, in the compute type `dtype`."""
+    def of(cls, decoder: Decoder, segment_BS, modality_BS, dtype, params=None) -> FfnCase:
+        """The FFN of a decoder on a batch of these segments and modalities, in the compute type `dtype`.
+
+        `params` are one layer's; fresh ones where None.
+        """
         model = decoder.model
         rules = decoder.rules(dtype, segment_BS.shape[1])
         group_G = jnp.arange(segment_BS.shape[0] // decoder.group_rows)
-        place = decoder.place(rules, segment_BS, modality_BS, group_G)
+        place = jax.jit(lambda *args: decoder.place(rules, *args))(segment_BS, modality_BS, group_G)
         module = experts_lib.Ffn(model, rules, parse_ffn(model.ffn, decoder.modalities).shared, True)
         drawn = experts_lib.Drawn(jnp.uint32(1), jax.random.key(1))
-        x_GTD = jnp.zeros((*place.modality_GT.shape, model.width), dtype)
-        params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x_GTD, place, drawn, {}))
+        if params is None:
+            x_GTD = jnp.zeros((*place.modality_GT.shape, model.width), dtype)
+            params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x_GTD, place, drawn, {}))["params"]
         return cls(module, params, place, drawn)
 
     def whole(self, x_BSD) -> Callable:
         """The layer as the decoder runs it."""
 
         def layer(params, x_GTD, around):
-            return self.module.apply(params, x_GTD, *around, {}).y_GTD
+            return self.module.apply({"params": params}, x_GTD, *around, {}).y_GTD
 
         return differentiated(layer, (self.params, self._grouped(x_BSD)), (self.place, self.drawn))
 
@@ -107,18 +111,20 @@ class FfnCase(NamedTuple):
 
         selections = jax.jit(chosen)(weights, x_GTD, around)
         slots = {name: _slots(selection, x_GTD.shape[1]) for name, selection in selections.items()}
-        taken = {name: jax.jit(_taken)(x_GTD, slot[0]) for name, slot in slots.items()}
+        index = {name: slot[0] for name, slot in slots.items()}
+        gate = {name: slot[1] for name, slot in slots.items()}
+        taken = jax.jit(_dispatch)(x_GTD, index)
         calls = {}
         if any(weight.router_DE is not None for weight in weights.values()):
             calls["router"] = differentiated(gates, (weights, x_GTD), around)
-        calls["dispatch"] = differentiated(_dispatch, (x_GTD,), slots)
-        calls["experts"] = differentiated(_experts, (weights, taken, shared, x_GTD))
-        calls["combine"] = differentiated(_combine, (taken, {name: s[1] for name, s in slots.items()}), (slots, x_GTD))
+        calls["dispatch"] = differentiated(_dispatch, (x_GTD,), index)
+        calls["experts"] = differentiated(_experts, (weights, taken, gate, shared, x_GTD))
+        calls["combine"] = differentiated(_combine, (taken,), (index, x_GTD))
         return calls
 
     def _weights(self) -> dict[str, experts_lib.Experts]:
         """The parameters by group of experts."""
-        return {name: experts_lib.Experts(**group) for name, group in self.params["params"].items()}
+        return {name: experts_lib.Experts(**group) for name, group in self.params.items()}
 
     def _grouped(self, x_BSD):
         """Rows to routing groups."""
@@ -131,16 +137,13 @@ def _slots(selection, tokens: int):
     return experts_lib.flat(selection.index_EC), experts_lib.flat(selection.gate_EC)
 
 
-def _taken(x_GTD, index_EN):
-    return x_GTD.reshape(-1, x_GTD.shape[-1])[index_EN]
+def _dispatch(x_GTD, index):
+    x_ND = x_GTD.reshape(-1, x_GTD.shape[-1])
+    return {name: experts_lib.dispatch(x_ND, index_EN) for name, index_EN in index.items()}
 
 
-def _dispatch(x_GTD, slots):
-    return {name: _taken(x_GTD, index_EN) for name, (index_EN, _) in slots.items()}
-
-
-def _experts(weights, taken, shared, x_GTD, _):
-    outputs = {name: experts_lib.swiglu(taken[name], weights[name]) for name in weights}
+def _experts(weights, taken, gate, shared, x_GTD, _):
+    outputs = {name: experts_lib.swiglu(taken[name], weights[name], gate[name]) for name in weights}
     return outputs if shared is None else (outputs, experts_lib.everywhere(x_GTD, shared))
 
 
@@ -148,9 +151,9 @@ def _everywhere(weights, x_GTD, _):
     return sum(experts_lib.everywhere(x_GTD, weight) for weight in weights)
 
 
-def _combine(outputs, gates, around):
-    slots, x_GTD = around
+def _combine(outputs, around):
+    index, x_GTD = around
     y_ND = jnp.zeros((x_GTD.shape[0] * x_GTD.shape[1], x_GTD.shape[2]), x_GTD.dtype)
     for name, out_END in outputs.items():
-        y_ND = y_ND.at[slots[name][0]].add(out_END * gates[name][..., None].astype(out_END.dtype))
+        y_ND = experts_lib.combine(y_ND, index[name], out_END)
     return y_ND

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,42 +18,47 @@ from moma_jax.training import step as step_lib
 PARTS = ("router", "dispatch", "experts", "combine", "attention", "loss", "optimizer")
 
 
-def measure_parts(program: step_lib.Program, batch: Batch, *, repeats: int = 5) -> dict[str, float]:
+def measure_parts(
+    program: step_lib.Program, state: step_lib.TrainState, batch: Batch, *, repeats: int = 5
+) -> dict[str, float]:
     """Seconds per update of the step's pieces on one device, forward and backward.
 
     Pieces have the shapes of one microbatch on one device and are multiplied by layers and microbatches; the optimizer
     runs once. This is a piecewise measurement: in the whole step XLA fuses across pieces and remat runs some of them
     twice, so their sum need not be the step's time. What is left, which also holds embedding, norms and residuals, is
-    "other" in `bench_step`, and may be negative.
+    "other" in `bench_step`, and may be negative. Weights are those of the state's first layer; the state is used up.
     """
     config = program.config
     rows = config.train.batch_rows // (config.train.accumulate * program.mesh.size)
     batch = Batch(*(jnp.asarray(np.asarray(x)[:rows]) for x in batch))
     x_BSD = random(0, (rows, config.data.sequence, config.model.width), config.model.dtype)
     modality_BS = jnp.asarray(program.modality_V, jnp.int32)[batch.token_BS]
-    ffn = FfnCase.of(program.decoder, batch.segment_BS, modality_BS, jnp.dtype(config.model.dtype))
-    seconds = in_turns({**ffn.pieces(x_BSD), "attention": _attention(program, batch, x_BSD)}, repeats)
+    layer = jax.tree.map(lambda x: x[0], state.params["layers"])
+    ffn = FfnCase.of(program.decoder, batch.segment_BS, modality_BS, x_BSD.dtype, layer["ffn"])
+    attention = _attention(program, layer["attention"], batch, x_BSD)
+    seconds = in_turns({**ffn.pieces(x_BSD), "attention": attention}, repeats)
     times = dict.fromkeys(seconds, config.train.accumulate * config.model.layers)
-    seconds |= in_turns({"loss": _loss(program, batch, x_BSD)}, repeats)
-    seconds |= in_turns({"optimizer": _optimizer(program)}, repeats)
+    seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
+    seconds |= in_turns({"optimizer": _optimizer(program, state)}, repeats)
     times |= {"loss": config.train.accumulate, "optimizer": 1}
     return {name: times[name] * summarise(seconds[name])[0] if name in seconds else 0.0 for name in PARTS}
 
 
-def _attention(program: step_lib.Program, batch: Batch, x_BSD) -> Callable:
+def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callable:
     """Projections, norms and rotations of q and k, scores, output projection."""
     model = program.config.model
-    module = Attention(model)
-    angles = rotary_angles(batch.position_BS, model.width // model.heads, model.rope_theta)
-    where = (batch.segment_BS, batch.position_BS, angles)
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x_BSD, *where))
-    return differentiated(lambda params, x, where: module.apply(params, x, *where), (params, x_BSD), where)
+    rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.width // model.heads, model.rope_theta))
+
+    def attend(params, x_BSD, around):
+        return Attention(model).apply({"params": params}, x_BSD, *around)
+
+    around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS))
+    return differentiated(attend, (params, x_BSD), around)
 
 
-def _loss(program: step_lib.Program, batch: Batch, x_BSD) -> Callable:
+def _loss(program: step_lib.Program, kernel_DV, batch: Batch, x_BSD) -> Callable:
     """Unembedding and cross-entropy; its gradient is taken in the forward pass."""
     config = program.config
-    kernel_DV = random(1, (config.model.width, config.vocabulary_size), jnp.float32)
     around = (batch.target_BS, batch.weight_BS, jnp.asarray(program.modality_V, jnp.int32))
     settings = {
         "modalities": len(config.data.modalities),
@@ -68,10 +72,10 @@ def _loss(program: step_lib.Program, batch: Batch, x_BSD) -> Callable:
     return differentiated(total, (x_BSD, kernel_DV), around)
 
 
-def _optimizer(program: step_lib.Program) -> Callable:
+def _optimizer(program: step_lib.Program, state: step_lib.TrainState) -> Callable:
     """Norm and clip of the gradient, moments, decay, the new parameters."""
-    held = {"state": step_lib.create_state(program, {})}
-    grads = jax.jit(lambda params: jax.tree.map(jnp.ones_like, params))(held["state"].params)
+    held = {"state": state}
+    grads = jax.jit(lambda params: jax.tree.map(jnp.ones_like, params))(state.params)
 
     def update(state, grads):
         return step_lib._update(program, state, grads, state.routing_state, jnp.bool_(True))

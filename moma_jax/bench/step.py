@@ -71,7 +71,7 @@ def bench_step(
     for variant in variants if parts else ():
         say(f"where the time of {variant.name} goes")
         with _out_of_memory_is_named():
-            measured = measure_parts(variant.program, batch, repeats=min(repeats, 5))
+            measured = measure_parts(variant.program, variant.fresh(), batch, repeats=min(repeats, 5))
         own = figures[variant.name]
         own["parts"] = {**measured, "other": own["step_seconds"] - sum(measured.values())}
     return {"bench": "step", **_setting(variants[0].program, config), "variants": figures}

@@ -58,7 +58,7 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
       source: see sources.py.
       config: how to make them.
       modalities: what the layout must be, of config.data.modalities; None: text, and image where the source has any.
-      look: called with the number of units looked at, for a progress bar.
+      look: called with (units looked at, units to look at), for a progress bar.
 
     Raises:
       InputError: the settings contradict `modalities`, or there is nothing to fit on.

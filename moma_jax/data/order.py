@@ -31,7 +31,7 @@ class Document(NamedTuple):
       length: tokens.
       modality: the only modality of its tokens, or -1 where it has several spans or an atomic one.
       count_M: tokens of each modality.
-      spans: (modality, tokens) runs in order; None where modality >= 0 and where `span_limit` was not exceeded.
+      spans: (modality, tokens) runs in order; None where modality >= 0 or the document is short (`span_limit`).
     """
 
     document: int

@@ -217,25 +217,20 @@ class Planner:
                     f"data.lanes: {lanes} lanes, but {source.name} has {reader.documents} documents; use "
                     f"{max(reader.documents, 1)} lanes at most, or more documents"
                 )
-        share_NM = [list(map(float, source.share_M)) for source in sources]
+        # Rounded, so that ties between stores fall alike on every machine.
+        share_NM = [[round(float(share), 9) for share in source.share_M] for source in sources]
         candidates_M = _candidates(self.sources, share_NM)
 
-        def order(lane, source, reader):
-            return LaneOrder(
-                reader, lane, lanes, seed=seed, name=source.name, window_documents=window_documents,
-                spans=frame.spans, span_limit=frame.whole_limit, epochs=epochs,
-            )  # fmt: skip
-
-        self._lanes = {
-            lane: Lane(
-                [order(lane, s, r) for s, r in zip(self.sources, self._readers, strict=True)],
-                candidates_M,
-                share_NM,
-                frame,
-                wait_documents,
-            )  # fmt: skip
-            for lane in (range(lanes) if mine is None else mine)
-        }
+        self._lanes: dict[int, Lane] = {}
+        for lane in range(lanes) if mine is None else mine:
+            orders = [
+                LaneOrder(
+                    reader, lane, lanes, seed=seed, name=source.name, window_documents=window_documents,
+                    spans=frame.spans, span_limit=frame.whole_limit, epochs=epochs,
+                )
+                for source, reader in zip(self.sources, self._readers, strict=True)
+            ]  # fmt: skip
+            self._lanes[lane] = Lane(orders, candidates_M, share_NM, frame, wait_documents)
 
     def next_group(self, lane: int) -> Group:
         """The next group of one of this planner's lanes."""

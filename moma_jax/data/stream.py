@@ -19,7 +19,7 @@ from moma_jax.config import Config, DataConfig, Modality, StoreConfig, quota_tok
 from moma_jax.data.mixture import resolve_shares
 from moma_jax.data.packing import Frame, Group
 from moma_jax.data.planner import Planner, Source
-from moma_jax.data.store import open_store
+from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.errors import InputError
 from moma_jax.vocab import Vocabulary, contiguous
@@ -161,7 +161,9 @@ def make_planner(
 
 
 def merge_cursors(cursors: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One cursor of all lanes from the hosts' cursors after the same batch."""
+    """One cursor of all lanes from the hosts' cursors after the same batch; raises ValueError for others."""
+    if len({int(cursor["group"]) for cursor in cursors}) > 1:
+        raise ValueError("the hosts' cursors are not of the same batch")
     per_lane = ("lane", "order", "waiting", "supplied", "ended")
     order_L = np.argsort(np.concatenate([cursor["lane"] for cursor in cursors]), kind="stable")
     merged = {name: np.concatenate([cursor[name] for cursor in cursors])[order_L] for name in per_lane}
@@ -189,7 +191,7 @@ class _PlanIterator(grain.DatasetIterator):
         super().__init__()
         self._planner, self._groups, self._mine, self._epochs = planner, groups, mine, epochs
         self._group, self._state = 0, {}
-        self.set_state(cursor if cursor is not None else {"group": np.int64(0), **planner.cursor()})
+        self.set_state(cursor if cursor is not None else {"group": 0, **planner.cursor()})
 
     def __next__(self) -> Plan:
         lanes = self._planner.lanes
@@ -201,7 +203,7 @@ class _PlanIterator(grain.DatasetIterator):
         piece_N6 = np.concatenate(
             [pieces_of_group(g, (p - self._mine.start) * rows) for p, g in planned if p in self._mine]
         )
-        self._state = {"group": np.int64(self._group), **self._planner.cursor()}
+        self._state = {"group": np.array(self._group, np.int64), **self._planner.cursor()}
         return Plan(piece_N6, self._state, self._planner.epochs(), self._planner.waiting())
 
     def _positions(self) -> range:
@@ -211,15 +213,15 @@ class _PlanIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, np.ndarray]:
         return self._state
 
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        self._group = int(state["group"])
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._state = {name: np.asarray(value, np.int64) for name, value in state.items()}
+        self._group = int(self._state["group"])
         if len(self._mine) < self._groups and self._epochs is None and self._group % self._groups:
             raise InputError(
                 f"train.batch_rows: the checkpoint's data position, group {self._group}, is not the start of a batch "
                 f"of {self._groups} groups; use the batch_rows that the run began with"
             )
-        self._planner.restore(state)
-        self._state = state
+        self._planner.restore(self._state)
 
 
 class _SyntheticIterator(grain.DatasetIterator):
@@ -228,18 +230,18 @@ class _SyntheticIterator(grain.DatasetIterator):
     def __init__(self, groups: int, mine: range, cursor: dict | None):
         super().__init__()
         self._groups, self._mine = groups, mine
-        self.set_state(cursor if cursor is not None else {"step": np.int64(0)})
+        self.set_state(cursor if cursor is not None else {"step": 0})
 
     def __next__(self) -> SyntheticPlan:
         first = int(self._state["step"]) * self._groups + self._mine.start
-        self._state = {"step": self._state["step"] + 1}
+        self.set_state({"step": self._state["step"] + 1})
         return SyntheticPlan(range(first, first + len(self._mine)), self._state)
 
     def get_state(self) -> dict[str, np.ndarray]:
         return self._state
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        self._state = {"step": np.int64(state["step"])}
+        self._state = {"step": np.asarray(state["step"], np.int64)}
 
 
 def pieces_of_group(group: Group, first_row: int) -> np.ndarray:
@@ -365,15 +367,10 @@ def _open_views(data: DataConfig, stores: Sequence[StoreConfig], split: str) -> 
 
 
 def _check_vocabularies(data: DataConfig, stores: Sequence[StoreConfig], opened: Sequence[Any]) -> Vocabulary:
-    vocabulary = opened[0].vocabulary
     for store, found in zip(stores, opened, strict=True):
         _check_modalities(data.modalities, found.vocabulary, store)
-        if found.vocabulary.hash != vocabulary.hash:
-            raise InputError(
-                f"data.stores: {store.name} has another vocabulary than {stores[0].name}; prepare it again with "
-                f"vocabulary={stores[0].path}"
-            )
-    return vocabulary
+        require_same_codecs(opened[0], found)
+    return opened[0].vocabulary
 
 
 def _check_modalities(modalities: Sequence[Modality], vocabulary: Vocabulary, store: StoreConfig) -> None:

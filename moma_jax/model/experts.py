@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moma_jax.config import ModelConfig
+from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 from moma_jax.model.routing import Quota, Selection, count_taken, make_score
 
@@ -194,9 +195,13 @@ def over_devices(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: boo
     Inside `jax.shard_map` gathers stay local; left to the partitioner they would be reshuffled over all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    split = "data" in mesh.axis_names and mesh.shape["data"] > 1 and "data" not in mesh.manual_axes
-    if not split:
+    if "data" not in mesh.axis_names or mesh.shape["data"] == 1 or "data" in mesh.manual_axes:
         return routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
+    groups, devices = x_GTD.shape[0], mesh.shape["data"]
+    if groups % devices:
+        raise InputError(
+            f"mesh.data: {groups} routing groups do not split over {devices} devices; use a divisor of {groups}"
+        )
 
     def local(x_GTD, place, drawn, state, routed):
         output = routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
@@ -206,11 +211,11 @@ def over_devices(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: boo
             taken_M3=jax.lax.psum(output.taken_M3, "data"),
         )
 
-    groups, same = PartitionSpec("data"), PartitionSpec()
+    split, same = PartitionSpec("data"), PartitionSpec()
     return jax.shard_map(
         local,
-        in_specs=(groups, groups, same, same, same),
-        out_specs=FfnOutput(groups, same, same, same, groups),
+        in_specs=(split, split, same, same, same),
+        out_specs=FfnOutput(split, same, same, same, split),
         axis_names={"data"},
     )(x_GTD, place, drawn, state, routed)
 
@@ -228,10 +233,21 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
     times_N = jnp.zeros(groups * tokens, jnp.int32)
     for group in rules.groups:
         index_EN, gate_EN, filled_EN = (flat(a) for a in offset(selections[group.name], tokens))
-        y_ND = y_ND.at[index_EN].add(swiglu(x_ND[index_EN], routed[group.name], gate_EN))
+        out_END = swiglu(dispatch(x_ND, index_EN), routed[group.name], gate_EN)
+        y_ND = combine(y_ND, index_EN, out_END)
         times_N = times_N.at[index_EN].add(filled_EN.astype(jnp.int32))
     taken_M3 = count_taken(times_N, place.modality_GT.reshape(-1), rules.modalities)
     return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, selections)
+
+
+def dispatch(x_ND, index_EN):
+    """Tokens to slots."""
+    return x_ND.at[index_EN].get(mode="promise_in_bounds")
+
+
+def combine(y_ND, index_EN, out_END):
+    """Adds the slots' (weighted) outputs to their tokens'; an empty slot's is 0."""
+    return y_ND.at[index_EN].add(out_END, mode="promise_in_bounds")
 
 
 def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
@@ -248,7 +264,7 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
         own_GTE = logit_GTE[..., start : start + group.experts]
         start += group.experts
         eligible_GT = jnp.isin(place.modality_GT, jnp.array(group.modalities))
-        before = state.get(group.name, ())
+        before = state.get(group.name)
 
         def one(logit_TE, eligible_T, hash_T, index, number=number, quota=quota, before=before):
             key = jax.random.fold_in(jax.random.fold_in(drawn.key, index), number)

@@ -7,8 +7,9 @@ passed to the decoder or to `moma_jax.train(config, select=...)`:
     select(score: Score, eligible_T, quota: Quota, state, key) -> (Selection, state, losses)
 
 The caller maps it over routing groups, averages the returned states and losses over them, and sums losses over
-layers. `state` is the layer's part of the routing state (`()` where the run has none), `key` a PRNG key of this step,
-layer, routing group and group of experts, `losses` a dictionary of float32 scalars that are added to the objective.
+layers. `state` is the layer's and expert group's part of the routing state (None where the run has none), `key` a PRNG
+key of this step, layer, routing group and group of experts, `losses` a dictionary of float32 scalars that are added to
+the objective.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class Checkpoints:
         meta = self._restore(step, "meta", ocp.args.JsonRestore())
         if meta.get("format_version") != FORMAT_VERSION:
             raise InputError(
-                f"{self.where(step)}: format_version {meta.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+                f"{self.where(step)}: checkpoint format {meta.get('format_version')!r}; this version of moma_jax reads "
+                f"{FORMAT_VERSION}"
             )
         cursor = unpack_arrays(self._restore(step, "cursor", ocp.args.JsonRestore()))
         return Saved(step, cursor, meta)

@@ -5,8 +5,8 @@ record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and 
 in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out.
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
-`metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that goes
-on from a checkpoint first cuts its records back to that checkpoint's step.
+`metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that
+goes on from a checkpoint first cuts its records back to that checkpoint's step.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from moma_jax import config as config_lib
 from moma_jax import sharding
@@ -92,19 +93,20 @@ class _Session:
         self.total = total_steps(self.config)
         self.hashes = _hashes(self.config, vocabulary)
         self.evaluate = Evaluator(program)
-        self.saved_step: int | None = None
 
     def begin(self, routing_state: Any, quiet: bool) -> None:
         """Restores the newest checkpoint or makes a fresh state; opens data and journal there; compiles."""
         config = self.config
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         self.checkpoints = self.cleanup.enter_context(contextlib.closing(Checkpoints(self.run, **keep, write=True)))
-        self.step, cursor, counters = 0, None, None
-        if (latest := self.checkpoints.latest()) is not None:
-            saved = self.checkpoints.saved(latest)
+        latest = self.checkpoints.latest()
+        saved = None if latest is None else self.checkpoints.saved(latest)
+        if saved is not None:
             self._require_same(saved)
-            self.step, self.saved_step = latest, latest
-            cursor, counters = saved.cursor, saved.meta["counters"]
+        self.step = 0 if latest is None else latest
+        stream = open_stream(config, cursor=None if saved is None else saved.cursor)
+        self.stream = self.cleanup.enter_context(contextlib.closing(stream))
+        if saved is not None:
             self.state = self.checkpoints.restore(latest, abstract_state(self.program, routing_state))
         elif config.run.init_from is not None:
             self.state = _from_other_run(self.program, routing_state, self.hashes, config.run.init_from)
@@ -112,13 +114,14 @@ class _Session:
             self.state = create_state(self.program, routing_state)
         self.run.write_json("config.json", config_lib.to_json(config))
         self.status.write("running", self.step)
-        self.stream = self.cleanup.enter_context(contextlib.closing(open_stream(config, cursor=cursor)))
         self.view = View(self.total, self.step, quiet=quiet)
         self.view.say(f"{config.run.dir}: {'goes on from' if self.step else 'starts at'} step {self.step}")
         tensorboard = config.run.tensorboard and self.run.local is not None
         journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
         self.journal: Journal = self.cleanup.enter_context(contextlib.closing(journal))
-        self.meter = Meter(config, flops_per_token=flops_per_token(config), peak=_peak(self.program), saved=counters)
+        counters = None if saved is None else saved.meta["counters"]
+        flops, peak = flops_per_token(config), _peak(self.program)
+        self.meter = Meter(config, flops_per_token=flops, peak=peak, saved=counters)
         self.train_step = self.meter.timed(lambda: compile_step(self.program, self.state))
 
     def run_steps(self, received: list[int]) -> None:
@@ -195,7 +198,6 @@ class _Session:
             "counters": self.meter.to_json(),
         }
         self.checkpoints.save(self.state, Saved(self.step, cursor, meta))
-        self.saved_step = self.step
 
     def _stop(self, number: int) -> None:
         """Ends the process by the signal's exit code once the checkpoint is written."""
@@ -209,8 +211,8 @@ class _Session:
         for name, value in saved.meta["hashes"].items():
             if self.hashes.get(name) != value:
                 raise InputError(
-                    f"data.stores: their {name} is not that of {self.checkpoints.where(saved.step)}; restore the stores "
-                    "or choose another run.dir"
+                    f"data.stores: their {name} is not that of {self.checkpoints.where(saved.step)}; restore the "
+                    "stores or choose another run.dir"
                 )
 
     def _summary(self) -> dict[str, Any]:
@@ -311,6 +313,7 @@ def _use_compilation_cache(path: str) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(path) if "://" not in path else path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # it may have been set up, or found missing, before
 
 
 # While it runs --------------------------------------------------------------------------------------------------------

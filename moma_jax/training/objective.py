@@ -1,8 +1,8 @@
 """The loss: next-token cross-entropy in nats, in chunks, split by modality (paper section 2.1).
 
 Logits of one chunk of tokens exist at a time, in the forward and in the backward pass. The gradient is a closed form
-(softmax minus one-hot), so it is taken while the chunk's logits are at hand: three matrix products per token, as without
-chunks, where rematerialising the chunk would cost four.
+(softmax minus one-hot), so it is taken while the chunk's logits are at hand: three matrix products per token, as
+without chunks, where rematerialising the chunk would cost four.
 """
 
 from __future__ import annotations

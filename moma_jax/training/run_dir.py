@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -38,11 +39,13 @@ class RunDir(Directory):
     def locked(self):
         """Holds the directory for this process; InputError where another process trains in it.
 
-        Only local directories can be locked; the lock ends with the process, however it ends.
+        Only local directories can be locked; the lock ends with the process, however it ends. A directory that is new
+        here is removed again where an InputError shows that no run can begin in it.
         """
         if self.local is None:
             yield self
             return
+        new = not os.path.exists(self.local)
         try:
             os.makedirs(self.local, exist_ok=True)
             file = open(self.join(".lock"), "a")  # noqa: SIM115
@@ -53,7 +56,12 @@ class RunDir(Directory):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise InputError(f"run.dir: another process is training in {self.path}; use another one") from error
-            yield self
+            try:
+                yield self
+            except InputError:
+                if new:
+                    shutil.rmtree(self.local)
+                raise
 
 
 @functools.cache

@@ -1,0 +1,124 @@
+"""Slow, obvious NumPy references: loops over groups, modalities, experts, tokens; float64."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def jitter(seed: int, row: int, position: int, expert: int) -> float:
+    """The tie-breaking term of `routing.make_score`, in Python integers: 0 to 1."""
+
+    def mix(bits):
+        bits = ((bits ^ bits >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+        bits = ((bits ^ bits >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+        return bits ^ bits >> 16
+
+    place = mix((mix(int(row) + 1) + int(position)) & 0xFFFFFFFF)
+    return (mix(place ^ mix((seed + expert * 0x9E3779B9) & 0xFFFFFFFF)) >> 8) / 2**24
+
+
+def chosen(rank_T, eligible_T, capacity: Fraction) -> list[int]:
+    """Tokens that one expert takes: the k best eligible ones, equal ranks to the lower token."""
+    tokens = [t for t in range(len(rank_T)) if eligible_T[t]]
+    return sorted(tokens, key=lambda t: (-rank_T[t], t))[: math.ceil(len(tokens) * capacity)]
+
+
+def moma_ffn(x_GTD, modality_GT, groups, weights, *, capacity=None, rank_jitter=None, dy_GTD=None):
+    """Paper Eq. 1, and its gradient by hand.
+
+    Args:
+      modality_GT: -1 on padding. groups: (name, modalities, experts) each; one expert has no router and gate 1.
+      weights: by group name, and "shared": dictionaries gate_EDF, up_EDF, down_EFD, router_DE.
+      capacity: share that an expert takes; 1/experts if None. rank_jitter: (group, token, expert) -> float.
+      dy_GTD: gradient of the output; None for no gradient.
+
+    Returns:
+      (y_GTD, taken: {(group name, g, expert): tokens}, gradient: {"x": ..., group name: {...}}).
+    """
+    x_GTD = np.asarray(x_GTD, np.float64)
+    weights = {n: {k: np.asarray(v, np.float64) for k, v in w.items()} for n, w in weights.items()}
+    y_GTD, taken = np.zeros_like(x_GTD), {}
+    gradient = {"x": np.zeros_like(x_GTD)} | {n: {k: np.zeros_like(v) for k, v in w.items()} for n, w in weights.items()}
+    for g in range(x_GTD.shape[0]):
+        for name, modalities, experts in groups:
+            w, eligible_T = weights[name], [m in modalities for m in modality_GT[g]]
+            for e in range(experts):
+                tokens = [t for t in range(len(eligible_T)) if eligible_T[t]]
+                if experts > 1:
+                    rank_T = x_GTD[g] @ w["router_DE"][:, e]
+                    if rank_jitter:
+                        rank_T = rank_T + [rank_jitter(g, t, e) for t in range(len(rank_T))]
+                    share = Fraction(1, experts) if capacity is None else Fraction(capacity).limit_denominator(10000)
+                    tokens = chosen(rank_T, eligible_T, share)
+                taken[name, g, e] = tokens
+                for t in tokens:
+                    _one_token(x_GTD, y_GTD, dy_GTD, g, t, e, w, gradient, gradient[name], routed=experts > 1)
+        if "shared" in weights:
+            for t in range(x_GTD.shape[1]):
+                _one_token(
+                    x_GTD, y_GTD, dy_GTD, g, t, 0, weights["shared"], gradient, gradient["shared"], routed=False
+                )
+    return y_GTD, taken, gradient
+
+
+def _one_token(x_GTD, y_GTD, dy_GTD, g, t, e, w, gradient, dw, routed):
+    """Adds gate * SwiGLU_e(x) to y, and the gradients that follow from dy."""
+    x = x_GTD[g, t]
+    gate = sigmoid(x @ w["router_DE"][:, e]) if routed else 1.0
+    a, b = x @ w["gate_EDF"][e], x @ w["up_EDF"][e]
+    s = sigmoid(a)
+    out = (s * a * b) @ w["down_EFD"][e]
+    y_GTD[g, t] += gate * out
+    if dy_GTD is None:
+        return
+    dy = np.asarray(dy_GTD[g, t], np.float64)
+    dh = w["down_EFD"][e] @ (gate * dy)
+    da, db = dh * b * (s + a * s * (1 - s)), dh * s * a
+    dw["down_EFD"][e] += np.outer(s * a * b, gate * dy)
+    dw["gate_EDF"][e] += np.outer(x, da)
+    dw["up_EDF"][e] += np.outer(x, db)
+    gradient["x"][g, t] += w["gate_EDF"][e] @ da + w["up_EDF"][e] @ db
+    if routed:
+        dlogit = (dy @ out) * gate * (1 - gate)
+        dw["router_DE"][:, e] += x * dlogit
+        gradient["x"][g, t] += w["router_DE"][:, e] * dlogit
+
+
+def rotary(x_K, position, theta):
+    """One head's vector turned by its position; channel k pairs with k + K/2."""
+    half, out = len(x_K) // 2, np.zeros(len(x_K))
+    for k in range(half):
+        angle = position * theta ** (-2 * k / len(x_K))
+        out[k] = x_K[k] * np.cos(angle) - x_K[k + half] * np.sin(angle)
+        out[k + half] = x_K[k + half] * np.cos(angle) + x_K[k] * np.sin(angle)
+    return out
+
+
+def attention(x_SD, segment_S, position_S, weights, *, theta=10000.0, epsilon=1e-5):
+    """One row through the attention sub-layer: QK-norm, rotary positions, earlier tokens of the same document.
+
+    weights: query_DHK, key_DHK, value_DHK, out_HKD, and query_norm, key_norm: {scale_HK, bias_HK}.
+    """
+    x_SD, (_, heads, width) = np.asarray(x_SD, np.float64), np.shape(weights["query_DHK"])
+    y_SD = np.zeros_like(x_SD)
+
+    def projected(s, h, which):
+        v = x_SD[s] @ np.asarray(weights[f"{which}_DHK"], np.float64)[:, h]
+        norm = weights[f"{which}_norm"]
+        v = (v - v.mean()) / np.sqrt(v.var() + epsilon) * norm["scale_HK"][h] + norm["bias_HK"][h]
+        return rotary(v, position_S[s], theta)
+
+    for h in range(heads):
+        q, k = ([projected(s, h, which) for s in range(len(x_SD))] for which in ("query", "key"))
+        for s in range(len(x_SD)):
+            seen = [r for r in range(s + 1) if segment_S[r] == segment_S[s]]
+            score = np.array([q[s] @ k[r] / np.sqrt(width) for r in seen])
+            weight = np.exp(score - score.max())
+            mixed = (weight / weight.sum()) @ np.array([x_SD[r] @ weights["value_DHK"][:, h] for r in seen])
+            y_SD[s] += mixed @ weights["out_HKD"][h]
+    return y_SD

@@ -1,0 +1,155 @@
+"""The benches measure what they say: structure, arithmetic, sane figures. No test depends on how fast a machine is."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+from moma_jax import bench
+from moma_jax.bench import step as step_bench
+from moma_jax.bench.ffn import _half_and_half
+from moma_jax.bench.parts import PARTS
+from moma_jax.bench.timing import differentiated, in_turns, summarise
+from moma_jax.config import StoreConfig
+from moma_jax.cost import cost
+from moma_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def slack_config():
+    """Tiny, accumulating, with quotas of 0.625 each: some slots stay empty."""
+    config = tiny(train_accumulate=2)
+    modalities = tuple(dataclasses.replace(m, quota=0.625) for m in config.data.modalities)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, modalities=modalities))
+
+
+@pytest.fixture(scope="module")
+def measured(slack_config):
+    """One small `bench_step` for all tests of it."""
+    return bench.bench_step(slack_config, ("dense", "4t4i"), repeats=2)
+
+
+def test_step_reports_every_variant(measured, slack_config):
+    assert list(measured["variants"]) == ["dense", "4t4i"]
+    assert measured["update"]["tokens"] == slack_config.batch_tokens and measured["update"]["accumulate"] == 2
+    for figures in measured["variants"].values():
+        assert figures["tokens_per_second"] == pytest.approx(slack_config.batch_tokens / figures["step_seconds"])
+        assert figures["mfu"] is None  # a CPU's peak is not known
+        assert figures["spread"] >= 0
+    json.dumps(measured)
+
+
+def test_step_compares_with_dense(measured):
+    dense, routed = measured["variants"]["dense"], measured["variants"]["4t4i"]
+    assert dense["relative_to_dense"] == 1
+    assert routed["relative_to_dense"] == pytest.approx(routed["tokens_per_second"] / dense["tokens_per_second"])
+
+
+def test_parts_and_the_rest_are_the_whole_step(measured):
+    for name, figures in measured["variants"].items():
+        parts = figures["parts"]
+        assert set(parts) == {*PARTS, "other"}
+        assert sum(parts.values()) == pytest.approx(figures["step_seconds"])
+        routed = ("router", "dispatch", "combine")
+        assert all((parts[part] > 0) == (name != "dense") for part in routed)
+        assert all(parts[part] > 0 for part in PARTS if part not in routed)
+
+
+def test_quota_slack_is_the_share_of_empty_slots(measured, slack_config):
+    assert measured["variants"]["dense"]["quota_slack"] == 0
+    # Quotas of 20 and 20 of a routing group's 32 positions, 16 tokens of each modality: 4 of 5 slots are filled.
+    assert measured["variants"]["4t4i"]["quota_slack"] == pytest.approx(0.2)
+    flops = cost(dataclasses.replace(slack_config, model=dataclasses.replace(slack_config.model, ffn="4t4i")))
+    assert flops["flops_per_token"]["executed"] > flops["flops_per_token"]["train"]
+
+
+def test_the_text_shows_the_variants_and_parts(measured):
+    text = bench.format_bench(measured)
+    assert all(word in text for word in ("dense", "4t4i", "tokens/s", "of dense", "router", "optimizer", "unknown"))
+
+
+def test_the_synthetic_batch_keeps_the_quotas_ratio():
+    config = tiny()
+    batch = step_bench.synthetic_batch(config)
+    assert batch.token_BS.shape == (config.train.batch_rows, config.data.sequence)
+    image_GT = (np.asarray(batch.token_BS) >= config.data.modalities[0].size).reshape(-1, config.group_tokens)
+    assert (image_GT.mean(1) == 0.5).all()
+
+
+def test_an_update_that_does_not_fit_is_measured_in_fewer_groups(monkeypatch):
+    config = tiny(train_batch_rows=64)
+    whole = cost(config)["bytes"]
+    monkeypatch.setattr(step_bench, "_device_memory", lambda: 1e12)
+    assert step_bench._rows_that_fit(config) == 64
+    room = (2 * whole["parameters"] + whole["optimizer"] + whole["activations"] / 3) / 0.9
+    monkeypatch.setattr(step_bench, "_device_memory", lambda: room)
+    rows = step_bench._rows_that_fit(config)
+    assert rows < 64 and rows % config.data.group_rows == 0
+    assert step_bench._with_rows(config, rows).train.batch_rows == rows
+
+
+def test_ffn_is_compared_with_dense():
+    result = bench.bench_ffn("2t2i+1x", width=8, hidden=16, tokens=32, repeats=2)
+    assert result["relative_to_dense"] == pytest.approx(result["ffn_seconds"] / result["dense_seconds"])
+    assert set(result["parts"]) == {"router", "dispatch", "experts", "combine"}
+    json.dumps(result)
+    assert "dense" in bench.format_bench(result)
+    with pytest.raises(InputError, match=r"model\.ffn"):
+        bench.bench_ffn("9z", tokens=32)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "4t4i", "1t1i", "4x", "2t2i+1x"])
+def test_pieces_make_up_the_layer(ffn):
+    """Dispatch, experts and combination, one after the other, give the layer's output."""
+    case = _half_and_half(ffn, 8, 16, 32)
+    x_BSD = jax.random.normal(jax.random.key(0), (1, 32, 8))
+    y_GTD, _ = case.whole(x_BSD)()
+    values = {name: call()[0] for name, call in case.pieces(x_BSD).items()}
+    if ffn == "dense":
+        np.testing.assert_allclose(values["experts"], y_GTD, rtol=1e-5)
+        return
+    assert ("router" in values) == (ffn != "1t1i")
+    outputs, shared = values["experts"] if "+" in ffn else (values["experts"], 0)
+    y_ND = jnp.zeros((32, 8))
+    selections = case.module.apply({"params": case.params}, x_BSD, case.place, case.drawn, {}).selections
+    for name, selection in selections.items():
+        y_ND = y_ND.at[selection.index_EC[0]].add(outputs[name])
+    np.testing.assert_allclose(y_ND[None] + shared, y_GTD, rtol=1e-4, atol=1e-5)
+
+
+def test_data_counts_real_tokens():
+    config = tiny()
+    result = bench.bench_data(config, seconds=0.05)
+    assert sum(result["tokens"].values()) == pytest.approx(result["fill"] * result["batches"] * config.batch_tokens)
+    assert 0 < result["fill"] <= 1 and result["tokens_per_second"] > 0 and result["tokens_per_second_per_core"] > 0
+    json.dumps(result)
+    assert "tokens/s per core" in bench.format_bench(result)
+
+
+def test_data_says_how_to_make_a_missing_store(tmp_path):
+    path = str(tmp_path / "nowhere")
+    config = tiny(data_kind="store", data_stores=(StoreConfig("scenes", path),))
+    with pytest.raises(InputError, match=f"moma prepare SOURCE --out {path}"):
+        bench.bench_data(config)
+
+
+def test_summary_is_median_and_interquartile_range():
+    assert summarise([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, pytest.approx(2 / 3))
+    assert summarise([2.0]) == (2.0, 0.0)
+
+
+def test_calls_take_turns_after_a_warm_up():
+    order = []
+    seconds = in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_differentiated_call_runs_both_passes():
+    value, (gradient,) = differentiated(lambda x, scale: scale * jnp.sum(x**2), (jnp.arange(3.0),), 2.0)()
+    assert value == 10
+    np.testing.assert_allclose(gradient / gradient[1], [0, 1, 2])

@@ -1,0 +1,254 @@
+"""The feed-forward layer against the oracle of paper Eq. 1, forward and gradient."""
+
+import subprocess
+import sys
+import textwrap
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from moma_jax.config import Modality, ModelConfig
+from moma_jax.ffn import parse_ffn
+from moma_jax.model.decoder import Decoder
+from moma_jax.model.experts import Drawn, Experts, Ffn, swiglu
+from moma_jax.model.routing import Selection, expert_choice
+
+ROWS, SEQUENCE, WIDTH, HIDDEN, SEED = 2, 12, 8, 16, 123
+MODALITIES = (Modality("text", "t", 8), Modality("image", "i", 8, 4), Modality("sound", "s", 8, 2))
+
+
+def random_params(boxed, rng):
+    """Weights of these shapes, larger than at the start of training, so that gates are far from 1/2."""
+    return jax.tree.map(lambda w: rng.normal(0, 0.6, w.shape).astype(np.float32), nn.unbox(boxed))
+
+
+class Case:
+    """An FFN on random tokens: `modality_GT` says what they are, -1 for padding."""
+
+    def __init__(self, ffn, modality_GT, modalities=2, jitter=1e-3, select=expert_choice, seed=0, **model):
+        modality_GT = np.asarray(modality_GT)
+        groups, tokens = modality_GT.shape
+        self.model = ModelConfig(ffn=ffn, layers=1, width=WIDTH, hidden=HIDDEN, jitter=jitter, dtype="float32", **model)
+        self.modality_GT, self.layout = modality_GT, parse_ffn(ffn, MODALITIES[:modalities])
+        decoder = Decoder(self.model, MODALITIES[:modalities], (tokens,) * modalities, ROWS, select)
+        segment_BS = (modality_GT >= 0).astype(np.int32).reshape(groups * ROWS, -1)
+        rules = decoder.rules(jnp.float32, tokens // ROWS)
+        modality_BS = np.maximum(modality_GT, 0).reshape(segment_BS.shape)
+        self.module = Ffn(self.model, rules, self.layout.shared, train=False)
+        self.drawn = Drawn(np.uint32(SEED), jax.random.key(0))
+
+        place = jax.jit(lambda: decoder.place(rules, segment_BS, jnp.asarray(modality_BS), jnp.arange(groups)))
+        self.place = jax.device_get(place())
+        rng = np.random.default_rng(seed)
+        self.x_GTD, self.dy_GTD = rng.normal(size=(2, groups, tokens, WIDTH)).astype(np.float32)
+        shapes = jax.eval_shape(self.module.init, jax.random.key(0), self.x_GTD, self.place, self.drawn, {})
+        self.params = random_params(shapes["params"], rng)
+
+    def run(self, x_GTD=None, state=None):
+        """FfnOutput and its gradient in params and x along dy."""
+
+        def total(params, x_GTD):
+            output = self.module.apply({"params": params}, x_GTD, self.place, self.drawn, state or {})
+            return jnp.sum(output.y_GTD * self.dy_GTD), output
+
+        run = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+        gradient, output = jax.device_get(run(self.params, self.x_GTD if x_GTD is None else x_GTD))
+        return output, gradient
+
+    def check(self, x_GTD=None):
+        """Asserts that selections, output and gradients are the oracle's."""
+        x_GTD = self.x_GTD if x_GTD is None else x_GTD
+        output, (d_params, dx_GTD) = self.run(x_GTD)
+        groups = [(g.name, g.modalities, g.experts) for g in self.layout.groups]
+        modality_GT = np.where(self.layout.dense, 0, self.modality_GT)  # dense computes padding too
+        y_GTD, taken, gradient = oracles.moma_ffn(
+            x_GTD, modality_GT, groups, self.params, capacity=self.model.capacity,
+            rank_jitter=self.jitter if self.model.jitter else None, dy_GTD=self.dy_GTD,
+        )  # fmt: skip
+        for name, selection in output.selections.items():
+            for g in range(len(modality_GT)):
+                for e in range(selection.index_EC.shape[1]):
+                    slots = selection.index_EC[g, e][selection.filled_EC[g, e]]
+                    assert sorted(slots.tolist()) == sorted(taken[name, g, e])
+        close(output.y_GTD, y_GTD)
+        close(dx_GTD, gradient["x"])
+        for name, weights in d_params.items():
+            for kind, value in weights.items():
+                close(value, gradient[name][kind])
+        return output
+
+    def jitter(self, g, t, e):
+        row, position = divmod(t, self.modality_GT.shape[1] // ROWS)
+        return self.model.jitter * oracles.jitter(SEED, g * ROWS + row, position, e)
+
+
+def close(fast, slow):
+    np.testing.assert_allclose(fast, slow, atol=2e-5 * max(np.abs(slow).max(), 1e-3), rtol=0)
+
+
+def mixed(modalities, groups=2, seed=0, padding=0.2):
+    """Random modalities; some padding at the ends of rows."""
+    rng = np.random.default_rng(seed)
+    modality_BS = rng.integers(0, modalities, (groups * ROWS, SEQUENCE))
+    modality_BS[:, SEQUENCE - int(padding * SEQUENCE) :] = -1
+    return modality_BS.reshape(groups, -1)
+
+
+@pytest.mark.parametrize(
+    "ffn, modalities",
+    [("dense", 2), ("dense+1x", 1), ("8x", 1), ("8x", 2), ("1t1i", 2), ("3t2i", 2), ("4t1i+2x", 2), ("2t3i1s", 3)],
+)
+def test_equals_the_oracle(ffn, modalities):
+    Case(ffn, mixed(modalities), modalities).check()
+
+
+@pytest.mark.parametrize("capacity", [0.1, 0.7, 1.0])
+def test_other_capacities(capacity):
+    Case("2t3i", mixed(2), capacity=capacity).check()
+
+
+def test_a_modality_without_tokens_one_token_and_a_padded_group():
+    modality_GT = np.full((3, ROWS * SEQUENCE), 0)
+    modality_GT[1] = -1  # nothing at all
+    modality_GT[2, 1:] = -1  # one text token
+    for ffn in ("2t2i", "1t1i", "4x"):
+        output = Case(ffn, modality_GT).check()
+        np.testing.assert_array_equal(output.y_GTD[1], 0.0)
+        np.testing.assert_array_equal(output.taken_M3[1], 0)
+
+
+def test_exact_ties_are_broken_by_place_not_by_luck():
+    # All tokens alike: without jitter the lowest tokens win, with it those whose hash is largest.
+    case = Case("2t2i", mixed(2), jitter=0.0)
+    same_GTD = np.broadcast_to(case.x_GTD[:1, :1], case.x_GTD.shape)
+    case.check(same_GTD)
+    by_hash = Case("2t2i", mixed(2)).check(same_GTD)
+    index_GEC = by_hash.selections["text"].index_EC
+    assert len({tuple(sorted(row)) for row in index_GEC.reshape(-1, index_GEC.shape[-1]).tolist()}) > 1
+
+
+def test_report_counts_tokens_by_how_often_they_were_taken():
+    case = Case("2t2i", mixed(2), capacity=0.7)
+    output = case.run()[0]
+    times_MT = np.zeros((2, *case.modality_GT.shape), int)
+    for m, name in enumerate(("text", "image")):
+        selection = output.selections[name]
+        for g, e, c in np.argwhere(selection.filled_EC):
+            times_MT[m, g, selection.index_EC[g, e, c]] += 1
+    expected = [
+        [np.sum(np.minimum(times_MT[m], 2)[case.modality_GT == m] == k) for k in range(3)] for m in range(2)
+    ]
+    np.testing.assert_array_equal(output.taken_M3, expected)
+
+
+def test_padding_changes_nothing():
+    case = Case("2t2i+1x", mixed(2))
+    real_GT1 = (case.modality_GT >= 0)[..., None]
+    other, _ = case.run(np.where(real_GT1, case.x_GTD, np.float32(1e4)))
+    np.testing.assert_array_equal(np.where(real_GT1, other.y_GTD, 0), np.where(real_GT1, case.run()[0].y_GTD, 0))
+
+
+def test_experts_start_apart_and_scaled():
+    weights = Case("4t1i", mixed(2)).params["text"]
+    assert weights["router_DE"].shape == (WIDTH, 4)
+    assert len({float(w) for w in weights["gate_EDF"][:, 0, 0]}) == 4
+    wide = ModelConfig(ffn="2x", width=256, hidden=704, layers=8, norm="pre")
+    decoder = Decoder(wide, MODALITIES[:1], (8,), 1)
+    params = nn.unbox(jax.jit(lambda: decoder.init(jax.random.key(0), *jnp.zeros((4, 1, 8), int), key=jax.random.key(0)))())
+    ffn = params["params"]["layers"]["ffn"]["all"]
+    deviations = {name: float(jnp.std(w)) for name, w in ffn.items()}
+    assert deviations["up_EDF"] == pytest.approx(1 / 16, rel=0.02)
+    assert deviations["down_EFD"] == pytest.approx(704**-0.5 / 4, rel=0.02)  # 1/sqrt(2 L) under pre-norm
+
+
+def test_swiglu_saves_two_projections_and_no_more():
+    experts = Experts(jnp.ones((1, 4, 8)), jnp.ones((1, 4, 8)), jnp.ones((1, 8, 4)))
+    _, backward = jax.vjp(lambda x: swiglu(x, experts, jnp.ones((1, 16))), jnp.ones((1, 16, 4)))
+    saved = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape == (1, 16, 8)]
+    assert len(saved) == 2
+
+
+# Selections made by the user ------------------------------------------------------------------------------------------
+
+
+def hashed(score, eligible_T, quota, state, key):
+    """Ten lines of routing: the first tokens, one expert after the other, in a random order."""
+    experts = score.logit_TE.shape[1]
+    count, order_T = jnp.sum(eligible_T), jax.random.permutation(key, eligible_T.shape[0])
+    order_T = order_T[jnp.argsort(~eligible_T[order_T], stable=True)]
+    slot_EC = jnp.arange(quota.slots) * experts + jnp.arange(experts)[:, None]
+    index_EC = order_T[jnp.minimum(slot_EC, order_T.shape[0] - 1)]
+    gate_EC = jax.nn.sigmoid(jnp.take_along_axis(score.logit_TE.T, index_EC, axis=1))
+    seen = None if state is None else state + count
+    return Selection(index_EC, gate_EC, slot_EC < count), seen, {"balance": jnp.float32(2.0)}
+
+
+def test_a_custom_select_with_state_and_losses():
+    case = Case("4t2i", mixed(2), select=hashed)
+    output, (d_params, _) = case.run(state={"text": jnp.float32(10.0)})
+    text_G = np.sum(case.modality_GT == 0, axis=1)
+    np.testing.assert_allclose(output.state["text"], 10 + text_G.mean(), rtol=1e-6)
+    assert set(output.state) == {"text"}
+    assert float(output.losses["balance"]) == 4.0  # the mean over routing groups, the sum over groups of experts
+    np.testing.assert_array_equal(output.taken_M3[:, 1], output.taken_M3.sum(1))  # everyone is taken once
+    assert float(np.abs(d_params["text"]["router_DE"]).max()) > 0
+    empty = ~output.selections["text"].filled_EC
+    np.testing.assert_array_equal(output.selections["text"].gate_EC[empty], 0.0)
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+ON_EIGHT_DEVICES = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    from moma_jax.config import Modality, ModelConfig
+    from moma_jax.errors import InputError
+    from moma_jax.model.decoder import Decoder
+    from test_experts import hashed, random_params
+
+    rng = np.random.default_rng(0)
+    token = rng.integers(0, 32, (16, 12)); segment = np.ones_like(token); segment[5, 4:] = 0
+    arrays = (token, segment, np.tile(np.arange(12), (16, 1)), (token >= 20).astype(np.int32))
+    modalities = (Modality("text", "t", 20), Modality("image", "i", 12, 4))
+    for ffn, select in (("3t1i+1x", None), ("2t2i", hashed)):
+        model = ModelConfig(ffn=ffn, layers=2, width=16, heads=2, hidden=24, gumbel=True, dropout=0.1, dtype="float32")
+        decoder = Decoder(model, modalities, (24, 24), 2, *((select,) if select else ()))
+        state = {"text": jnp.zeros(2)} if select else {}
+        run = dict(key=jax.random.key(1), step=3, group_G=np.arange(8), routing_state=state, train=True,
+                   return_selections=True)
+        boxed = jax.eval_shape(lambda: decoder.init(jax.random.key(0), *arrays, **run))
+        params = random_params(boxed, rng)
+        def total(params, *arrays):
+            output = decoder.apply(params, *arrays, **run)
+            return jnp.square(output.hidden_BSD - 1).sum() + sum(output.losses.values(), 0.0), output
+        one = jax.jit(jax.value_and_grad(total, has_aux=True))(params, *arrays)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            put = [jax.device_put(a, NamedSharding(mesh, PartitionSpec("data"))) for a in arrays]
+            compiled = jax.jit(jax.value_and_grad(total, has_aux=True)).lower(params, *put).compile()
+            eight = compiled(params, *put)
+            assert "all-to-all" not in compiled.as_text()
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(a).max())))
+        same = lambda a, b: np.testing.assert_array_equal(a, b)
+        jax.tree.map(same, [s.index_EC for s in one[0][1].selections.values()],
+                     [s.index_EC for s in eight[0][1].selections.values()])
+        jax.tree.map(same, one[0][1].report, eight[0][1].report)
+    try:
+        with jax.set_mesh(mesh):
+            decoder.apply(params, *(a[:4] for a in arrays), key=jax.random.key(1))
+    except InputError as error:
+        assert "2 routing groups" in str(error)
+        print("ok")
+"""
+
+
+def test_eight_devices_give_the_same_selections_outputs_and_gradients():
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    code = f"import sys; sys.path[:0] = {sys.path!r}\n" + textwrap.dedent(ON_EIGHT_DEVICES)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=__file__.rpartition("/")[0], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stderr[-3000:]
