@@ -252,7 +252,8 @@ def format_cost(figures: dict[str, Any]) -> str:
         share = part / flops["forward"]
         table.add_row("  of forward", name.replace("_", " "), f"{part:.4g}  {share:6.1%}")
     for name, size in figures["bytes"].items():
-        table.add_row("bytes", name, f"{size:.4g}  {size / 2**30:,.2f} GiB")
+        label = "activations (a microbatch, all devices)" if name == "activations" else name
+        table.add_row("bytes", label, f"{size:.4g}  {size / 2**30:,.2f} GiB")
     for name, value in figures["run"].items():
         table.add_row("run", name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
     console = Console(width=100)

@@ -92,8 +92,8 @@ class FfnCase(NamedTuple):
 
         return differentiated(layer, (self.params, self._grouped(x_BSD)), (self.place, self.drawn))
 
-    def pieces(self, x_BSD) -> dict[str, Callable]:
-        """The layer's pieces, each alone, forward and backward: router, dispatch, experts, combine.
+    def pieces(self, x_BSD, times: int = 1) -> dict[str, Callable]:
+        """The layer's pieces, each alone, forward and backward, `times` of them in one call.
 
         router: scores and selections. dispatch: tokens to slots. experts: SwiGLU of every slot, shared experts
         included. combine: slots back to tokens, weighted. A dense FFN has experts alone.
@@ -101,7 +101,8 @@ class FfnCase(NamedTuple):
         rules, weights, x_GTD = self.module.rules, self._weights(), self._grouped(x_BSD)
         shared, around = weights.pop("shared", None), (self.place, self.drawn)
         if experts_lib.is_dense(rules):
-            return {"experts": differentiated(_everywhere, (tuple(filter(None, (*weights.values(), shared))), x_GTD))}
+            always = (*weights.values(), *(() if shared is None else (shared,)))
+            return {"experts": differentiated(_everywhere, (always, x_GTD), times=times)}
 
         def chosen(weights, x_GTD, around):
             return experts_lib.choose(x_GTD, *around, {}, weights, rules=rules, noise=True)[0]
@@ -116,10 +117,10 @@ class FfnCase(NamedTuple):
         taken = jax.jit(_dispatch)(x_GTD, index)
         calls = {}
         if any(weight.router_DE is not None for weight in weights.values()):
-            calls["router"] = differentiated(gates, (weights, x_GTD), around)
-        calls["dispatch"] = differentiated(_dispatch, (x_GTD,), index)
-        calls["experts"] = differentiated(_experts, (weights, taken, gate, shared, x_GTD))
-        calls["combine"] = differentiated(_combine, (taken,), (index, x_GTD))
+            calls["router"] = differentiated(gates, (weights, x_GTD), around, times=times)
+        calls["dispatch"] = differentiated(_dispatch, (x_GTD,), index, times=times)
+        calls["experts"] = differentiated(_experts, (weights, taken, gate, shared, x_GTD), times=times)
+        calls["combine"] = differentiated(_combine, (taken,), (index, x_GTD), times=times)
         return calls
 
     def _weights(self) -> dict[str, experts_lib.Experts]:

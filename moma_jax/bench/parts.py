@@ -23,10 +23,11 @@ def measure_parts(
 ) -> dict[str, float]:
     """Seconds per update of the step's pieces on one device, forward and backward.
 
-    Pieces have the shapes of one microbatch on one device and are multiplied by layers and microbatches; the optimizer
-    runs once. This is a piecewise measurement: in the whole step XLA fuses across pieces and remat runs some of them
-    twice, so their sum need not be the step's time. What is left, which also holds embedding, norms and residuals, is
-    "other" in `bench_step`, and may be negative. Weights are those of the state's first layer; the state is used up.
+    Pieces have the shapes of one microbatch on one device; those of a layer run once per layer in one loop, the
+    optimizer once, and all but it are multiplied by the microbatches. This is a piecewise measurement: in the whole
+    step XLA fuses across pieces and remat runs some of them twice, so their sum need not be the step's time. What is
+    left, which also holds embedding, norms and residuals, is "other" in `bench_step`, and may be negative. Weights are
+    those of the state's first layer; the state is used up.
     """
     config = program.config
     rows = config.train.batch_rows // (config.train.accumulate * program.mesh.size)
@@ -36,12 +37,12 @@ def measure_parts(
     layer = jax.tree.map(lambda x: x[0], state.params["layers"])
     ffn = FfnCase.of(program.decoder, batch.segment_BS, modality_BS, x_BSD.dtype, layer["ffn"])
     attention = _attention(program, layer["attention"], batch, x_BSD)
-    seconds = in_turns({**ffn.pieces(x_BSD), "attention": attention}, repeats)
-    times = dict.fromkeys(seconds, config.train.accumulate * config.model.layers)
+    seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
     seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
     seconds |= in_turns({"optimizer": _optimizer(program, state)}, repeats)
-    times |= {"loss": config.train.accumulate, "optimizer": 1}
-    return {name: times[name] * summarise(seconds[name])[0] if name in seconds else 0.0 for name in PARTS}
+    median = {name: summarise(values)[0] for name, values in seconds.items()}
+    times = {name: 1 if name == "optimizer" else config.train.accumulate for name in PARTS}
+    return {name: times[name] * median.get(name, 0.0) for name in PARTS}
 
 
 def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callable:
@@ -53,7 +54,7 @@ def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callab
         return Attention(model).apply({"params": params}, x_BSD, *around)
 
     around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS))
-    return differentiated(attend, (params, x_BSD), around)
+    return differentiated(attend, (params, x_BSD), around, times=model.layers)
 
 
 def _loss(program: step_lib.Program, kernel_DV, batch: Batch, x_BSD) -> Callable:

@@ -40,22 +40,30 @@ def summarise(seconds: list[float]) -> tuple[float, float]:
     return median, (high - low) / median
 
 
-def differentiated(function: Callable, inputs: tuple, around: Any = ()) -> Callable[[], Any]:
+def differentiated(function: Callable, inputs: tuple, around: Any = (), *, times: int = 1) -> Callable[[], Any]:
     """A compiled call, without arguments, of `function(*inputs, around)` and of its gradient in `inputs`.
 
-    The cotangent is random and of the output's dtype, and everything is an argument of the compiled program, so that
-    nothing can be folded away.
+    Everything is an argument of the compiled program, so that nothing can be folded away. The first cotangent is
+    random. With `times` > 1 that many passes run in one loop on the device, as a model scans its layers: memory is then
+    allocated once, which a call of its own would pay for anew each time. A barrier ties a pass to the one before (whose
+    value is its cotangent), so that no part of it can be moved out of the loop.
     """
-    outputs = jax.eval_shape(function, *inputs, around)
-    leaves, tree = jax.tree.flatten(outputs)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(function, *inputs, around))
     cotangents = tree.unflatten([random(number, leaf.shape, leaf.dtype) for number, leaf in enumerate(leaves)])
 
-    @jax.jit
     def both(inputs, around, cotangents):
         value, pull = jax.vjp(lambda *inputs: function(*inputs, around), *inputs)
         return value, pull(cotangents)
 
-    return lambda: both(inputs, around, cotangents)
+    @jax.jit
+    def passes(inputs, around, cotangents):
+        def one(carry, _):
+            return both(*jax.lax.optimization_barrier((inputs, around, carry[0]))), None
+
+        first = both(inputs, around, cotangents)
+        return first if times == 1 else jax.lax.scan(one, first, length=times - 1)[0]
+
+    return lambda: passes(inputs, around, cotangents)
 
 
 def random(seed: int, shape, dtype):

@@ -2,9 +2,30 @@
 
 Parameters, all float32; layers are stacked with a leading axis L, also where there is one (logical axes in brackets):
 
-    embedding/kernel_VD                       [vocab, embed]
-    layers/attention/project_LD3HK            query, key, value side by side
-    ...
+    embedding/kernel_VD                     [vocab, embed]
+    layers/attention_norm/scale_D           [layers, embed]
+    layers/attention/query_DHK              [layers, embed, heads, head]
+    layers/attention/key_DHK                [layers, embed, heads, head]
+    layers/attention/value_DHK              [layers, embed, heads, head]
+    layers/attention/query_norm/scale_HK    [layers, heads, head]
+    layers/attention/query_norm/bias_HK     [layers, heads, head]
+    layers/attention/key_norm/scale_HK      [layers, heads, head]
+    layers/attention/key_norm/bias_HK       [layers, heads, head]
+    layers/attention/out_HKD                [layers, heads, head, embed]
+    layers/ffn_norm/scale_D                 [layers, embed]
+    layers/ffn/<group>/router_DE            [layers, embed, -]                where the group has several experts
+    layers/ffn/<group>/gate_EDF             [layers, expert, embed, ffn]
+    layers/ffn/<group>/up_EDF               [layers, expert, embed, ffn]
+    layers/ffn/<group>/down_EFD             [layers, expert, ffn, embed]
+    final_norm/scale_D                      [embed]
+    unembedding/kernel_DV                   [embed, vocab]
+
+<group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), and `shared` (+1x, of N times the
+hidden width, one expert).
+
+Initial weights are normal. Projections have deviation 1/sqrt(fan-in), so that a unit-variance input stays one, routers
+included: their logits then have unit variance, and experts differ from the start. Projections into the residual stream
+are scaled by a further 1/sqrt(2L) under pre-norm (`experts.output_scale`).
 """
 
 from __future__ import annotations

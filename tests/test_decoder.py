@@ -1,0 +1,230 @@
+"""The whole decoder against NumPy, and what must change nothing: padding, microbatches, remat."""
+
+import dataclasses
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from moma_jax import sharding
+from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
+from moma_jax.model import decoder as decoder_lib
+from moma_jax.model.decoder import Decoder, decoder_of
+
+MODALITIES = (Modality("text", "t", 20), Modality("image", "i", 12, 4))
+MODEL = ModelConfig(ffn="3t2i", layers=2, width=16, heads=2, hidden=24, dtype="float32")
+ROWS, SEQUENCE = 8, 12
+KEY = jax.random.key(5)
+
+
+def make(group_rows=2, quotas=None, **model) -> Decoder:
+    quotas = quotas or (group_rows * SEQUENCE,) * 2
+    return Decoder(dataclasses.replace(MODEL, **model), MODALITIES, quotas, group_rows)
+
+
+def rows(sequence=SEQUENCE, seed=0):
+    """Tokens, segments, positions, modalities: two documents in a row, padding at its end; row 3 is all padding."""
+    rng = np.random.default_rng(seed)
+    token_BS = rng.integers(0, 32, (ROWS, SEQUENCE))
+    segment_BS = np.tile([1] * 5 + [2] * 5 + [0] * 2, (ROWS, 1))
+    segment_BS[3] = 0
+    position_BS = np.tile([*range(5), *range(5), 0, 0], (ROWS, 1))
+    more = [(0, 0), (0, sequence - SEQUENCE)]
+    token_BS, segment_BS, position_BS = (np.pad(x, more) for x in (token_BS, segment_BS, position_BS))
+    return token_BS, segment_BS, position_BS, (token_BS >= 20).astype(np.int8)
+
+
+def random_params(decoder, seed=0):
+    boxed = jax.eval_shape(lambda: decoder.init(KEY, *rows(), key=KEY))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, w):
+        ones = "scale" in jax.tree_util.keystr(path)
+        return (ones + rng.normal(0, 0.3, w.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "train", "return_selections"))
+def apply(decoder, params, inputs, options, train, return_selections):
+    return decoder.apply(
+        {"params": params}, *inputs, **options, train=train, return_selections=return_selections
+    )
+
+
+def run(decoder, params, inputs, train=False, return_selections=True, **options):
+    options = {"key": KEY, "step": 3, "group_G": np.arange(len(inputs[0]) // 2), **options}
+    return jax.device_get(apply(decoder, params, tuple(inputs), options, train, return_selections))
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+
+
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("ffn", ["3t2i+1x", "dense", "1t1i"])
+def test_equals_the_layers_written_out_in_numpy(norm, ffn):
+    decoder, inputs = make(norm=norm, ffn=ffn), rows()
+    params = random_params(decoder)
+    token_BS, segment_BS, position_BS, modality_BS = inputs
+    modality_GT = np.where(segment_BS > 0, modality_BS, -1 if ffn != "dense" else 0).reshape(ROWS // 2, -1)
+    groups = [(g.name, g.modalities, g.experts) for g in decoder_lib.parse_ffn(ffn, MODALITIES).groups]
+    x_BSD = params["embedding"]["kernel_VD"][token_BS].astype(np.float64)
+    for number in range(2):
+        layer = jax.tree.map(lambda w, number=number: w[number].astype(np.float64), params["layers"])
+        seed = int(jax.random.bits(jax.random.fold_in(jax.random.split(KEY)[0], number)))
+
+        def attention(x_BSD, layer=layer):
+            each = zip(x_BSD, segment_BS, position_BS, strict=True)
+            return np.stack([oracles.attention(x, s, p, layer["attention"]) for x, s, p in each])
+
+        def jitter(g, t, e, seed=seed):
+            return 1e-3 * oracles.jitter(seed, 2 * g + t // SEQUENCE, t % SEQUENCE, e)
+
+        def ffn_of(x_BSD, layer=layer, jitter=jitter):
+            x_GTD = x_BSD.reshape(ROWS // 2, -1, 16)
+            return oracles.moma_ffn(x_GTD, modality_GT, groups, layer["ffn"], rank_jitter=jitter)[0].reshape(x_BSD.shape)
+
+        for sub_layer, scale in ((attention, "attention_norm"), (ffn_of, "ffn_norm")):
+            scale_D = layer[scale]["scale_D"]
+            after = rms_norm(sub_layer(x_BSD), scale_D) if norm == "swin" else sub_layer(rms_norm(x_BSD, scale_D))
+            x_BSD = x_BSD + after
+    hidden_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"])
+    real = segment_BS > 0
+    np.testing.assert_allclose(run(decoder, params, inputs).hidden_BSD[real], hidden_BSD[real], atol=2e-4)
+
+
+def test_parameters_are_the_documented_ones_with_known_logical_axes():
+    axes = {name for name, _ in sharding.RULES}
+    for ffn in ("dense", "3t2i+1x"):
+        decoder = make(ffn=ffn, layers=1)
+        boxed = jax.eval_shape(lambda decoder=decoder: decoder.init(KEY, *rows(), key=KEY))["params"]
+        for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+            name = re.sub("/(text|image|all|shared)/", "/<group>/", "/".join(k.key for k in path))
+            assert re.search(rf"^    {name} +\[{', '.join(str(a or '-') for a in box.names)}\]", decoder_lib.__doc__, re.M)
+            assert len(box.names) == box.value.ndim and set(box.names) <= axes | {None}
+            assert box.value.dtype == jnp.float32
+            if name.startswith("layers"):
+                assert box.names[0] == "layers" and box.value.shape[0] == 1
+
+
+def test_more_padding_changes_nothing_for_real_tokens():
+    decoder = make(quotas=(24, 24))
+    params, real = random_params(decoder), rows()[1] > 0
+    before = run(decoder, params, rows())
+    token_BS, *rest, modality_BS = rows()
+    other = run(decoder, params, (np.where(real, token_BS, 31), *rest, np.where(real, modality_BS, 1)))
+    np.testing.assert_array_equal(other.hidden_BSD[real], before.hidden_BSD[real])
+    longer = run(decoder, params, rows(sequence=20))
+    np.testing.assert_allclose(longer.hidden_BSD[:, :SEQUENCE][real], before.hidden_BSD[real], atol=1e-5)
+    for name, selection in before.selections.items():
+        places = [
+            np.where(s.filled_EC, s.index_EC // width * 100 + s.index_EC % width, -1)
+            for s, width in ((selection, SEQUENCE), (longer.selections[name], 20))
+        ]
+        np.testing.assert_array_equal(*places)
+    for report in (other.report, longer.report):
+        jax.tree.map(np.testing.assert_array_equal, report, before.report)
+
+
+def test_microbatches_draw_the_same_noise():
+    decoder = make(gumbel=True, dropout=0.2, layers=1)
+    params, inputs = random_params(decoder), rows()
+    whole = run(decoder, params, inputs, train=True, group_G=np.arange(4))
+    for half in range(2):
+        part = [x[half * 4 : half * 4 + 4] for x in inputs]
+        micro = run(decoder, params, part, train=True, group_G=np.arange(2) + 2 * half)
+        np.testing.assert_allclose(micro.hidden_BSD, whole.hidden_BSD[half * 4 : half * 4 + 4], atol=1e-5)
+        for name, selection in micro.selections.items():
+            expected = whole.selections[name].index_EC[:, half * 2 : half * 2 + 2]
+            np.testing.assert_array_equal(selection.index_EC, expected)
+
+
+def test_noise_is_of_the_step_and_of_training_only():
+    noisy, quiet = make(gumbel=True, dropout=0.2, layers=1), make(layers=1)
+    params, inputs = random_params(quiet), rows()
+    first, again, later = (run(noisy, params, inputs, train=True, step=step).hidden_BSD for step in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - later).max() > 0.1
+    evaluated = run(noisy, params, inputs, step=1).hidden_BSD
+    np.testing.assert_array_equal(evaluated, run(quiet, params, inputs, step=2).hidden_BSD)
+
+
+def test_jitter_does_not_change_with_the_step_but_with_the_run():
+    decoder = make(ffn="4x")
+    params = jax.tree.map(np.zeros_like, random_params(decoder))  # every token ties with every other
+    index = [
+        run(decoder, params, rows(), train=True, step=step, key=jax.random.key(seed)).selections["all"].index_EC
+        for step, seed in ((1, 0), (2, 0), (1, 1))
+    ]
+    np.testing.assert_array_equal(index[0], index[1])
+    assert (index[0] != index[2]).any() and (index[0][0] != index[0][1]).any()
+
+
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+def test_gradients_are_finite_with_padded_rows_and_equal_under_every_remat(norm):
+    inputs = list(rows())
+    inputs[1][2:4] = 0  # a routing group of padding
+    params, gradients = random_params(make()), {}
+    for remat in ("none", "dots", "full") if norm == "swin" else ("none",):
+        decoder = make(norm=norm, remat=remat, attention_chunk=5)
+
+        def total(params, decoder=decoder):
+            hidden_BSD = decoder.apply({"params": params}, *inputs, key=KEY, train=True).hidden_BSD
+            return jnp.sum(jnp.sin(hidden_BSD) * (inputs[1] > 0)[..., None])
+
+        gradients[remat] = jax.device_get(jax.jit(jax.grad(total))(params))
+        for gradient, expected in zip(*(jax.tree.leaves(gradients[r]) for r in (remat, "none")), strict=True):
+            assert np.isfinite(gradient).all()
+            np.testing.assert_allclose(gradient, expected, atol=1e-4 * max(1e-3, np.abs(expected).max()))
+    assert np.abs(gradients["none"]["layers"]["ffn"]["text"]["router_DE"]).max() > 0
+
+
+@pytest.mark.parametrize("ffn", ["dense", "1t1i"])
+def test_without_experts_to_choose_nothing_leaks(ffn):
+    decoder, (token_BS, *rest) = make(ffn=ffn), rows()
+    params = random_params(decoder)
+    changed = token_BS.copy()
+    changed[:, 7] = (changed[:, 7] // 20 * 20) + (changed[:, 7] + 1) % 12  # same modality
+    same = np.ones(SEQUENCE, bool)
+    same[7:10] = False  # that token and what follows in its document
+    before, after = (run(decoder, params, (tokens, *rest)).hidden_BSD for tokens in (token_BS, changed))
+    real = rest[0] > 0
+    np.testing.assert_array_equal(after[real & same], before[real & same])
+    assert (after[0, 7:10] != before[0, 7:10]).any(-1).all()
+
+
+def test_the_report_and_selections_have_a_layer_axis():
+    decoder, inputs = make(), rows()
+    output = run(decoder, random_params(decoder), inputs)
+    assert output.selections["text"].index_EC.shape == (2, 4, 3, 8)
+    real, modality_BS = inputs[1] > 0, inputs[3]
+    count_M = [np.sum(real & (modality_BS == m)) for m in range(2)]
+    np.testing.assert_array_equal(output.report.count_LM, [count_M] * 2)
+    np.testing.assert_array_equal(output.report.taken_LM3.sum(-1), output.report.count_LM)
+    alone = run(make(ffn="1t1i"), random_params(make(ffn="1t1i")), inputs).report
+    np.testing.assert_array_equal(alone.taken_LM3[..., 1], alone.count_LM)
+    assert run(decoder, random_params(decoder), inputs, return_selections=False).selections is None
+
+
+def test_compute_type_is_the_configs_and_parameters_stay_float32():
+    decoder, inputs = make(dtype="bfloat16", ffn="dense"), rows()
+    params, real = random_params(decoder), inputs[1] > 0
+    hidden_BSD = run(decoder, params, inputs).hidden_BSD
+    assert hidden_BSD.dtype == jnp.bfloat16
+    exact = run(make(ffn="dense"), params, inputs).hidden_BSD
+    assert np.median(np.abs(hidden_BSD[real].astype(np.float32) - exact[real])) < 0.05
+    assert decoder_lib.compute_dtype(dataclasses.replace(MODEL, dtype="auto")) in (jnp.float32, jnp.bfloat16)
+
+
+def test_built_from_a_config():
+    data = DataConfig(kind="synthetic", modalities=MODALITIES, sequence=SEQUENCE, group_rows=2)
+    config = resolve(Config(MODEL, data, train=TrainConfig(steps=1, batch_rows=8, eval_sets=())))
+    decoder = decoder_of(config)
+    assert decoder.quotas == (24, 24) or decoder.quotas == config.quotas
+    assert decoder.select is decoder_lib.expert_choice and decoder.group_rows == 2
