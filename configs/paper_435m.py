@@ -35,7 +35,7 @@ def config() -> Config:
             heads=16,
             ffn_width=4096,
             norm="swin",
-            remat="none",
+            remat="dots",
         ),
         data=DataConfig(
             modalities=(TEXT, IMAGE),  # 57,344 text ids and 8,192 image codes, 1024 to a picture; quotas 0.5 and 0.5

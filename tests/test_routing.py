@@ -9,9 +9,12 @@ import numpy as np
 import oracles
 import pytest
 
+from moma_jax.errors import InputError
 from moma_jax.model.routing import (
     Quota,
     Score,
+    Selection,
+    checked,
     count_taken,
     expert_choice,
     make_score,
@@ -80,9 +83,7 @@ def test_take_all_lists_eligible_tokens_in_order():
 def test_jitter_is_the_hash_of_seed_row_position_expert():
     row, position = np.repeat(np.arange(5, 8), 4), np.tile(np.arange(4), 3)
     score = make_score(jnp.zeros((12, 3)), place_hash(row, position), jnp.uint32(4_000_000_000), 1.0)
-    expected = [
-        [oracles.jitter(4_000_000_000, r, p, e) for e in range(3)] for r, p in zip(row, position, strict=True)
-    ]
+    expected = [[oracles.jitter(4_000_000_000, r, p, e) for e in range(3)] for r, p in zip(row, position, strict=True)]
     np.testing.assert_array_equal(score.rank_TE, np.array(expected, np.float32))
     np.testing.assert_array_equal(score.logit_TE, 0.0)
 
@@ -123,3 +124,37 @@ def test_count_taken():
     # Text taken 0, 2 and 3 times; image once; padding never counts.
     counted = count_taken(jnp.array([0, 2, 3, 1, 1]), jnp.array([0, 0, 0, 1, -1]), 2)
     np.testing.assert_array_equal(counted, [[1, 0, 2], [0, 1, 0]])
+
+
+def whole(score, eligible_T, quota, state, key):
+    """A select function that keeps the contract, to be spoilt."""
+    return expert_choice(score, eligible_T, quota, state, key)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s, state, losses: s, "must return \\(Selection, state, losses\\), returned Selection"),
+        (lambda s, state, losses: ((s.index_EC, s.gate_EC, s.filled_EC), state, losses), "must return"),
+        (lambda s, state, losses: (s._replace(index_EC=s.index_EC.T), state, losses), r"index_EC as int32\[2, 3\]"),
+        (lambda s, state, losses: (s._replace(gate_EC=s.gate_EC[:, :1]), state, losses), "gate_EC as float32"),
+        (lambda s, state, losses: (s._replace(filled_EC=s.gate_EC), state, losses), "filled_EC as float32"),
+        (lambda s, state, losses: (s, state, {"extra": jnp.zeros(7)}), "loss extra of shape"),
+        (lambda s, state, losses: (s, {"calls": jnp.zeros(())}, losses), "state of another form"),
+    ],
+)
+def test_a_select_function_that_breaks_the_contract_is_named(spoil, message):
+    score = make_score(jnp.zeros((8, 3)), place_hash(0, jnp.arange(8)), jnp.uint32(0), 1e-3)
+    state = {"calls": jnp.zeros((), jnp.int32)}
+    answer = expert_choice(score, jnp.ones(8, bool), Quota(6, Fraction(1, 3)), state, None)
+    with pytest.raises(InputError, match=f"select: whole .*{message}"):
+        checked(spoil(*answer), whole, (8, 3), state)
+    checked(answer, whole, (8, 3), state)
+
+
+def test_an_index_outside_the_group_is_an_empty_slot():
+    selection = Selection(jnp.array([[0, 9, -1]]), jnp.ones((1, 3)), jnp.ones((1, 3), bool))
+    (index_EC, gate_EC, filled_EC), _, _ = checked((selection, None, {}), whole, (4, 1), None)
+    np.testing.assert_array_equal(filled_EC, [[True, False, False]])
+    np.testing.assert_array_equal(gate_EC, [[1, 0, 0]])
+    np.testing.assert_array_equal(index_EC, [[0, 3, 0]])

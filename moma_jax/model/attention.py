@@ -74,7 +74,8 @@ class QkNorm(nn.Module):
     def __call__(self, x_BSHK):
         shape = x_BSHK.shape[2:]
         ones, zeros = (
-            nn.with_logical_partitioning(init, ("heads", "head")) for init in (nn.initializers.ones, nn.initializers.zeros)
+            nn.with_logical_partitioning(init, ("heads", "head"))
+            for init in (nn.initializers.ones, nn.initializers.zeros)
         )
         scale_HK = self.param("scale_HK", ones, shape, jnp.float32)
         bias_HK = self.param("bias_HK", zeros, shape, jnp.float32)

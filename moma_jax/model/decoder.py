@@ -142,7 +142,9 @@ class Layer(nn.Module):
         if not self.train or rate == 0.0:
             return y_BSD
         y_GX = y_BSD.reshape(group_G.shape[0], -1)
-        keep_GX = jax.vmap(lambda g: jax.random.bernoulli(jax.random.fold_in(key, g), 1 - rate, y_GX.shape[1:]))(group_G)
+        keep_GX = jax.vmap(lambda g: jax.random.bernoulli(jax.random.fold_in(key, g), 1 - rate, y_GX.shape[1:]))(
+            group_G
+        )
         return jnp.where(keep_GX, y_GX / (1 - rate), 0).astype(y_BSD.dtype).reshape(y_BSD.shape)
 
 
@@ -246,16 +248,30 @@ def rematerialised(policy: str):
         case "none":
             return Layer
         case "dots":
-            return nn.remat(Layer, prevent_cse=False, policy=jax.checkpoint_policies.checkpoint_dots)
+            return nn.remat(Layer, prevent_cse=False, policy=_weight_products)
         case "full":
             return nn.remat(Layer, prevent_cse=False)
 
 
+def _weight_products(primitive, *_, **parameters) -> bool:
+    """True for products with weights, the experts' batch included; attention's scores, a product for each row and
+    head, are made anew: kept, they would outweigh everything else."""
+    return primitive.name == "dot_general" and len(parameters["dimension_numbers"][1][0]) <= 1
+
+
 def compute_dtype(model: ModelConfig):
-    """The dtype of activations; auto is bfloat16 where the hardware has it (TPU, GPU), else float32."""
-    if model.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(model.dtype)
+    """The dtype of activations; auto is bfloat16 where the hardware computes in it, else float32."""
+    if model.dtype != "auto":
+        return jnp.dtype(model.dtype)
+    device = jax.devices()[0]
+    match device.platform:
+        case "tpu":
+            return jnp.dtype("bfloat16")
+        case "gpu":  # CUDA names it "8.0"; of the others all that JAX supports have it
+            major = device.compute_capability.split(".")[0]
+            return jnp.dtype("float32" if major.isdigit() and int(major) < 8 else "bfloat16")
+        case _:
+            return jnp.dtype("float32")
 
 
 def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:

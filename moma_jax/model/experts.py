@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from moma_jax.config import ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
-from moma_jax.model.routing import Quota, Selection, count_taken, make_score
+from moma_jax.model.routing import Quota, Selection, checked, count_taken, make_score
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -271,12 +271,11 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
             noise_key, select_key = jax.random.split(key)
             noise_key = noise_key if noise and rules.gumbel else None
             score = make_score(logit_TE, hash_T, drawn.jitter, rules.jitter, noise_key)
-            return rules.select(score, eligible_T, quota, before, select_key)
+            answer = rules.select(score, eligible_T, quota, before, select_key)
+            return checked(answer, rules.select, logit_TE.shape, before)
 
         chosen, after, extra = jax.vmap(one)(own_GTE, eligible_GT, place.hash_GT, place.group_G)
-        # An empty slot weighs nothing, whatever a select function says.
-        gate_GEC = jnp.where(chosen.filled_EC, chosen.gate_EC, 0.0)
-        selections[group.name] = Selection(chosen.index_EC, gate_GEC, chosen.filled_EC)
+        selections[group.name] = chosen
         if group.name in state:
             state[group.name] = jax.tree.map(lambda new, old: new.mean(0).astype(old.dtype), after, before)
         for name, loss_G in extra.items():

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moma_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -107,6 +109,45 @@ def expert_choice(score: Score, eligible_T, quota: Quota, state, key):
     filled_EC = jnp.broadcast_to(jnp.arange(quota.slots) < k, index_EC.shape)
     gate_EC = jax.nn.sigmoid(jnp.take_along_axis(score.logit_TE.T, index_EC, axis=1))
     return Selection(index_EC, jnp.where(filled_EC, gate_EC, 0.0), filled_EC), state, {}
+
+
+def checked(answer, select, shape: tuple[int, int], state):
+    """The answer of a select function, if it keeps the contract.
+
+    A slot whose index lies outside the routing group counts as empty, and an empty slot weighs nothing, whatever the
+    function says of it.
+
+    Args:
+      answer: what `select` returned. shape: (T, E) of its scores. state: the state it was given.
+
+    Raises:
+      InputError: the form, a shape or a dtype is not that of the contract.
+    """
+    name = getattr(select, "__name__", type(select).__name__)
+    if not (isinstance(answer, tuple) and len(answer) == 3 and isinstance(answer[0], Selection)):
+        raise InputError(f"select: {name} must return (Selection, state, losses), returned {type(answer).__name__}")
+    (index_EC, gate_EC, filled_EC), after, losses = answer
+    tokens, experts = shape
+    for field, value, kind in (
+        ("index", index_EC, jnp.integer),
+        ("gate", gate_EC, jnp.floating),
+        ("filled", filled_EC, bool),
+    ):
+        fits = jnp.shape(value) == jnp.shape(index_EC) and jnp.ndim(value) == 2 and value.shape[0] == experts
+        if not (fits and jnp.issubdtype(value.dtype, kind)):
+            raise InputError(
+                f"select: {name} returned {field}_EC as {value.dtype}{list(jnp.shape(value))}; it must be "
+                f"{kind.__name__} of shape (E, C) with E = {experts}, the same C in all three"
+            )
+    for loss, value in losses.items():
+        if jnp.shape(value) != ():
+            raise InputError(f"select: {name} returned the loss {loss} of shape {jnp.shape(value)}; make it a scalar")
+    forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree) for tree in (state, after)]
+    if state is not None and forms[0] != forms[1]:
+        raise InputError(f"select: {name} returned a state of another form, {forms[1]}; it was given {forms[0]}")
+    filled_EC = filled_EC & (index_EC >= 0) & (index_EC < tokens)
+    index_EC = jnp.clip(index_EC, 0, tokens - 1).astype(jnp.int32)
+    return Selection(index_EC, jnp.where(filled_EC, gate_EC, 0.0), filled_EC), after, losses
 
 
 def take_all(eligible_T, quota: Quota) -> Selection:
