@@ -5,13 +5,15 @@ Each refusal is one line that names the field and a value that would be right.
 
 from __future__ import annotations
 
+import math
 import typing
 
 from moma_jax.errors import InputError
 from moma_jax.ffn import parse_ffn
+from moma_jax.vocab import SPECIAL_NAMES
 
 if typing.TYPE_CHECKING:
-    from moma_jax.config import Config
+    from moma_jax.config import Config, PrepareConfig
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -27,6 +29,23 @@ def check(config: Config) -> None:
     _check_batches(config)
     _check_data(config)
     _check_length(config)
+    if config.data.prepare is not None:
+        check_prepare(config.data.prepare, "data.prepare")
+
+
+def check_prepare(prepare: PrepareConfig, section: str = "prepare") -> None:
+    """Raises InputError for a setting of `moma prepare` that cannot be meant."""
+    for name in ("documents", "text_size", "image_side", "parts", "shard_bytes", "chunk_tokens"):
+        value = getattr(prepare, name)
+        require(value > 0, f"{section}.{name}: must be positive, is {value}")
+    for name in ("codebook", "codes_per_image"):
+        value = getattr(prepare, name)
+        require(value is None or value > 0, f"{section}.{name}: must be positive, is {value}")
+    most = 1 << 16
+    require(1 <= prepare.colours <= most, f"{section}.colours: must be 1 to {most}, is {prepare.colours}")
+    require(prepare.seed >= 0, f"{section}.seed: must be 0 or more, is {prepare.seed}")
+    share = prepare.held_out
+    require(0 <= share < 1, f"{section}.held_out: must be at least 0 and below 1, such as 0.05; is {share}")
 
 
 def require(condition: bool, message: str) -> None:
@@ -37,7 +56,16 @@ def require(condition: bool, message: str) -> None:
 def _check_ranges(config: Config) -> None:
     positive = {
         "model": ("layers", "width", "heads", "ffn_width", "hidden", "attention_chunk"),
-        "data": ("sequence", "group_rows", "lanes", "wait_documents", "window_documents", "prefetch", "read_threads"),
+        "data": (
+            "sequence",
+            "group_rows",
+            "lanes",
+            "wait_documents",
+            "window_documents",
+            "prefetch",
+            "read_threads",
+            "read_concurrency",
+        ),
         "optimizer": ("peak_lr", "epsilon", "clip_norm"),
         "train": ("batch_rows", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_last"),
     }
@@ -45,6 +73,8 @@ def _check_ranges(config: Config) -> None:
         for name in names:
             value = getattr(getattr(config, section), name)
             require(value is not None and value > 0, f"{section}.{name}: must be positive, is {value}")
+    cache = config.data.cache_bytes
+    require(cache >= 0, f"data.cache_bytes: must be 0 (no cache) or more, is {cache}")
     shares = {"model.dropout": config.model.dropout, "optimizer.beta1": config.optimizer.beta1,
               "optimizer.beta2": config.optimizer.beta2}  # fmt: skip
     for name, value in shares.items():
@@ -74,10 +104,12 @@ def _check_modalities(config: Config) -> None:
     for m, quota in zip(modalities, config.quotas, strict=True):
         require(m.size > 0, f"data.modalities: {m.name} has size {m.size}; give the number of its ids")
         require(0 < m.quota <= 1, f"data.modalities: {m.name} has quota {m.quota}; give a share above 0, at most 1")
+        # The shortest document: begin, one token of text, end.
+        least, holds = (m.span, f"one span of {m.span}") if m.span else (3, "a document of 3")
         require(
-            quota >= max(m.span, 1),
-            f"data.modalities: the quota of {m.name}, {quota} tokens of a routing group of {tokens}, cannot hold one "
-            f"span of {m.span}; raise it to {max(m.span, 1) / tokens:.3f} or more, or data.group_rows",
+            quota >= least,
+            f"data.modalities: the quota of {m.name}, {quota} tokens of a routing group of {tokens}, cannot hold "
+            f"{holds}; raise it to {math.ceil(1000 * least / tokens) / 1000:.3f} or more, or data.group_rows",
         )
         if m.span:
             require(
@@ -85,6 +117,12 @@ def _check_modalities(config: Config) -> None:
                 f"data.sequence: {config.data.sequence} positions cannot hold a span of {m.name} ({m.span} codes and "
                 f"its marks); use {m.span + 3} or more",
             )
+    text, special = modalities[0], len(SPECIAL_NAMES) + 2 * sum(m.span > 0 for m in modalities)
+    require(
+        text.size >= special,
+        f"data.modalities: {text.name} has size {text.size}, which cannot hold the {special} special ids; use "
+        f"{special} or more",
+    )
     total = sum(m.quota for m in modalities)
     require(
         total >= 1 - 1e-6,
@@ -131,4 +169,5 @@ def _check_length(config: Config) -> None:
         len(given) == 1,
         f"train.steps: give exactly one of train.steps, train.tokens, train.flops; given: {', '.join(given) or 'none'}",
     )
-    require(getattr(train, given[0]) > 0, f"train.{given[0]}: must be positive")
+    value = getattr(train, given[0])
+    require(0 < value < math.inf, f"train.{given[0]}: must be positive and finite, is {value}")

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from moma_jax.checks import check, require
-from moma_jax.errors import InputError
 from moma_jax.ffn import FfnLayout, parse_ffn
 
 FORMAT_VERSION = 1
@@ -147,7 +146,8 @@ class DataConfig:
     group_rows: int = 8
     """Rows of one routing group, the unit of packing and of expert choice."""
     lanes: int = 16
-    """Independent packing lanes; at least the largest number of hosts ever used."""
+    """Independent packing lanes; at least the largest number of hosts ever used. Several hosts need a multiple of the
+    routing groups in one batch (train.batch_rows / group_rows)."""
     wait_documents: int = 64
     """Documents that may wait in one lane's cursor for a row with room."""
     window_documents: int = 16384
@@ -324,10 +324,9 @@ def to_json(config: Config) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> Config:
     """Reads `to_json`'s dictionary; raises InputError for unknown or missing keys and other format versions."""
-    if data.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"config.json: format_version {data.get('format_version')!r}; this moma_jax reads {FORMAT_VERSION}"
-        )
+    require(isinstance(data, dict), f"config.json: expected an object, found {str(data)[:40]}")
+    version = data.get("format_version")
+    require(version == FORMAT_VERSION, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION}")
     return _read(Config, {k: v for k, v in data.items() if k != "format_version"}, "config")
 
 
@@ -339,12 +338,11 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         unknown = sorted(set(value) - set(hints))
         require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(hints)}")
-        required = {
+        missing = sorted(
             f.name
             for f in dataclasses.fields(kind)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
-        missing = sorted(required - set(value))
+            if f.name not in value and f.default is f.default_factory is dataclasses.MISSING
+        )
         require(not missing, f"{where}: missing key {', '.join(missing)}")
         return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
     if origin in (typing.Union, types.UnionType):
@@ -355,6 +353,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         require(isinstance(value, (list, tuple)), f"{where}: expected a list, found {value!r}")
         return tuple(_read(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
     if origin is dict:
+        require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is Literal:
         require(value in arguments, f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
@@ -370,6 +369,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 MAY_CHANGE = (
     "mesh",
     "run",
+    "data.prepare",  # how to make a store that is not there; the store itself is known by its own hashes
     "data.prefetch",
     "data.read_threads",
     "data.cache_bytes",
@@ -382,13 +382,18 @@ MAY_CHANGE = (
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """Fields that forbid continuing a run, as lines `section.field: old -> new`."""
-    lines = []
-    for section in dataclasses.fields(Config):
-        old, new = getattr(before, section.name), getattr(after, section.name)
-        for f in dataclasses.fields(old):
-            path = f"{section.name}.{f.name}"
-            changed = getattr(old, f.name) != getattr(new, f.name)
-            if changed and section.name not in MAY_CHANGE and path not in MAY_CHANGE:
-                lines.append(f"{path}: {getattr(old, f.name)} -> {getattr(new, f.name)}")
-    return lines
+    """Fields that forbid continuing a run, as lines `data.modalities.1.quota: old -> new`."""
+    return _differences(before, after, "")
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if old == new or path in MAY_CHANGE:
+        return []
+    if isinstance(old, tuple) and len(old) == len(new):
+        pairs = [(i, *values) for i, values in enumerate(zip(old, new, strict=True))]
+    elif dataclasses.is_dataclass(old):
+        pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)]
+    else:
+        shown = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (old, new)]
+        return [f"{path}: {shown[0]} -> {shown[1]}"]
+    return [line for name, *values in pairs for line in _differences(*values, f"{path}.{name}".lstrip("."))]

@@ -58,9 +58,10 @@ def load(path: str | Path) -> Config:
 
 def _from_json(path: Path) -> Config:
     try:
-        return config_lib.from_json(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); give the config.json of a run") from error
+    return config_lib.from_json(data)
 
 
 def _from_python(path: Path) -> Config:

@@ -16,6 +16,7 @@ from moma_jax.config import (
     MeshConfig,
     Modality,
     ModelConfig,
+    PrepareConfig,
     RunConfig,
     StoreConfig,
     TrainConfig,
@@ -26,6 +27,7 @@ from moma_jax.config import (
 )
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup, parse_ffn
+from moma_jax.recipes import load
 
 TEXT = Modality("text", "t", 100, quota=0.5)
 IMAGE = Modality("image", "i", 20, span=16, quota=0.5)
@@ -65,6 +67,15 @@ def valid(**sections) -> Config:
         ({"train": {"eval_sets": (EvalSet(rows=4, stores=("nope",)),)}}, "draws from 'nope'"),
         ({"train": {"steps": None}}, "exactly one of .* given: none"),
         ({"train": {"tokens": 100.0}}, "exactly one of .* given: steps, tokens"),
+        ({"train": {"steps": None, "tokens": float("inf")}}, "train.tokens: must be positive and finite"),
+        ({"data": {"cache_bytes": -1}}, "data.cache_bytes: must be 0"),
+        ({"data": {"read_concurrency": 0}}, "data.read_concurrency: must be positive"),
+        ({"data": {"prepare": PrepareConfig(image_side=0)}}, "data.prepare.image_side: must be positive"),
+        (
+            {"data": {"modalities": (dataclasses.replace(TEXT, quota=0.01), IMAGE)}},
+            "a document of 3; raise it to 0.024",
+        ),
+        ({"data": {"modalities": (dataclasses.replace(TEXT, size=5), IMAGE)}}, "size 5, .* 6 special ids; use 6"),
         ({"data": {"kind": "store"}}, "data.stores: name a store"),
         ({"data": {"stores": (StoreConfig("a", "x", share={"smell": 1.0}),)}}, "share of 'smell'"),
     ],
@@ -113,6 +124,10 @@ def test_json_round_trip():
     [
         (lambda d: d["model"].update(widht=3), "config.model: unknown key widht"),
         (lambda d: d.update(format_version=99), "format_version 99"),
+        (
+            lambda d: d["data"].update(stores=[{"name": "a", "path": "x", "share": [1]}]),
+            "stores.0.share: expected an obj",
+        ),
         (lambda d: d["model"].update(layers="two"), "config.model.layers: expected int"),
         (lambda d: d["model"].update(norm="mid"), "config.model.norm: 'mid' is not one of swin, pre"),
         (lambda d: d["data"]["modalities"][0].pop("letter"), r"config.data.modalities.0: missing key letter"),
@@ -135,6 +150,29 @@ def test_what_may_change_when_a_run_goes_on():
     assert differences(before, resolve(harmless)) == []
     changed = resolve(valid(train={"seed": 1}, model={"layers": 3}))
     assert differences(before, changed) == ["model.layers: 2 -> 3", "train.seed: 0 -> 1"]
+
+
+def test_differences_stay_short_in_nested_fields():
+    """How to prepare a store may change: the store is known by its hashes, wherever it came from."""
+    before = resolve(valid(data={"prepare": PrepareConfig()}))
+    assert differences(before, resolve(valid(data={"prepare": PrepareConfig(seed=3)}))) == []
+    wider = (TEXT, dataclasses.replace(IMAGE, quota=0.6))
+    sets = (EvalSet(rows=4), EvalSet("more", rows=2))
+    changed = resolve(valid(data={"modalities": wider}, train={"eval_sets": sets}))
+    assert differences(before, changed) == [
+        "data.modalities.1.quota: 0.5 -> 0.6",
+        "train.eval_sets: ['heldout'] -> ['heldout', 'more']",
+    ]
+    rows = resolve(valid(train={"eval_sets": (EvalSet(rows=2),)}))
+    assert differences(before, rows) == ["train.eval_sets.0.rows: 4 -> 2"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"{", b"[" * 100_000])
+def test_a_config_file_that_is_no_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match="config.json: (not JSON|expected an object)") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_every_field_is_documented():

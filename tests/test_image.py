@@ -58,8 +58,28 @@ def test_sixteen_bits_of_grey_are_not_clipped():
     assert (load_picture(encoded(grey), 4) == 128).all()
 
 
+def test_sixteen_bits_become_eight_by_rounding():
+    value = np.arange(1 << 16, dtype=np.uint16)
+    assert np.abs(image_module._eight_bits(value) - value / 257).max() < 0.51
+
+
+def test_what_a_camera_turned_is_turned_back_before_it_is_reduced():
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    turned = load_picture(encoded(pixels, exif=exif.tobytes()), 4)
+    assert (turned[:2] == 255).all() and (turned[2:] == 0).all()
+
+
 def test_broken_pictures_are_named_as_such(monkeypatch):
     whole = encoded(noise(3, (64, 64, 3)))
+    reasons = []
+    for content in (b"no picture", b"no picture either"):
+        with pytest.raises(BrokenPicture) as caught:
+            load_picture(content, 16)
+        reasons.append(str(caught.value))
+    assert len(set(reasons)) == 1 and "0x" not in reasons[0], "reports are the same every time"
     for content in (b"", b"no picture", whole[: len(whole) // 2], encoded(noise(3), "JPEG")[:200], b"%!PS-Adobe-3.0"):
         with pytest.raises(BrokenPicture, match="cannot be decoded"):
             load_picture(content, 16)

@@ -40,7 +40,7 @@ def small_corpus(folder):
             folder / "interleaved" / f"{split}-00000-of-00001.parquet",
             {"id": [f"{split}/story", f"{split}/lost", f"{split}/none"], "segments": [segments, broken, None]},
         )
-    write_parquet(folder / "text" / "more.parquet", {"text": ["a word", "", None], "id": ["t0", "t1", None]})
+    write_parquet(folder / "text" / "train.parquet", {"text": ["a word", "", None], "id": ["t0", "t1", None]})
 
 
 def test_parquet_reads_pairs_text_and_interleaved(tmp_path):
@@ -55,10 +55,10 @@ def test_parquet_reads_pairs_text_and_interleaved(tmp_path):
     story = by_id["validation/story"]
     assert (story.collection, story.split) == ("interleaved", "validation")
     assert [getattr(s, "image", None) for s in story.segments] == [None, png(2), png(1)]
-    assert (by_id["t0"].collection, by_id["t0"].split) == ("text", None)
+    assert (by_id["t0"].collection, by_id["t0"].split) == ("text", "train")
     assert "no pair of the split train" in broken["train/lost"]
     assert "no pair of the split validation" in broken["validation/lost"]
-    assert {"train/none", "t1", "text/more.parquet:2"} <= set(broken)
+    assert {"train/none", "t1", "text/train.parquet:2"} <= set(broken)
 
 
 def test_parquet_rows_that_are_broken_do_not_hide_the_others(tmp_path):
@@ -109,6 +109,7 @@ def test_the_cache_is_bounded(tmp_path, monkeypatch):
         ("a.parquet", {"text": [1]}, "columns text"),
         ("a.parquet", {"segments": ["text"]}, "columns segments"),
         ("test-00000-of-00001.parquet", {"text": ["a"]}, "split test"),
+        ("pages.parquet", {"segments": [[{"text": "a", "image_id": None}]]}, "call all files train-"),
     ],
 )
 def test_parquet_that_is_something_else_is_refused(tmp_path, name, columns, word):

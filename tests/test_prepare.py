@@ -157,7 +157,7 @@ def test_stopped_anywhere_goes_on_to_the_same_documents(source, made, tmp_path, 
         open_store(out).verify()
 
 
-def test_parts_and_merge_equal_one_go(source, made, tmp_path):
+def test_parts_and_merge_equal_one_go(source, made, tmp_path, capsys):
     out = str(tmp_path / "store")
     config = settings(source, parts=99)  # N of part=(K, N) decides
     for k in (2, 3):
@@ -167,8 +167,9 @@ def test_parts_and_merge_equal_one_go(source, made, tmp_path):
     prepare(config, out, part=(1, 3), progress=False)
     with pytest.raises(InputError, match="unfinished"):
         open_store(out)
-    prepare(config, out, merge=True)
+    prepare(PrepareConfig(), out, merge=True)  # what the parts were made with decides, nothing need be repeated
     assert files_of(out) == files_of(made)
+    assert "300 documents, 0 broken" in capsys.readouterr().err
 
 
 def test_other_settings_source_or_parts_are_refused(source, made, tmp_path):
@@ -192,6 +193,51 @@ def test_other_settings_source_or_parts_are_refused(source, made, tmp_path):
     with pytest.raises(InputError, match="no store was begun"):
         prepare(settings(source), str(tmp_path / "f"), merge=True)
     assert files_of(made) == before
+
+
+def test_bad_input_leaves_the_directory_free(source, tmp_path):
+    """The remedy that a refusal names can be followed in the same directory."""
+    out = str(tmp_path / "store")
+    rows = [{"id": str(n), "segments": [{"text": f"word {n}"}]} for n in range(20)]
+    words = write_rows(tmp_path / "words", rows)
+    prepare(settings(words), str(tmp_path / "text"), progress=False)
+    text = Modality("text", "t", size=300)
+    for config, modalities, word in [
+        (settings(source, text_size=20), None, "prepare.text_size: .* use 262"),
+        (settings(source), (TEXT, Modality("image", "i", size=16, span=16)), "text has size 57344"),
+        (settings(source), (text,), "has pictures, but the vocabulary .text. has no image codec"),
+        (settings(source, vocabulary=str(tmp_path / "text")), None, "has pictures, .* another --vocabulary"),
+        (settings(write_rows(tmp_path / "empty", [])), None, "no usable training document"),
+    ]:
+        with pytest.raises(InputError, match=word):
+            prepare(config, out, modalities=modalities, progress=False)
+        assert not os.path.exists(out) or not os.listdir(out)
+    prepare(settings(words, vocabulary=str(tmp_path / "text")), out, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_side": 0},
+        {"chunk_tokens": 0},
+        {"shard_bytes": 0},
+        {"seed": -1},
+        {"held_out": 2.0},
+        {"held_out": -1.0},
+        {"held_out": float("nan")},
+        {"parts": 0},
+        {"documents": 0},
+        {"colours": 0},
+        {"colours": 1 << 17},
+        {"codebook": 0},
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_first(tmp_path, change):
+    (name,) = change
+    out = str(tmp_path / "store")
+    with pytest.raises(InputError, match=f"^prepare.{name}: must be"):
+        prepare(PrepareConfig(source="nowhere", **change), out, progress=False)
+    assert not os.path.exists(out)
 
 
 def test_a_part_being_written_is_not_written_twice(source, tmp_path):
@@ -293,9 +339,10 @@ def test_ready_codes_and_a_given_tokenizer(made, tmp_path):
     assert sorted(found) == sorted(codes)
 
 
-def test_text_alone_and_nothing_at_all(tmp_path):
+def test_text_alone_and_nothing_at_all(tmp_path, capsys):
     rows = [{"id": str(n), "segments": [{"text": f"word {n}"}]} for n in range(20)]
-    prepare(settings(write_rows(tmp_path / "text", rows), held_out=0.0), str(tmp_path / "a"), progress=False)
+    prepare(settings(write_rows(tmp_path / "text", rows), held_out=0.0), str(tmp_path / "a"))
+    assert "warning:" in (said := capsys.readouterr().err) and "raise --held-out" in said
     store = open_store(str(tmp_path / "a"))
     assert [m.name for m in store.vocabulary.modalities] == ["text"] and store.image_codec() is None
     assert store.view("all", "validation").documents == 0

@@ -11,7 +11,7 @@ from reading import everything, opened, png, write_lines, write_parquet
 
 from moma_jax.data import sources
 from moma_jax.data.documents import Codes, Document, Picture, Text, content_hash, is_held_out
-from moma_jax.data.folders import Folder
+from moma_jax.data.folders import Folder, splits
 from moma_jax.errors import InputError
 
 # Documents ------------------------------------------------------------------------------------------------------------
@@ -54,9 +54,9 @@ def test_held_out_follows_split_then_group_then_content():
 def test_a_folder_of_pictures_and_captions(tmp_path):
     outside = tmp_path / "outside"
     folder = tmp_path / "pictures"
-    for path in (outside, folder / "train", folder / "validation" / "deep"):
+    for path in (outside, folder / "deep" / "er"):
         path.mkdir(parents=True)
-    for path, caption in (("a.png", "an a"), ("train/b.JPG", "a b\n"), ("validation/deep/c.webp", "\ufeffa c")):
+    for path, caption in (("a.png", "an a"), ("deep/train.JPG", "a b\n"), ("deep/er/..c.webp", "\ufeffa c")):
         (folder / path).write_bytes(png())
         (folder / path).with_suffix(".txt").write_text(caption, encoding="utf-8")
     (outside / "secret.png").write_bytes(png())
@@ -76,16 +76,48 @@ def test_a_folder_of_pictures_and_captions(tmp_path):
     (folder / "latin.txt").write_bytes(b"caf\xe9")
 
     documents, broken = everything(opened(folder))
-    found = {d.id: (d.segments[0].text, d.split) for d in documents}
-    assert found == {
-        "a.png": ("an a", None),
-        "inner.png": ("a link within", None),
-        "train/b.JPG": ("a b", "train"),
-        "validation/deep/c.webp": ("a c", "validation"),
-    }
+    found = {d.id: d.segments[0].text for d in documents}
+    assert found == {"a.png": "an a", "inner.png": "a link within", "deep/train.JPG": "a b", "deep/er/..c.webp": "a c"}
+    assert {d.split for d in documents} == {None}, "a picture's own name says nothing of its split"
     assert all(d.collection == "pairs" and d.segments[1].image == png() for d in documents)
     assert set(broken) == {"link.png", "gone.png", "lone.png", "empty.png", "latin.png", "pipe.png"}
     assert "leads out of the folder" in broken["link.png"]
+
+
+def test_splits_are_read_from_names_at_any_depth():
+    """One rule for every kind of source; only a picture's own name is no evidence."""
+    assert splits(["train/a.png", "birds/Validation/b.png", "birds/dev/train.png"], names=False) == {
+        "train/a.png": "train",
+        "birds/Validation/b.png": "validation",
+        "birds/dev/train.png": "validation",
+    }
+    assert splits(["train.png", "b.png"], names=False) == {"train.png": None, "b.png": None}
+    names = ["text/train-00000-of-00001.parquet", "valid.parquet", "val_0.parquet", "a/dev.b.parquet"]
+    assert list(splits(names, names=True).values()) == ["train", "validation", "validation", "validation"]
+    for paths, word in [
+        (["train-0.parquet", "other.parquet"], "train-0.parquet names its split, other.parquet does not; name every"),
+        (["train/a.parquet", "test-0.parquet"], "test-0.parquet is of the split test, .*; move it out"),
+        (["train/validation-0.parquet"], "names both train and validation"),
+    ]:
+        with pytest.raises(InputError, match=word):
+            splits(paths, names=True)
+
+
+def test_a_folder_and_json_lines_follow_the_names(tmp_path):
+    for path in ("birds/validation/a", "birds/train/b"):
+        (tmp_path / "folder" / path).parent.mkdir(parents=True)
+        (tmp_path / "folder" / f"{path}.png").write_bytes(png())
+        (tmp_path / "folder" / f"{path}.txt").write_text("a bird")
+    documents, _ = everything(opened(tmp_path / "folder"))
+    assert {d.id: d.split for d in documents} == {
+        "birds/train/b.png": "train",
+        "birds/validation/a.png": "validation",
+    }
+    (tmp_path / "lines").mkdir()
+    rows = [{"id": "a", "segments": [{"text": "a"}]}, {"id": "b", "split": "train", "segments": [{"text": "b"}]}]
+    write_lines(tmp_path / "lines" / "valid.jsonl", rows)
+    documents, _ = everything(opened(tmp_path / "lines"))
+    assert [d.split for d in documents] == ["validation", "train"], "a line's own split goes first"
 
 
 def test_large_files_are_not_read(tmp_path, monkeypatch):
@@ -218,15 +250,15 @@ def test_codes_as_json_lines(tmp_path):
 def test_codes_as_parquet(tmp_path):
     segments = [[{"text": s.get("text"), "codes": s.get("codes")} for s in row["segments"]] for row in CODED]
     ids = [row["id"] for row in CODED]
-    write_parquet(tmp_path / "a" / "validation-00000-of-00001.parquet", {"id": ids, "segments": segments})
-    write_parquet(tmp_path / "a" / "b.parquet", {"caption": ["four", "short"], "codes": [[3, 3, 3, 3], [1]]})
+    write_parquet(tmp_path / "a" / "Val_00000-of-00001.parquet", {"id": ids, "segments": segments})
+    write_parquet(tmp_path / "a" / "train.parquet", {"caption": ["four", "short"], "codes": [[3, 3, 3, 3], [1]]})
     documents, broken = everything(opened(tmp_path, codebook=8, codes_per_image=4))
     assert [(d.id, d.collection, d.split) for d in documents] == [
-        ("a/b.parquet:0", "pairs", None),
         ("pair", "pairs", "validation"),
         ("words", "text", "validation"),
+        ("a/train.parquet:0", "pairs", "train"),
     ]
-    assert set(broken) == {"short", "range", "negative", "a/b.parquet:1"}
+    assert set(broken) == {"short", "range", "negative", "a/train.parquet:1"}
 
 
 def test_codes_of_several_modalities(tmp_path):

@@ -178,6 +178,42 @@ def test_damage_is_noticed(path, tmp_path):
         _ = open_store(longer).vocabulary
 
 
+def test_what_is_lost_is_never_read_as_zeros(path, tmp_path):
+    """A store whose file is gone or cut short says so; it does not feed padding to a run."""
+    for number, array in enumerate(("tokens", "kind", "spans")):
+        out = str(tmp_path / f"lost{number}")
+        shutil.copytree(path, out)
+        folder = f"{out}/parts/00001-of-00004/text-train/{array}/c"
+        lost = os.path.join(folder, "0" if array in ("tokens", "kind") else "0/0")
+        assert os.path.isfile(lost), "zeros are stored as well"
+        os.remove(lost)
+        with pytest.raises(RunError, match=f"text-train/{array}/c/0.* is missing; restore it") as caught:
+            read_all(out)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(RunError, match="is missing"):
+            open_store(out).verify()
+    tokens = "parts/00001-of-00004/text-train/tokens/c/0"
+    cut = copy_with(path, tmp_path / "cut", tokens, lambda content: content[: len(content) // 2])
+    with pytest.raises(RunError, match="damaged or unreadable: .*text-train/tokens/c/0.*restore it"):
+        read_all(cut)
+
+
+def read_all(path):
+    view = open_store(path).view("text")
+    return view.read(range(view.documents), np.zeros(view.documents), view.index(0, view.documents).length_N)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"format_version": 1}', b"\xff", b"[" * 100_000])
+def test_damaged_json_is_bad_input(path, config, tmp_path, content):
+    for name in ("manifest.json", "vocabulary.json"):
+        out = copy_with(path, tmp_path / name, name, lambda _: content)
+        with pytest.raises(InputError, match="damaged|store format"):
+            _ = open_store(out).vocabulary
+    out = copy_with(path, tmp_path / "settings", "settings.json", lambda _: content)
+    with pytest.raises(InputError, match="damaged|another version|begun with"):
+        prepare(config, out, progress=False)
+
+
 def test_wrong_names(path, tmp_path):
     with pytest.raises(InputError, match="no store here"):
         open_store(str(tmp_path / "none"))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from fake_views import FakeStore, corpus
 
-from moma_jax.config import Config, DataConfig, Modality, StoreConfig, TrainConfig
+from moma_jax.config import Config, DataConfig, EvalSet, Modality, StoreConfig, TrainConfig
 from moma_jax.data import stream as stream_lib
-from moma_jax.data.stream import assemble, merge_cursors, open_stream, vocabulary_of
+from moma_jax.data.assembly import assemble
+from moma_jax.data.stream import merge_cursors, open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError
 
 MODALITIES = (
@@ -251,6 +252,26 @@ def test_a_vocabulary_that_differs_is_refused(views, change, message):
 def test_modalities_in_another_order_are_refused(views):
     with pytest.raises(InputError, match="data.modalities: they are text, the store pairs has text, image"):
         vocabulary_of(config(modalities=MODALITIES[:1]))
+
+
+def test_an_evaluation_set_without_held_out_documents_is_refused(views):
+    sets = (EvalSet("all"), EvalSet("texts", stores=("text",)))
+    asked = dataclasses.replace(config(), train=TrainConfig(steps=1, batch_rows=8, eval_sets=sets))
+    require_held_out(asked)
+    require_held_out(dataclasses.replace(asked, data=dataclasses.replace(asked.data, kind="synthetic", stores=())))
+    views["interleaved", "validation"].documents = 0
+    with pytest.raises(InputError, match="train.eval_sets: all draws from pages .* raise data.prepare.held_out"):
+        require_held_out(asked)
+    require_held_out(dataclasses.replace(asked, train=dataclasses.replace(asked.train, eval_sets=sets[1:])))
+
+
+def test_a_cursor_of_more_lanes_is_refused(views):
+    cursor = take(open_stream(config(lanes=8)), 1)[0].cursor
+    with (
+        pytest.raises(InputError, match="data.lanes: the checkpoint's data position has 8 of 8 lanes"),
+        open_stream(config(lanes=6), cursor=cursor) as stream,
+    ):
+        next(stream)
 
 
 # Random tokens --------------------------------------------------------------------------------------------------------

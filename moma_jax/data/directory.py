@@ -69,13 +69,18 @@ class Directory:
         except ValueError as error:
             raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
 
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file, None where there is none; raises InputError where it is damaged."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file, None where there is no file; raises InputError where it is damaged."""
         content = self.read(name)
+        if content is None:
+            return None
         try:
-            return None if content is None else json.loads(content)
-        except ValueError as error:
-            raise InputError(f"{self.path}/{name}: not JSON ({error}); the file is damaged") from error
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}/{name}: not JSON ({error}); restore the file, it is damaged") from error
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path}/{name}: not a JSON object; restore the file, it is damaged")
+        return value
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file in one atomic step, keys sorted, so that equal values are equal bytes."""

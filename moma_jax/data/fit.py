@@ -66,6 +66,8 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
     if config.vocabulary is not None:
         codecs = open_store(config.vocabulary).codecs
         require_modalities(codecs.vocabulary, modalities)
+        if codecs.image is None:
+            _require_image(codecs, take_sample(source, config, look))
         return codecs
     sample = take_sample(source, config, look)
     if not sample.texts and not sample.beyond_text:
@@ -86,7 +88,18 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
         image = fit_palette(sample.pictures, config.image_side, config.colours, config.seed).to_json()
     vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, sample) for m in layout[1:])])
     require_modalities(vocabulary, modalities)
-    return Codecs(vocabulary, text.to_json().encode(), image)
+    codecs = Codecs(vocabulary, text.to_json().encode(), image)
+    _require_image(codecs, sample)
+    return codecs
+
+
+def _require_image(codecs: Codecs, sample: Sample) -> None:
+    names = [m.name for m in codecs.vocabulary.modalities]
+    if sample.pictures and (codecs.image is None or "image" not in names):
+        raise InputError(
+            f"prepare.source: it has pictures, but the vocabulary ({', '.join(names)}) has no image codec; choose "
+            "another --vocabulary or none, with a modality called image"
+        )
 
 
 def _layout(config: PrepareConfig, sample: Sample) -> tuple[Modality, ...]:

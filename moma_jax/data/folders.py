@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from pyarrow import fs
 
 from moma_jax.errors import InputError
 
+SPLIT_WORDS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
+               "dev": "validation", "test": "test"}  # fmt: skip
 MAX_FILE_BYTES = 256 << 20
 """Largest picture or caption file that is read whole."""
 
@@ -53,7 +56,8 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The whole file; raises ValueError where the name leaves the folder (also by a link), OSError otherwise."""
         path = posixpath.normpath(posixpath.join(self.base, name))
-        inside = not posixpath.isabs(name) and not posixpath.normpath(name).startswith("..") and "\0" not in name
+        first = posixpath.normpath(name).split("/")[0]
+        inside = not posixpath.isabs(name) and first != ".." and "\0" not in name
         if inside and self.local:
             inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.base), ""))
         if not inside:
@@ -83,8 +87,50 @@ def locate(path: str) -> tuple[Folder, str | None]:
     raise InputError(f'prepare.source: {path} does not exist; give a folder, a .jsonl or .parquet file, or "scenes"')
 
 
+def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
+    """The split of each file: "train", "validation", or None for all of them where no name says one.
+
+    A folder called train, validation, val, valid or dev, at any depth, decides for the files below it.
+
+    Args:
+      paths: relative to the source.
+      names: the first word of a file's name (train-00000-of-00001.parquet) decides as well. Not for pictures: a picture
+        called train.png may show one.
+
+    Raises:
+      InputError: a split test, two splits in one path, or names that say a split beside names that do not.
+    """
+    found = {path: _split(path, names) for path in paths}
+    silent = [path for path, split in found.items() if split is None]
+    if silent and len(silent) < len(found):
+        telling = next(path for path, split in found.items() if split is not None)
+        raise InputError(
+            f"prepare.source: {printable(telling)} names its split, {printable(silent[0])} does not; name every file "
+            f"or folder train or validation, or none"
+        )
+    return found
+
+
+def _split(path: str, names: bool) -> str | None:
+    *words, name = path.lower().split("/")
+    if names:
+        words.append(re.split(r"[-_.]", name)[0])
+    found = sorted({SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS})
+    if "test" in found:
+        raise InputError(
+            f"prepare.source: {printable(path)} is of the split test, which no store holds; move it out of the source"
+        )
+    if len(found) > 1:
+        raise InputError(f"prepare.source: {printable(path)} names both train and validation; keep one of them")
+    return found[0] if found else None
+
+
 def fingerprint(kind: str, files: list[tuple[str, int]], *settings: object) -> str:
-    """SHA-256, as hex, of what a source reads: names, sizes and the settings that change its documents."""
+    """SHA-256, as hex, of what a source reads: names, sizes and the settings that change its documents.
+
+    A file whose content changes but not its size is not noticed: reading every byte would cost as much as preparing,
+    and times of change differ between the machines of an array job.
+    """
     return hashlib.sha256(repr((kind, files, settings)).encode()).hexdigest()
 
 

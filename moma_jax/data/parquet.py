@@ -7,12 +7,12 @@ What a file holds is seen from its columns, never from its folder:
   interleaved  segments: list<struct<kind, text, image_id>>; image_id is the id of a pair of the same split
   codes        segments: list<struct<text, codes, modality?>>, or caption and codes
 
-`id` and `group` are optional, and so is `source`. A file called train-* or validation-* has that split.
+`id` and `group` are optional, and so is `source`. A file called train-* or validation-*, or below a folder of such a
+name, has that split; interleaved files need one, because they repeat the pictures of pairs.
 """
 
 from __future__ import annotations
 
-import posixpath
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moma_jax.data.documents import Broken, Document, Picture, Text, arrange
-from moma_jax.data.folders import Folder, fingerprint, first_line
+from moma_jax.data.folders import Folder, fingerprint, first_line, splits
 from moma_jax.errors import InputError
 
 UNIT_ROWS = 256
@@ -64,7 +64,13 @@ class ParquetSource:
         codes: Callable[[dict, str], Document | Broken] | None,
     ):
         self.name, self.folder, self.codes, self._listing = name, folder, codes, files
-        self.files = [self._describe(path) for path, _ in files]
+        self.files = [self._describe(path, split) for path, split in splits((p for p, _ in files), True).items()]
+        for file in self.files:
+            if file.collection == "interleaved" and file.split is None:
+                raise InputError(
+                    f"prepare.source: {file.path} repeats pictures of pairs, and its name says no split, so held-out "
+                    "pictures could be trained on; call all files train-*.parquet or validation-*.parquet"
+                )
         self._units = [
             (number, group, start, min(start + UNIT_ROWS, rows))
             for number, file in enumerate(self.files)
@@ -74,7 +80,7 @@ class ParquetSource:
         ]
         self._lock, self._cache, self._places = threading.Lock(), OrderedDict(), {}
 
-    def _describe(self, path: str) -> _File:
+    def _describe(self, path: str, split: str | None) -> _File:
         metadata = _footer(self.folder, path)
         schema = metadata.schema.to_arrow_schema()
         collection = _collection(schema)
@@ -85,7 +91,7 @@ class ParquetSource:
                 "move it out of the folder or set prepare.kind"
             )
         columns = tuple(c for c in (*COMMON, *COLUMNS[collection]) if c in schema.names)
-        return _File(path, collection, _split(path), columns, metadata)
+        return _File(path, collection, split, columns, metadata)
 
     def units(self) -> int:
         """Runs of rows within a row group."""
@@ -210,14 +216,6 @@ def _collection(schema: pa.Schema) -> str | None:
 def _is_text(kind: pa.DataType | None) -> bool:
     kind = getattr(kind, "value_type", kind)  # of a dictionary-encoded column
     return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _split(path: str) -> str | None:
-    """The split that a file's name begins with; None where it names none."""
-    word = posixpath.basename(path).split(".")[0].split("-")[0]
-    if word == "test":
-        raise InputError(f"prepare.source: {path} is of split test, which no store holds; move it out of the folder")
-    return word if word in ("train", "validation") else None
 
 
 def _values(column: pa.ChunkedArray) -> list:

@@ -79,6 +79,8 @@ class Column:
         stop = self.rows + len(value_N)
         if self._array is None:
             spec = {"driver": "zarr3", "kvstore": self._kvstore, "metadata": self._metadata(stop)}
+            # Zeros are written too, so that what a reader does not find is lost and never a zero.
+            spec["store_data_equal_to_fill_value"] = True
             self._array = ts.open(spec, context=CONTEXT, create=True).result()
         elif stop > self._array.shape[0]:
             self._array = self._array.resize(exclusive_max=[stop, *self._row]).result()

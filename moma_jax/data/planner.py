@@ -254,7 +254,7 @@ class Planner:
 
         lane (L,); order (L, N, 2) epoch and position of each source; waiting (L, P, 3) source, document and first
         token of what waits, -1 where nothing does; supplied (L, N, M) tokens drawn; ended (L,); documents (N,) of
-        the sources, to recognise a store that has changed.
+        the sources, to recognise a store that has changed; lanes () of all hosts, which decide who gets a document.
         """
         lanes = list(self._lanes.values())
         waiting_LP3 = np.full((len(lanes), self._wait, 3), -1, np.int64)
@@ -268,6 +268,7 @@ class Planner:
             "supplied": np.array([lane.supplied_NM for lane in lanes], np.int64),
             "ended": np.array([lane.ended for lane in lanes], np.int64),
             "documents": np.array([reader.documents for reader in self._readers], np.int64),
+            "lanes": np.array(self.lanes, np.int64),
         }
 
     def restore(self, cursor: dict[str, np.ndarray]) -> None:
@@ -283,9 +284,10 @@ class Planner:
                 f"data.stores: the checkpoint's data position is of stores with {list(map(int, cursor['documents']))} "
                 f"documents, these have {documents_N.tolist()}; use the stores that the run began with"
             )
-        if not set(self._lanes) <= set(row_of) or cursor["waiting"].shape[1] != self._wait:
+        lanes, wait = int(cursor["lanes"]), cursor["waiting"].shape[1]
+        if (lanes, wait) != (self.lanes, self._wait) or not set(self._lanes) <= set(row_of):
             raise InputError(
-                f"data.lanes: the checkpoint's data position has {len(row_of)} lanes and {cursor['waiting'].shape[1]} "
+                f"data.lanes: the checkpoint's data position has {len(row_of)} of {lanes} lanes and {wait} "
                 f"data.wait_documents; use these"
             )
         for number, lane in self._lanes.items():

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from moma_jax.checks import check_prepare
 from moma_jax.config import Modality, PrepareConfig
 from moma_jax.data.directory import Directory
 from moma_jax.data.encode import Encoder
@@ -45,7 +46,7 @@ def prepare(
       config: what to read and how.
       out: the store's directory: local, gs:// or s3://.
       part: (k, n) writes part k of n alone, k from 1; n replaces config.parts. `merge` afterwards.
-      merge: publishes the manifest of parts that were written one by one; does not touch the source.
+      merge: publishes the manifest of parts that were written one by one; looks at nothing else, `config` neither.
       modalities: the id layout that the store must have (config.data.modalities); None: as the source needs.
       progress: shows documents/s and time left on stderr.
 
@@ -56,22 +57,27 @@ def prepare(
       InputError: the source or the settings cannot be used, or `out` holds something else.
       RunError: more than 5% of the documents are broken; report.json names them.
     """
+    check_prepare(config)
     n = config.parts if part is None else part[1]
     wanted = range(1, n + 1) if part is None else [part[0]]
     if not (n >= 1 and all(1 <= k <= n for k in wanted)) or (part is not None and merge):
         raise InputError("prepare.parts: at least 1, K of --part K/N from 1 to N, and --merge without --part")
     directory = Directory(out)
     if merge:
-        _require_same(directory, _settings(config), directory.read_json("settings.json"))
-        return _publish(directory)
+        _require_version(directory, directory.read_json("settings.json"))
+        with Progress(progress) as bar:
+            return _told(bar, directory, _publish(directory))
     layout = () if config.vocabulary is None else open_store(config.vocabulary).vocabulary.modalities
     source = open_source(config, modalities if modalities is not None else layout)
-    _claim(directory, config, source, n)
+    content = _made_from(config, source, n)
     with Progress(progress) as bar:
-        codecs = read_codecs(directory)
+        codecs = read_codecs(directory) if _is_claimed(directory, content) else None
         if codecs is None:
             bar.begin("fitting the vocabulary", source.units())
             codecs = fit_codecs(source, config, modalities, bar.look)
+            # Nothing is written before the input is known to be sound; another process may have begun meanwhile.
+            if not _is_claimed(directory, content):
+                directory.write_json("settings.json", content)
             codecs.write(directory)
         require_modalities(codecs.vocabulary, modalities)
         belongs = _belongs(directory, codecs)
@@ -80,7 +86,18 @@ def prepare(
         for k in missing:
             _write_part(directory, config, source, codecs, k, n, bar)
         result = _publish(directory) if part is None else _read_part(directory, part[0], n, belongs)
-        bar.say(f"{directory.path}: {result['documents']:,} documents, {result['broken']:,} broken")
+        return _told(bar, directory, result)
+
+
+def _told(bar: Progress, directory: Directory, result: dict[str, Any]) -> dict[str, Any]:
+    """`result`, after the lines that close the work."""
+    bar.say(f"{directory.path}: {result['documents']:,} documents, {result['broken']:,} broken")
+    counts = result.get("counts", {})
+    if counts and not any(name.endswith("-validation") for name in counts):
+        bar.say(
+            f"warning: {directory.path} has no held-out documents, so nothing can be evaluated on it; raise "
+            "--held-out, or give the source a validation split, and prepare into another directory"
+        )
     return result
 
 
@@ -102,34 +119,47 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     return settings
 
 
-def _claim(directory: Directory, config: PrepareConfig, source, parts: int) -> None:
-    """Writes settings.json, or checks that it says the same already."""
-    made_from = {"fingerprint": source.fingerprint(), "parts": parts, "units": source.units()}
-    settings = _settings(config)
+def _made_from(config: PrepareConfig, source, parts: int) -> dict[str, Any]:
+    """The content of settings.json."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": config.source,
+        "settings": _settings(config),
+        "fingerprint": source.fingerprint(),
+        "parts": parts,
+        "units": source.units(),
+    }
+
+
+def _is_claimed(directory: Directory, content: dict[str, Any]) -> bool:
+    """Whether settings.json is there and says `content`; raises InputError where the directory holds something else."""
     found = directory.read_json("settings.json")
     if found is not None:
-        _require_same(directory, settings, found)
-        _require_same(directory, made_from, found, prefix="")
-        return
+        _require_version(directory, found)
+        _require_same(directory, content["settings"], found.get("settings", {}), "prepare.")
+        _require_same(directory, {name: content[name] for name in ("fingerprint", "parts", "units")}, found, "")
+        return True
     if directory.local is not None and os.path.isdir(directory.local):
         others = [name for name in sorted(os.listdir(directory.local)) if not name.startswith("settings.json")]
         if others:
             raise InputError(f"{directory.path}: holds {others[0]} and is no store; choose a new directory")
-    content = {"format_version": FORMAT_VERSION, "source": config.source, "settings": settings, **made_from}
-    directory.write_json("settings.json", content)
+    return False
 
 
-def _require_same(directory: Directory, wanted: dict, found: dict | None, prefix: str = "prepare.") -> None:
-    """Raises InputError naming the first setting that differs from those that a directory was begun with."""
+def _require_version(directory: Directory, found: dict | None) -> None:
+    """Raises InputError where settings.json is missing or of another format."""
     if found is None:
         raise InputError(f"{directory.path}: no store was begun here; run `moma prepare SOURCE --out {directory.path}`")
     if found.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{directory.path}: written by another version of moma_jax; prepare into another directory")
-    known = found["settings"] if prefix else found
+
+
+def _require_same(directory: Directory, wanted: dict, found: dict, prefix: str) -> None:
+    """Raises InputError naming the first setting that differs from those that a directory was begun with."""
     for name, value in wanted.items():
-        if known.get(name) != value:
+        if found.get(name) != value:
             raise InputError(
-                f"{directory.path}: begun with {prefix}{name} {_short(known.get(name))}, now {_short(value)}; "
+                f"{directory.path}: begun with {prefix}{name} {_short(found.get(name))}, now {_short(value)}; "
                 "prepare into another directory, or delete this one"
             )
 

@@ -29,7 +29,7 @@ from moma_jax.data.documents import (
     content_hash,
     is_held_out,
 )
-from moma_jax.data.folders import Folder, fingerprint, first_line, locate, printable
+from moma_jax.data.folders import Folder, fingerprint, first_line, locate, printable, splits
 from moma_jax.data.parquet import ParquetSource, has_codes
 from moma_jax.errors import InputError
 
@@ -180,11 +180,13 @@ class ScenesSource:
 class FolderSource:
     """Pictures with captions: `NAME.png` (or another format) and `NAME.txt` beside it, in any depth of folders.
 
-    Pictures below a folder train/ or validation/ have that split. Links are followed only within the folder.
+    Pictures below a folder train/ or validation/, at any depth, have that split. Links are followed only within
+    the folder.
     """
 
     def __init__(self, name: str, folder: Folder, files: list[tuple[str, int]]):
         self.name, self.folder, self.files = name, folder, files
+        self.splits = splits((path for path, _ in files), False)
         self.block = max(1, min(256, math.ceil(len(files) / 64)))
 
     def units(self) -> int:
@@ -203,9 +205,8 @@ class FolderSource:
             if not caption:
                 yield Broken(printable(path), "its caption is empty")
                 continue
-            top = path.split("/")[0]
-            split = top if top in SPLITS and "/" in path else None
-            yield Document(printable(path), self.name, "pairs", [Text(caption), Picture(picture)], split)
+            segments = [Text(caption), Picture(picture)]
+            yield Document(printable(path), self.name, "pairs", segments, self.splits[path])
 
     def fingerprint(self) -> str:
         """Changes with the pictures' and captions' names and sizes."""
@@ -215,12 +216,14 @@ class FolderSource:
 class JsonlSource:
     """Documents as JSON lines: {"id"?, "split"?, "group"?, "segments": [{"text": ...} | {"image": "relative/path"}]}.
 
-    Paths are relative to the file's own folder and stay inside it. With `rules`, pictures are
+    A file called train* or validation*, or below a folder of such a name, has that split where its lines state none.
+    Paths are relative to the file's own folder and stay inside the source. With `rules`, pictures are
     {"codes": [...], "modality"?: name} instead. Empty texts are left out.
     """
 
     def __init__(self, name: str, folder: Folder, files: list[tuple[str, int]], rules: dict[str, CodesRule]):
         self.name, self.folder, self.files, self.rules = name, folder, files, rules
+        self.splits = splits((path for path, _ in files), True)
         block = max(1 << 12, min(1 << 20, math.ceil(sum(size for _, size in files) / 64)))
         self._units = [
             (path, start, min(start + block, size)) for path, size in files for start in range(0, size, block)
@@ -236,13 +239,13 @@ class JsonlSource:
         try:
             with io.BufferedReader(self.folder.open(path), 1 << 20) as file:
                 for offset, line in _lines(file, start, stop):
-                    document = self._line(line, f"{path}:{offset}", posixpath.dirname(path))
+                    document = self._line(line, f"{path}:{offset}", path)
                     if document is not None:
                         yield document
         except OSError as error:
             yield Broken(f"{path}:{start}", first_line(error))
 
-    def _line(self, line: bytes | None, row_id: str, base: str) -> Document | Broken | None:
+    def _line(self, line: bytes | None, row_id: str, path: str) -> Document | Broken | None:
         if line is None:
             return Broken(row_id, f"a line longer than {MAX_LINE_BYTES >> 20} MiB")
         if not line.strip():
@@ -251,7 +254,9 @@ class JsonlSource:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             return Broken(row_id, f"not JSON: {first_line(error)}")
-        read = None if self.rules else lambda name: self.folder.read(posixpath.join(base, name))
+        if isinstance(row, dict) and row.get("split") is None:
+            row["split"] = self.splits[path]
+        read = None if self.rules else lambda name: self.folder.read(posixpath.join(posixpath.dirname(path), name))
         return _document(row, row_id, self.name, self.rules, read)
 
     def fingerprint(self) -> str:

@@ -81,11 +81,14 @@ def read_codecs(directory: Directory) -> Codecs | None:
     description = directory.read_json("vocabulary.json")
     if description is None:
         return None
+    hashes = description.get("hashes")
+    if not isinstance(hashes, dict) or not isinstance(description.get("layout"), dict):
+        raise InputError(f"{directory.path}/vocabulary.json: has no hashes or layout; restore the file, it is damaged")
     tokenizer = directory.read("tokenizer.json")
-    image = directory.read_json("codec-image.json") if description["hashes"]["image_codec"] else None
+    image = directory.read_json("codec-image.json") if hashes.get("image_codec") else None
     codecs = Codecs(Vocabulary.from_json(description["layout"]), tokenizer or b"", image)
     for name, value in codecs.hashes.items():
-        if value != description["hashes"][name]:
+        if value != hashes.get(name):
             raise InputError(f"{directory.path}: the {name} was changed after the store was made; restore the file")
     return codecs
 
@@ -161,11 +164,15 @@ class Store:
             if directory.read("settings.json") is not None:
                 raise InputError(f"{self.path}: unfinished; run the same `moma prepare` again (--merge after --part)")
             raise InputError(f"{self.path}: no store here; make it with `moma prepare SOURCE --out {self.path}`")
-        if self.manifest["format_version"] != FORMAT_VERSION:
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{self.path}: store format {self.manifest['format_version']}; this version of moma_jax reads "
-                f"{FORMAT_VERSION}: prepare the store again"
+                f"{self.path}: store format {version}; this version of moma_jax reads {FORMAT_VERSION}: prepare the "
+                "store again"
             )
+        for name in ("hashes", "modalities", "parts"):
+            if name not in self.manifest:
+                raise InputError(f"{self.path}/manifest.json: has no {name}; restore the file, it is damaged")
         limit = {"limit": read_concurrency}
         self._context = ts.Context(
             {
@@ -216,16 +223,24 @@ class Store:
         with self._lock:
             array = self._arrays.get(name)
         if array is None:
-            spec = {"driver": "zarr3", "kvstore": self.directory.kvstore(name)}
-            try:
-                array = ts.open(
-                    spec, context=self._context, read=True, recheck_cached_data=False, recheck_cached_metadata=False
-                ).result()
-            except ValueError as error:
-                raise RunError(f"{self.path}/{name}: {first_line(error)}") from error
+            spec = {"driver": "zarr3", "kvstore": self.directory.kvstore(name), "fill_missing_data_reads": False}
+            opening = ts.open(
+                spec, context=self._context, read=True, recheck_cached_data=False, recheck_cached_metadata=False
+            )
+            array = self.wait(opening)
             with self._lock:
                 self._arrays[name] = array
         return array
+
+    def wait(self, future: Any) -> Any:
+        """The result of a read; raises RunError naming the file that is lost or damaged."""
+        try:
+            return future.result()
+        except ValueError as error:
+            raise RunError(
+                f"{self.path}: a file is damaged or unreadable: {first_line(error)}; restore it from a copy, or "
+                "prepare the store again in a new directory"
+            ) from error
 
     def verify(self) -> None:
         """Reads everything and compares checksums; raises RunError naming the first array that is damaged."""
@@ -234,17 +249,16 @@ class Store:
             for collection, description in part["collections"].items():
                 for array, checksum in description["checksums"].items():
                     name = f"{part_name(k, len(parts))}/{collection}/{array}"
-                    if _checksum(self.array(name)) != checksum:
+                    if self._checksum(name) != checksum:
                         raise RunError(f"{self.path}/{name}: damaged, its checksum is not that of the manifest")
 
-
-def _checksum(array: ts.TensorStore) -> str:
-    digest = hashlib.sha256()
-    rows = array.chunk_layout.write_chunk.shape[0]
-    for start in range(0, array.shape[0], rows):
-        value_N = array[start : min(start + rows, array.shape[0])].read().result()
-        digest.update(np.ascontiguousarray(value_N, value_N.dtype.newbyteorder("<")))
-    return digest.hexdigest()
+    def _checksum(self, name: str) -> str:
+        array, digest = self.array(name), hashlib.sha256()
+        rows = array.chunk_layout.write_chunk.shape[0]
+        for start in range(0, array.shape[0], rows):
+            value_N = self.wait(array[start : min(start + rows, array.shape[0])].read())
+            digest.update(np.ascontiguousarray(value_N, value_N.dtype.newbyteorder("<")))
+        return digest.hexdigest()
 
 
 class View:
@@ -274,19 +288,19 @@ class View:
 
     def index(self, start: int, stop: int) -> Index:
         """Lengths, kinds and spans of documents [start, stop); reads only these. Raises IndexError outside."""
-        pieces = self._overlaps(start, stop)
+        pieces, wait = self._overlaps(start, stop), self._store.wait
         bounds = [self._array(p, "bounds")[a : b + 1].read() for p, a, b in pieces]
         kinds = [self._array(p, "kind")[a:b].read() for p, a, b in pieces]
-        bounds = [future.result() for future in bounds]
+        bounds = [wait(future) for future in bounds]
         spans = [
             self._array(p, "spans")[int(bound_N2[0, 1]) : int(bound_N2[-1, 1])].read()
             for (p, _, _), bound_N2 in zip(pieces, bounds, strict=True)
         ]
         step_N2 = np.concatenate([np.zeros((0, 2), np.int64), *(np.diff(b, axis=0) for b in bounds)])
-        span_K2 = np.concatenate([np.zeros((0, 2), np.int32), *(future.result() for future in spans)])
+        span_K2 = np.concatenate([np.zeros((0, 2), np.int32), *(wait(future) for future in spans)])
         return Index(
             length_N=step_N2[:, 0],
-            kind_N=np.concatenate([np.zeros(0, np.uint8), *(future.result() for future in kinds)]),
+            kind_N=np.concatenate([np.zeros(0, np.uint8), *(wait(future) for future in kinds)]),
             span_row_N1=np.concatenate([[0], np.cumsum(step_N2[:, 1])]),
             span_modality_K=span_K2[:, 0].astype(np.uint8),
             span_length_K=span_K2[:, 1],
@@ -306,22 +320,22 @@ class View:
         bounds = [self._bounds(p, doc_N[chosen_N] - self._start_P[p]) for p, chosen_N in groups]
         futures: list[Any] = [None] * len(doc_N)
         for (p, chosen_N), bound_N2 in zip(groups, bounds, strict=True):
-            begin_N, end_N = bound_N2.result().reshape(-1, 2).T
+            begin_N, end_N = self._store.wait(bound_N2).reshape(-1, 2).T
             first_N, last_N = begin_N + start_N[chosen_N], begin_N + stop_N[chosen_N]
             if np.any((start_N[chosen_N] < 0) | (first_N > last_N) | (last_N > end_N)):
                 raise IndexError("positions outside a document")
             tokens = self._array(p, "tokens")
             for n, first, last in zip(chosen_N.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
                 futures[n] = tokens[first:last].read()
-        return [future.result() for future in futures]
+        return [self._store.wait(future) for future in futures]
 
     def provenance(self, start: int, stop: int) -> tuple[list[str], np.ndarray]:
         """Source names and content hashes, uint8 (N, 16), of documents [start, stop)."""
         names, hashes = [], [np.zeros((0, 16), np.uint8)]
         for p, a, b in self._overlaps(start, stop):
-            source_N = self._array(p, "source")[a:b].read().result()
+            source_N = self._store.wait(self._array(p, "source")[a:b].read())
             names += [self._sources[p][s] for s in source_N]
-            hashes.append(self._array(p, "hash")[a:b].read().result())
+            hashes.append(self._store.wait(self._array(p, "hash")[a:b].read()))
         return names, np.concatenate(hashes)
 
     def _bounds(self, piece: int, doc_N: np.ndarray):

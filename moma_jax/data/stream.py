@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 
-from moma_jax.batch import Batch, Packed
+from moma_jax.batch import Packed
 from moma_jax.checks import round_up
 from moma_jax.config import Config, DataConfig, Modality, StoreConfig, quota_tokens
+from moma_jax.data.assembly import Plan, Reader
 from moma_jax.data.mixture import resolve_shares
 from moma_jax.data.packing import Frame, Group
 from moma_jax.data.planner import Planner, Source
@@ -23,15 +24,6 @@ from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.errors import InputError
 from moma_jax.vocab import Vocabulary, contiguous
-
-
-class Plan(NamedTuple):
-    """One planned batch: piece_N6 (store, document, start, stop, document's length, row) and where planning stands."""
-
-    piece_N6: np.ndarray
-    cursor: dict[str, np.ndarray]
-    epochs: dict[str, float]
-    waiting: int
 
 
 class Stream:
@@ -250,81 +242,6 @@ def pieces_of_group(group: Group, first_row: int) -> np.ndarray:
     return np.array(flat, np.int64).reshape(-1, 6)
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-class Reader:
-    """Turns plans into batches.
-
-    Args:
-      views: stores' views, with `read(doc_N, start_N, stop_N)`.
-      frame: the room of a group.
-      rows: rows of a batch on this host.
-      pad: the padding id.
-    """
-
-    def __init__(self, views: Sequence[Any], frame: Frame, rows: int, pad: int):
-        self._views, self._frame, self._rows, self._pad = views, frame, rows, pad
-
-    def packed(self, plan: Plan) -> Packed:
-        """Reads and assembles a planned batch."""
-        store_N, document_N, start_N, stop_N, length_N, row_N = plan.piece_N6.T
-        tokens: list[Any] = [None] * len(store_N)
-        ahead_N = np.minimum(stop_N + 1, length_N)
-        for store, view in enumerate(self._views):
-            place_K = np.flatnonzero(store_N == store)
-            if len(place_K):
-                found = view.read(document_N[place_K], start_N[place_K], ahead_N[place_K])
-                for place, token_T in zip(place_K.tolist(), found, strict=True):
-                    tokens[place] = token_T
-        batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, self._pad)
-        return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
-
-
-def assemble(
-    tokens: Sequence[np.ndarray], size_N: np.ndarray, row_N: np.ndarray, rows: int, sequence: int, pad: int
-) -> Batch:
-    """Lays pieces out in rows.
-
-    Args:
-      tokens: each piece's tokens, and the next token of its document where there is one.
-      size_N: tokens of each piece, without that next one.
-      row_N: each piece's row, ascending.
-      rows, sequence: shape of the batch.
-      pad: the padding id.
-    """
-    read_N = np.fromiter(map(len, tokens), np.int64, len(tokens))
-    continued_N = read_N > size_N
-    token_R = np.concatenate([*tokens, [pad]]).astype(np.int32) if len(tokens) else np.full(1, pad, np.int32)
-    # Positions in token_R of the tokens that stand in rows: all but the extra ones.
-    keep_R = np.ones(len(token_R), bool)
-    keep_R[-1] = False
-    end_N = np.cumsum(read_N)
-    keep_R[end_N[continued_N] - 1] = False
-    source_T = np.flatnonzero(keep_R)
-    last_N = np.cumsum(size_N) - 1
-    weight_T = np.ones(len(source_T), np.float32)
-    weight_T[last_N[~continued_N]] = 0
-    target_T = token_R[source_T + 1]
-    target_T[last_N[~continued_N]] = pad
-    number_N = np.arange(len(size_N))
-    first_N = number_N - np.searchsorted(row_N, row_N)
-    segment_T = np.repeat((first_N + 1).astype(np.int32), size_N)
-    position_T = np.arange(len(source_T), dtype=np.int32) - np.repeat((last_N + 1 - size_N).astype(np.int32), size_N)
-    fill_B = np.bincount(row_N, weights=size_N, minlength=rows).astype(np.int64)
-    taken_BS = np.arange(sequence) < fill_B[:, None]
-
-    def spread(value_T: np.ndarray, empty: float) -> np.ndarray:
-        value_BS = np.full((rows, sequence), empty, value_T.dtype)
-        value_BS[taken_BS] = value_T
-        return value_BS
-
-    return Batch(
-        spread(token_R[source_T], pad), spread(target_T, pad), spread(segment_T, 0), spread(position_T, 0),
-        spread(weight_T, 0),
-    )  # fmt: skip
-
-
 # Stores ---------------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +255,19 @@ def vocabulary_of(config: Config) -> Vocabulary:
         return contiguous(config.data.modalities)
     data = config.data
     return _check_vocabularies(data, data.stores, [_open(store, data) for store in data.stores])
+
+
+def require_held_out(config: Config) -> None:
+    """Raises InputError where an evaluation set draws from a store without held-out documents. Opens manifests only."""
+    data = config.data
+    for eval_set in config.train.eval_sets if data.kind == "store" else ():
+        for store in _chosen_stores(data, eval_set.stores):
+            if not _open(store, data).view(store.collection, "validation").documents:
+                raise InputError(
+                    f"train.eval_sets: {eval_set.name} draws from {store.name} ({store.path}), which has no held-out "
+                    f"documents of collection {store.collection}; raise data.prepare.held_out or add documents and "
+                    f"prepare it into another directory, or leave the evaluation set out"
+                )
 
 
 def _open(store: StoreConfig, data: DataConfig) -> Any:
