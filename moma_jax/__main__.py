@@ -64,26 +64,32 @@ class Eval:
 class Cost(Train):
     """Parameters, FLOPs and bytes of a recipe, in closed form."""
 
+    padding: float = 0.0
+    """Share of positions that are padding, 0 to 1; it enters the executed FLOPs alone."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True)
-class BenchStep(Cost):
+class BenchStep(Train):
     """Training-step speed of FFN variants at equal active FLOPs, interleaved in one process."""
 
     ffn: tuple[str, ...] = ("dense", "8x", "1t1i", "4t4i")
-    """Variants to compare; the first is the baseline."""
+    """Variants to compare; with dense among them, the others' speed is also given relative to it."""
     repeats: int = 9
     """Timed steps of each variant."""
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
-class BenchData(Cost):
+class BenchData(Train):
     """Speed of the data pipeline: planning, reading, packing."""
 
     seconds: float = 10.0
     """How long to measure."""
+    json: bool = False
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command and exits: 0 done, 1 the run failed, 2 the input is at fault, 143 stopped by SIGTERM."""
     words = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
+    sys.unraisablehook = _unraisable
     try:
         run_command(words)
     except InputError as error:
@@ -118,6 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_complain("interrupted", 130))
     except BrokenPipeError:  # `moma cost ... | head` is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unraisable(unraisable) -> None:
+    """As usual, but for what TensorStore's threads say of writes that Orbax stopped waiting for when one failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _complain(message: object, code: int) -> int:
@@ -170,19 +183,22 @@ def prepare(options: Prepare) -> None:
 
 def evaluate(options: Eval) -> None:
     """`moma eval`."""
-    result = moma_jax.evaluate(options.run, routing=options.routing)
+    from moma_jax.training.journal import finite
+
+    result = finite(moma_jax.evaluate(options.run, routing=options.routing))
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
         return
     for name, losses in result.items():
-        print(f"{name:10} " + "  ".join(f"{key} {value:,.4f}" for key, value in losses.items()))
+        shown = {key: "-" if value is None else f"{value:,.4f}" for key, value in losses.items()}
+        print(f"{name:10} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 def cost(options: Cost, config: Config) -> None:
     """`moma cost`."""
     from moma_jax.cost import print_cost
 
-    result = moma_jax.cost(config)
+    result = moma_jax.cost(config, padding=options.padding)
     print(json.dumps(result)) if options.json else print_cost(result)
 
 

@@ -21,6 +21,7 @@ from fractions import Fraction
 from typing import Any
 
 from moma_jax.config import Config, resolve
+from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 
 BACKWARD = 2
@@ -35,7 +36,7 @@ def cost(config: Config, *, padding: float = 0.0) -> dict[str, Any]:
 
     Args:
       config: a run; derived fields are resolved here.
-      padding: share of a batch's positions that are padding, 0 to 1; it enters `executed` alone.
+      padding: share of a batch's positions that are padding, 0 or more and less than 1; it enters `executed` alone.
 
     Returns:
       "parameters": counts; `active` is what an average token passes, `embedding` both vocabulary tables.
@@ -45,9 +46,11 @@ def cost(config: Config, *, padding: float = 0.0) -> dict[str, Any]:
       "run": updates, positions and FLOPs (`train`) of the whole run.
 
     Raises:
-      InputError: the config contradicts itself.
+      InputError: the config contradicts itself, or `padding` is no share.
     """
     config = resolve(config)
+    if not 0 <= padding < 1:
+        raise InputError(f"padding: {padding:g} is not a share of the positions; give 0 or more and less than 1")
     by_part = _forward_by_part(config)
     forward = sum(by_part.values())
     train = (1 + BACKWARD) * forward

@@ -43,7 +43,9 @@ def moma_ffn(x_GTD, modality_GT, groups, weights, *, capacity=None, rank_jitter=
     x_GTD = np.asarray(x_GTD, np.float64)
     weights = {n: {k: np.asarray(v, np.float64) for k, v in w.items()} for n, w in weights.items()}
     y_GTD, taken = np.zeros_like(x_GTD), {}
-    gradient = {"x": np.zeros_like(x_GTD)} | {n: {k: np.zeros_like(v) for k, v in w.items()} for n, w in weights.items()}
+    gradient = {"x": np.zeros_like(x_GTD)} | {
+        n: {k: np.zeros_like(v) for k, v in w.items()} for n, w in weights.items()
+    }
     for g in range(x_GTD.shape[0]):
         for name, modalities, experts in groups:
             w, eligible_T = weights[name], [m in modalities for m in modality_GT[g]]
@@ -60,9 +62,7 @@ def moma_ffn(x_GTD, modality_GT, groups, weights, *, capacity=None, rank_jitter=
                     _one_token(x_GTD, y_GTD, dy_GTD, g, t, e, w, gradient, gradient[name], routed=experts > 1)
         if "shared" in weights:
             for t in range(x_GTD.shape[1]):
-                _one_token(
-                    x_GTD, y_GTD, dy_GTD, g, t, 0, weights["shared"], gradient, gradient["shared"], routed=False
-                )
+                _one_token(x_GTD, y_GTD, dy_GTD, g, t, 0, weights["shared"], gradient, gradient["shared"], routed=False)
     return y_GTD, taken, gradient
 
 

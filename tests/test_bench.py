@@ -49,6 +49,23 @@ def test_step_compares_with_dense(measured):
     assert routed["relative_to_dense"] == pytest.approx(routed["tokens_per_second"] / dense["tokens_per_second"])
 
 
+def test_step_reports_the_flops_of_dense_and_warns(capsys):
+    equal, doubled = (tiny(model_ffn=ffn, model_width=64, model_hidden=512) for ffn in ("1t1i", "1t1i+1x"))
+    dense = tiny(model_ffn="dense", model_width=64, model_hidden=512)
+    assert step_bench._relative_flops("1t1i", equal, dense) == 1 and capsys.readouterr().err == ""
+    assert step_bench._relative_flops("1t1i+1x", doubled, dense) > 1.5
+    assert "warning: 1t1i+1x has 1." in capsys.readouterr().err
+
+
+def test_without_dense_nothing_is_relative_to_it(measured, slack_config):
+    assert measured["variants"]["dense"]["relative_flops"] == 1
+    alone = bench.bench_step(slack_config, ("4t4i",), repeats=1, parts=False)
+    figures = alone["variants"]["4t4i"]
+    assert figures["relative_to_dense"] is None
+    assert figures["relative_flops"] == measured["variants"]["4t4i"]["relative_flops"]
+    assert "FLOPs of dense" in bench.format_bench(alone)
+
+
 def test_parts_and_the_rest_are_the_whole_step(measured):
     for name, figures in measured["variants"].items():
         parts = figures["parts"]
@@ -94,7 +111,8 @@ def test_an_update_that_does_not_fit_is_measured_in_fewer_groups(monkeypatch):
 
 def test_ffn_is_compared_with_dense():
     result = bench.bench_ffn("2t2i+1x", width=8, hidden=16, tokens=32, repeats=2)
-    assert result["relative_to_dense"] == pytest.approx(result["ffn_seconds"] / result["dense_seconds"])
+    assert result["time_over_dense"] == pytest.approx(result["ffn_seconds"] / result["dense_seconds"])
+    assert result["relative_to_dense"] == pytest.approx(1 / result["time_over_dense"])
     assert set(result["parts"]) == {"router", "dispatch", "experts", "combine"}
     json.dumps(result)
     assert "dense" in bench.format_bench(result)

@@ -83,6 +83,24 @@ def test_cost_prints_the_papers_parameters(capsys):
     assert json.loads(out) == moma_jax.cost(moma_jax.recipe(CONFIGS / "paper_1b4.py", {"model.ffn": "4t4i"}))
 
 
+def test_cost_charges_padding_to_the_executed_flops(capsys):
+    words = ("cost", CONFIGS / "quickstart.py", "--json")
+    plain, padded = (json.loads(run(capsys, *words, *more)[1]) for more in ((), ("--padding", "0.2")))
+    flops, executed = plain["flops_per_token"], padded["flops_per_token"]["executed"]
+    assert executed == pytest.approx(flops["executed"] / 0.8) and executed > flops["executed"]
+    code, _, err = run(capsys, *words, "--padding", "1.5")
+    assert code == 2 and "padding: 1.5" in err
+
+
+def test_eval_prints_what_is_no_number_as_null(capsys, monkeypatch):
+    result = {"choice": {"loss": float("nan"), "loss_image": None, "tokens": 3}}
+    monkeypatch.setattr(moma_jax, "evaluate", lambda *_, **__: result, raising=False)
+    _, out, _ = run(capsys, "eval", "runs/a", "--json")
+    assert json.loads(out, parse_constant=pytest.fail) == {"choice": {"loss": None, "loss_image": None, "tokens": 3}}
+    _, out, _ = run(capsys, "eval", "runs/a")
+    assert out.split() == ["choice", "loss", "-", "loss_image", "-", "tokens", "3.0000"]
+
+
 def test_overrides_by_dictionary_and_by_words():
     words = [
         "--model.ffn",

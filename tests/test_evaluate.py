@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 from tiny import tiny
 
 from moma_jax import evaluate, load
-from moma_jax.config import EvalSet
+from moma_jax.config import EvalSet, MeshConfig, to_json
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
-from moma_jax.training.evaluate import held_out, unigram
+from moma_jax.training import objective
+from moma_jax.training.evaluate import _result, held_out, unigram
 from moma_jax.training.loop import train
 from moma_jax.vocab import contiguous
 
@@ -62,6 +64,18 @@ def test_a_loaded_model_is_ready_to_use(run):
 def test_wrong_questions_are_input_errors(run, arguments, message):
     with pytest.raises(InputError, match=message):
         evaluate(run[0].run.dir, **arguments)
+
+
+def test_a_run_of_other_devices_can_be_evaluated(run, tmp_path):
+    path = shutil.copytree(run[0].run.dir, tmp_path / "copy")
+    config = dataclasses.replace(run[0], mesh=MeshConfig(data=64))
+    (path / "config.json").write_text(json.dumps(to_json(config)))
+    assert evaluate(str(path)) == run[1]["eval"]["heldout"]
+
+
+def test_a_modality_without_targets_has_no_loss(run):
+    result = _result(objective.Sums(np.array([4.0, 0.0]), np.array([2.0, 0.0]), 0.0), run[0])
+    assert result == {"loss": 2.0, "loss_text": 2.0, "loss_image": None, "tokens": 2}
 
 
 def test_no_run_is_an_input_error(tmp_path):

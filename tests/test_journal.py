@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 import uuid
 
 import pytest
 
 from moma_jax.errors import InputError
-from moma_jax.training.journal import SCHEMA, open_journal, read_metrics
+from moma_jax.training.journal import SCHEMA, finite, open_journal, read_metrics
 from moma_jax.training.run_dir import RunDir
 from moma_jax.training.view import View
 
@@ -71,6 +72,26 @@ def test_object_stores_get_immutable_segments():
         "metrics/000000000000-000000000001.jsonl",
         "metrics/000000000001-000000000003.jsonl",
     ]
+
+
+def test_a_full_disk_is_an_input_error_that_names_the_file(tmp_path):
+    journal = journal_of(tmp_path)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), journal._sinks[0]._file.fileno())
+    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written: No space left"):
+        journal.write(record(1))
+
+
+def test_lines_that_are_no_records_are_refused_and_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    for read in (journal_of, read_metrics):
+        with pytest.raises(InputError, match="metrics.jsonl: line 1 is no record"):
+            read(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": 1.0}\n'
+
+
+def test_numbers_that_json_cannot_say_are_null():
+    value = {"a": math.nan, "b": [math.inf, 1.5, "x"], "c": {"d": -math.inf, "e": None}, "f": True}
+    assert finite(value) == {"a": None, "b": [None, 1.5, "x"], "c": {"d": None, "e": None}, "f": True}
 
 
 def test_tensorboard_gets_numbers_by_kind(tmp_path):

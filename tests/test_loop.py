@@ -140,10 +140,11 @@ def my_choice(score, eligible_T, quota, state, key):
     return selection, jax.tree.map(lambda n: n + 1, state), {"pull": score.logit_TE.mean() ** 2}
 
 
-def test_a_select_function_of_ones_own(whole, tmp_path):
+def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
     state = {name: {"calls": np.zeros(2, np.float32)} for name in ("text", "image")}
     config = tiny(tmp_path, train_steps=2)
-    summary = moma_jax.train(config, select=my_choice, routing_state=state, quiet=True)
+    summary = moma_jax.train(config, select=my_choice, routing_state=state)
+    assert "warning: optimizer.warmup_steps 2 is not below the run's 2 steps" in capsys.readouterr().out
     assert summary["select"] == "my_choice" and summary["final"]["routing_pull"] > 0
     loaded = moma_jax.load(str(tmp_path), select=my_choice)
     assert loaded.routing_state["text"]["calls"].tolist() == [2, 2]
@@ -200,3 +201,13 @@ def test_data_that_ends_fails_the_run(tmp_path, monkeypatch):
     changed_batches(monkeypatch, end)
     with pytest.raises(RunError, match="data ended"):
         moma_jax.train(tiny(tmp_path), quiet=True)
+
+
+def test_evaluation_sets_without_documents_are_found_before_training(tmp_path, monkeypatch):
+    def nothing(config):
+        raise InputError(f"{config.train.eval_sets[0].name}: no held-out documents")
+
+    monkeypatch.setattr(loop, "require_held_out", nothing)
+    with pytest.raises(InputError, match="heldout: no held-out"):
+        moma_jax.train(tiny(tmp_path / "a"), quiet=True)
+    assert not (tmp_path / "a").exists()

@@ -81,6 +81,7 @@ def main(directory, cache):
         return Slow()
 
     loop.open_stream = slow
+    jax.config.update("jax_disable_most_optimizations", False)
     loop.train(config_of(directory, cache))
 
 

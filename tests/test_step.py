@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny
@@ -15,7 +16,16 @@ from tiny import tiny
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
-from moma_jax.training.step import compile_step, create_state, make_eval_step, make_program, put, replicate
+from moma_jax.model.routing import expert_choice
+from moma_jax.training.step import (
+    _mean_state,
+    compile_step,
+    create_state,
+    make_eval_step,
+    make_program,
+    put,
+    replicate,
+)
 from moma_jax.vocab import contiguous
 
 
@@ -40,8 +50,8 @@ def updates(config, number):
     return rows, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "2t2i+1x"])
-def test_microbatches_change_nothing(ffn):
+def test_microbatches_change_nothing():
+    ffn = "2t2i+1x"
     whole, whole_params = updates(tiny(model_ffn=ffn, model_gumbel=True, model_dropout=0.1), 3)
     parts, parts_params = updates(tiny(model_ffn=ffn, model_gumbel=True, model_dropout=0.1, train_accumulate=4), 3)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
@@ -77,6 +87,34 @@ def test_an_update_that_is_not_finite_changes_only_the_step(poison):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
 
 
+def counting(score, eligible_T, quota, state, key):
+    """Expert choice that counts its calls; from the second update on its loss is not a number, its gradient is."""
+    selection, _, _ = expert_choice(score, eligible_T, quota, (), key)
+    return selection, state + 1, {"pull": jnp.where(state > 0, jnp.nan, 0.0)}
+
+
+def test_the_state_keeps_its_types():
+    before = {"count": np.int32(0), "flag": np.bool_(False), "mean": jnp.bfloat16(0)}
+    total = {"count": jnp.int32(10), "flag": jnp.int32(4), "mean": jnp.bfloat16(6)}
+    for accumulate, count, mean in ((1, 10, 6.0), (4, 2, 1.5)):
+        state = _mean_state(total, accumulate, before)
+        assert {name: value.dtype for name, value in state.items()} == {n: b.dtype for n, b in before.items()}
+        assert (state["count"], bool(state["flag"]), state["mean"]) == (count, True, mean)
+
+
+def test_a_whole_number_state_stays_one_and_a_select_loss_is_guarded():
+    config = tiny(train_accumulate=2)
+    program = make_program(config, contiguous(config.data.modalities), counting)
+    batches = iter(open_stream(config))
+    with sharding.use_mesh(program.mesh):
+        state = create_state(program, {name: np.zeros(2, np.int32) for name in ("text", "image")})
+        step = compile_step(program, state)
+        state, report = step(state, put(next(batches).batch, program.mesh))
+        state, bad_report = step(state, put(next(batches).batch, program.mesh))
+    assert report.finite and not bad_report.finite and np.isfinite(bad_report.grad_norm)
+    assert all(n.dtype == np.int32 and n.tolist() == [1, 1] for n in state.routing_state.values())
+
+
 def test_report_counts_real_tokens_and_routers():
     config = tiny()
     program, state, batches = start(config)
@@ -103,7 +141,7 @@ def test_evaluation_does_not_depend_on_batches():
             part = type(batch)(*(np.asarray(x)[rows] for x in batch))
             return step(state.params, {}, put(part, program.mesh), replicate(first_group, program.mesh))
 
-        whole, first, rest = sums(slice(0, 8), 0), sums(slice(0, 2), 0), sums(slice(2, 8), 1)
+        whole, first, rest = sums(slice(0, 8), 0), sums(slice(0, 4), 0), sums(slice(4, 8), 2)
     np.testing.assert_allclose(first.cross_entropy_M + rest.cross_entropy_M, whole.cross_entropy_M, rtol=1e-5)
 
 
@@ -122,22 +160,26 @@ def test_unknown_logical_axis_is_refused():
 
 
 def on_devices(number, accumulate):
-    """Runs this file as a program that sees so many virtual devices; returns what `updates` measured."""
+    """Starts this file as a program that sees so many virtual devices."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
         "PYTHONPATH": os.pathsep.join([*filter(None, sys.path)]),
     }
     words = [sys.executable, __file__, str(accumulate)]
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, env=environment, text=True, cwd=Path(__file__).parent, **pipes)
+
+
+def measured(process):
+    """What `main` printed there."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
 
 
 def test_eight_devices_give_the_losses_of_one():
-    one, eight = on_devices(1, 1), on_devices(8, 2)
+    one, eight = map(measured, [on_devices(1, 1), on_devices(8, 2)])
     assert (one["devices"], eight["devices"]) == (1, 8)
     np.testing.assert_allclose(eight["updates"], one["updates"], rtol=1e-5)
     np.testing.assert_allclose(eight["evaluation"], one["evaluation"], rtol=1e-5)

@@ -25,6 +25,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_disable_most_optimizations", True)  # halves it; test_resume.py runs what users run
 
 MODALITIES = (Modality("text", "t", size=40, quota=0.5), Modality("image", "i", size=24, span=4, quota=0.5))
 

@@ -79,7 +79,7 @@ def _optimizer(program: step_lib.Program, state: step_lib.TrainState) -> Callabl
     grads = jax.jit(lambda params: jax.tree.map(jnp.ones_like, params))(state.params)
 
     def update(state, grads):
-        return step_lib._update(program, state, grads, state.routing_state, jnp.bool_(True))
+        return step_lib.update(program, state, grads, state.routing_state, jnp.bool_(True))
 
     compiled = jax.jit(update, donate_argnums=0)
 

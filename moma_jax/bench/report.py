@@ -36,12 +36,13 @@ def _step(result: dict[str, Any]) -> list[Any]:
         f"{update['accumulate']} microbatches), {result['dtype']}, remat {result['remat']}, "
         f"{result['devices']} x {result['device']}"
     )
-    speeds = _table("", "tokens/s", "of dense", "spread", "MFU", "s/update", "slots empty")
+    speeds = _table("", "tokens/s", "of dense", "spread", "MFU", "s/update", "slots empty", "FLOPs of dense")
     for name, v in result["variants"].items():
         mfu = "unknown" if v["mfu"] is None else f"{v['mfu']:.1%}"
-        speed, ratio = f"{v['tokens_per_second']:,.0f}", f"{v['relative_to_dense']:.3f}"
-        spread, slack = f"{v['spread']:.1%}", f"{v['quota_slack']:.1%}"
-        speeds.add_row(name, speed, ratio, spread, mfu, f"{v['step_seconds']:.3f}", slack)
+        speed, spread, slack = f"{v['tokens_per_second']:,.0f}", f"{v['spread']:.1%}", f"{v['quota_slack']:.1%}"
+        ratio = "-" if v["relative_to_dense"] is None else f"{v['relative_to_dense']:.3f}"
+        flops = f"{v['relative_flops']:.4f}"
+        speeds.add_row(name, speed, ratio, spread, mfu, f"{v['step_seconds']:.3f}", slack, flops)
     tables = [title, speeds]
     if update["rows"] != update["rows_of_recipe"]:
         tables.insert(1, f"(the recipe's {update['rows_of_recipe']} rows do not fit this machine at once)")
@@ -73,7 +74,7 @@ def _ffn(result: dict[str, Any]) -> Table:
     table = _table(f"FFN d={shape['width']} F={shape['hidden']}, {shape['tokens']} tokens, {result['device']}", "ms")
     table.add_row(shape["ffn"], f"{1000 * result['ffn_seconds']:.2f}")
     table.add_row("dense", f"{1000 * result['dense_seconds']:.2f}")
-    table.add_row("time over dense's", f"{result['relative_to_dense']:.3f}x (spread {result['spread']:.1%})")
+    table.add_row("time over dense's", f"{result['time_over_dense']:.3f}x (spread {result['spread']:.1%})")
     for name, seconds in result["parts"].items():
         table.add_row(f"  {name} alone", f"{1000 * seconds:.2f}")
     return table

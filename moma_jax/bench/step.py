@@ -25,6 +25,9 @@ from moma_jax.model.decoder import decoder_of
 from moma_jax.model.experts import is_dense
 from moma_jax.training import step as step_lib
 
+SAME_FLOPS = 0.01
+"""Active FLOPs per token count as equal where they differ by less than this share."""
+
 
 class Variant(NamedTuple):
     """One FFN, ready to step: `fresh` makes a state, `step` takes and donates one."""
@@ -46,15 +49,16 @@ def bench_step(
 
     Args:
       config: what is trained; its `model.ffn` and data are replaced.
-      ffn: variants; `relative_to_dense` compares with `dense`, or with the first where dense is not among them.
+      ffn: variants.
       repeats: timed steps of each variant.
       parts: also measure where the time goes, piece by piece (see `measure_parts`).
 
     Returns:
-      {"variants": {name: {"tokens_per_second", "spread", "relative_to_dense", "mfu", "step_seconds", "quota_slack",
-      "parts"}}, "update": {...}, "device", ...}. `relative_to_dense` is a ratio of tokens per second; `mfu` is None
-      where the device's peak is not known; `quota_slack` is the share of expert slots that stay empty; `parts` are
-      seconds per update and device.
+      {"variants": {name: {"tokens_per_second", "spread", "relative_to_dense", "relative_flops", "mfu",
+      "step_seconds", "quota_slack", "parts"}}, "update": {...}, "device", ...}. `relative_to_dense` is a ratio of
+      tokens per second, None where dense is not among the variants; `relative_flops` of active training FLOPs per
+      token (`moma cost`), with a warning where it is more than 1% off; `mfu` is None where the device's peak is not
+      known; `quota_slack` is the share of expert slots that stay empty; `parts` are seconds per update and device.
 
     Raises:
       InputError: the config or a variant contradicts itself. RunError: a step ran out of device memory.
@@ -66,8 +70,8 @@ def bench_step(
     with _out_of_memory_is_named():
         variants = [_compile(name, c) for name, c in zip(ffn, configs, strict=True)]
         seconds = _step_seconds(variants, batch, repeats)
-    baseline = seconds["dense" if "dense" in ffn else ffn[0]]
-    figures = {v.name: _figures(v, seconds[v.name], baseline, batch) for v in variants}
+    dense = _variant_of(config, "dense")
+    figures = {v.name: _figures(v, seconds[v.name], seconds.get("dense"), dense, batch) for v in variants}
     for variant in variants if parts else ():
         say(f"where the time of {variant.name} goes")
         with _out_of_memory_is_named():
@@ -126,7 +130,10 @@ def _step_seconds(variants: list[Variant], batch: Batch, repeats: int) -> dict[s
     return seconds
 
 
-def _figures(variant: Variant, seconds: list[float], baseline: list[float], batch: Batch) -> dict[str, Any]:
+def _figures(
+    variant: Variant, seconds: list[float], baseline: list[float] | None, dense: Config, batch: Batch
+) -> dict[str, Any]:
+    """One variant's figures; `baseline` are the seconds of `dense`, None where it is not measured."""
     config, mesh = variant.program.config, variant.program.mesh
     median, spread = summarise(seconds)
     speed = config.batch_tokens / median
@@ -134,11 +141,23 @@ def _figures(variant: Variant, seconds: list[float], baseline: list[float], batc
     return {
         "tokens_per_second": speed,
         "spread": spread,
-        "relative_to_dense": statistics.median(baseline) / median,
+        "relative_to_dense": None if baseline is None else statistics.median(baseline) / median,
+        "relative_flops": _relative_flops(variant.name, config, dense),
         "mfu": None if peak is None else speed * flops_per_token(config) / (peak * mesh.size),
         "step_seconds": median,
         "quota_slack": quota_slack(config, batch),
     }
+
+
+def _relative_flops(name: str, config: Config, dense: Config) -> float:
+    """Active training FLOPs per token over those of `dense`; says so where they are not equal."""
+    relative = flops_per_token(config) / flops_per_token(dense)
+    if abs(relative - 1) > SAME_FLOPS:
+        say(
+            f"warning: {name} has {relative:.3f} times dense's active FLOPs per token, so their speeds do not compare; "
+            "set --model.capacity None, or another --model.hidden"
+        )
+    return relative
 
 
 def quota_slack(config: Config, batch: Batch) -> float:

@@ -171,17 +171,32 @@ def swiglu(x_END, experts: Experts, weight_EN=None):
     The weight multiplies the hidden vector, which is linear in it and saves a pass over the output. The backward pass
     keeps the two projections and computes the hidden vector anew from them: no further matrix product.
     """
-    dtype = x_END.dtype
-    gate_ENF = jnp.einsum("end,edf->enf", x_END, experts.gate_EDF.astype(dtype))
-    up_ENF = jnp.einsum("end,edf->enf", x_END, experts.up_EDF.astype(dtype))
+    weight_EN = jnp.ones(x_END.shape[:2], x_END.dtype) if weight_EN is None else weight_EN
+    operands = (x_END, experts.gate_EDF, experts.up_EDF, experts.down_EFD, weight_EN)
+    match jax.default_backend():
+        case "cpu":
+            # One expert after the other, so that its hidden vectors stay in the cache from one product to the next: a
+            # batch of experts costs about 6% more.
+            return jnp.stack([_swiglu(*expert) for expert in zip(*map(_unstacked, operands), strict=True)])
+        case _:
+            return _swiglu(*operands)
 
-    def contract(gate_ENF, up_ENF, weight_EN, down_EFD):
-        hidden_ENF = jax.nn.silu(gate_ENF) * up_ENF
-        if weight_EN is not None:
-            hidden_ENF = hidden_ENF * weight_EN[..., None].astype(dtype)
-        return jnp.einsum("enf,efd->end", hidden_ENF, down_EFD.astype(dtype))
 
-    return jax.checkpoint(contract, prevent_cse=False)(gate_ENF, up_ENF, weight_EN, experts.down_EFD)
+def _unstacked(axis_E) -> list:
+    """The slices along the first axis. A split, whose gradient is a concatenation; an index's is padding and a sum."""
+    return [part[0] for part in jax.lax.split(axis_E, [1] * len(axis_E))]
+
+
+def _swiglu(x_ND, gate_DF, up_DF, down_FD, weight_N):
+    """SwiGLU of one expert, or of several where every array has a leading axis E."""
+    dtype = x_ND.dtype
+
+    def contract(gate_NF, up_NF, weight_N, down_FD):
+        hidden_NF = jax.nn.silu(gate_NF) * up_NF * weight_N[..., None].astype(dtype)
+        return hidden_NF @ down_FD.astype(dtype)
+
+    gate_NF, up_NF = x_ND @ gate_DF.astype(dtype), x_ND @ up_DF.astype(dtype)
+    return jax.checkpoint(contract, prevent_cse=False)(gate_NF, up_NF, weight_N, down_FD)
 
 
 def everywhere(x_GTD, experts: Experts):
@@ -228,16 +243,25 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
       routed: `Experts` by group name. noise: True in training; adds Gumbel noise where the rules have it.
     """
     selections, state, losses = choose(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
-    groups, tokens, width = x_GTD.shape
-    x_ND, y_ND = x_GTD.reshape(-1, width), jnp.zeros((groups * tokens, width), x_GTD.dtype)
-    times_N = jnp.zeros(groups * tokens, jnp.int32)
-    for group in rules.groups:
-        index_EN, gate_EN, filled_EN = (flat(a) for a in offset(selections[group.name], tokens))
-        out_END = swiglu(dispatch(x_ND, index_EN), routed[group.name], gate_EN)
-        y_ND = combine(y_ND, index_EN, out_END)
-        times_N = times_N.at[index_EN].add(filled_EN.astype(jnp.int32))
+    tokens, width = x_GTD.shape[1:]
+    x_ND = x_GTD.reshape(-1, width)
+    taken = [Selection(*map(flat, offset(selections[group.name], tokens))) for group in rules.groups]
+    # One gather and one scatter for the slots of all groups of experts.
+    index_S, filled_S = (_joined(slots) for slots in ([t.index_EC for t in taken], [t.filled_EC for t in taken]))
+    x_SD = jax.lax.split(dispatch(x_ND, index_S), [t.index_EC.size for t in taken])
+    outputs = [
+        swiglu(x_SD.reshape(*t.index_EC.shape, width), routed[group.name], t.gate_EC).reshape(-1, width)
+        for x_SD, t, group in zip(x_SD, taken, rules.groups, strict=True)
+    ]
+    y_ND = combine(jnp.zeros_like(x_ND), index_S, jnp.concatenate(outputs))
+    times_N = jnp.zeros(len(x_ND), jnp.int32).at[index_S].add(filled_S.astype(jnp.int32))
     taken_M3 = count_taken(times_N, place.modality_GT.reshape(-1), rules.modalities)
     return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, selections)
+
+
+def _joined(slots):
+    """Slots of all groups of experts, one after the other."""
+    return jnp.concatenate([slots_EC.reshape(-1) for slots_EC in slots])
 
 
 def dispatch(x_ND, index_EN):

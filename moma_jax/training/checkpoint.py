@@ -8,6 +8,7 @@ is written, so one that a kill interrupted is never seen.
 from __future__ import annotations
 
 import base64
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError
 from moma_jax.training.run_dir import RunDir
 from moma_jax.training.step import TrainState
@@ -46,7 +48,7 @@ class Checkpoints:
         self, run: RunDir, *, keep_last: int | None = None, keep_every: int | None = None, write: bool = False
     ):
         """Opens them; with `write`, keeps the newest `keep_last` and every multiple of `keep_every`."""
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every phase of every save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase; errors are raised here
         keep = [policies.LatestN(keep_last)] if keep_last else []
         keep += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
@@ -71,15 +73,18 @@ class Checkpoints:
         return f"{self.path}/{step}"
 
     def save(self, state: TrainState, saved: Saved) -> None:
-        """Begins to write a checkpoint; the arrays are copied before this returns, so the state may be donated."""
-        self._manager.save(
-            saved.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),
-                cursor=ocp.args.JsonSave(pack_arrays(saved.cursor)),
-                meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **saved.meta}),
-            ),
+        """Begins to write a checkpoint; the arrays are copied before this returns, so the state may be donated.
+
+        Raises:
+          InputError: this one, or the one before, cannot be written.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_as_dict(state)),
+            cursor=ocp.args.JsonSave(pack_arrays(saved.cursor)),
+            meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **saved.meta}),
         )
+        with self._writing():
+            self._manager.save(saved.step, args=items)
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """The state of a checkpoint, with the shapes, types and shardings of `target`.
@@ -96,23 +101,39 @@ class Checkpoints:
         return self._restore_part(step, {"params": target})["params"]
 
     def saved(self, step: int) -> Saved:
-        """Cursor and plain values of a checkpoint; InputError where its format is another."""
-        meta = self._restore(step, "meta", ocp.args.JsonRestore())
+        """Cursor and plain values of a checkpoint; InputError where it is none of ours, or its format is another."""
+        try:
+            meta = self._restore(step, "meta", ocp.args.JsonRestore())
+            cursor = unpack_arrays(self._restore(step, "cursor", ocp.args.JsonRestore()))
+        except (KeyError, ValueError, OSError) as error:
+            raise InputError(
+                f"{self.where(step)}: no checkpoint of moma, or damaged ({first_line(error)}); move it away"
+            ) from error
         if meta.get("format_version") != FORMAT_VERSION:
             raise InputError(
                 f"{self.where(step)}: checkpoint format {meta.get('format_version')!r}; this version of moma_jax reads "
                 f"{FORMAT_VERSION}"
             )
-        cursor = unpack_arrays(self._restore(step, "cursor", ocp.args.JsonRestore()))
         return Saved(step, cursor, meta)
 
     def wait(self) -> None:
-        """Returns when everything begun is written."""
-        self._manager.wait_until_finished()
+        """Returns when everything begun is written; InputError where it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and lets go of threads."""
-        self._manager.close()
+        """Waits and lets go of threads; InputError where something cannot be written."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """What the disk refuses, as one line."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            cause = first_line(error).rpartition(": ")[2]  # TensorStore says first where, then why
+            raise InputError(f"{self.path}: cannot be written: {cause}") from error
 
     def _restore(self, step: int, item: str, args: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]

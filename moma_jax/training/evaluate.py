@@ -7,6 +7,7 @@ between runs, but it is not a perplexity.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from moma_jax import config as config_lib
 from moma_jax import sharding
 from moma_jax.batch import Batch
-from moma_jax.config import Config, EvalSet
+from moma_jax.config import Config, EvalSet, MeshConfig
 from moma_jax.cost import total_steps
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
@@ -25,6 +26,7 @@ from moma_jax.model.routing import expert_choice
 from moma_jax.training import objective
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.meter import means
+from moma_jax.training.resume import require_select
 from moma_jax.training.run_dir import RunDir
 from moma_jax.training.step import Program, abstract_params, make_eval_step, make_program, put, replicate
 from moma_jax.vocab import Vocabulary
@@ -72,29 +74,18 @@ def load(run: str, *, step: int | None = None, select: Callable | None = None) -
         steps = checkpoints.steps()
         step = max(steps, default=None) if step is None else step
         if step not in steps:
-            have = ", ".join(map(str, steps)) or "none"
-            raise InputError(f"{run}: no checkpoint of step {step}; it has: {have}")
+            if not steps:
+                raise InputError(f"{run}: no checkpoint yet; train it to its first one (train.checkpoint_every)")
+            raise InputError(f"{run}: no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
         meta = checkpoints.saved(step).meta
         require_select(meta["select"], select, run)
         vocabulary = Vocabulary.from_json(meta["vocabulary"])
-        program = make_program(config, vocabulary, select or expert_choice)
+        here = dataclasses.replace(config, mesh=MeshConfig())  # it may have been trained on other devices
+        program = make_program(here, vocabulary, select or expert_choice)
         with sharding.use_mesh(program.mesh):
             routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
             params = checkpoints.restore_params(step, abstract_params(program, routing_state))
     return Loaded(config, vocabulary, params, program.decoder, routing_state, step, program)
-
-
-def select_name(select: Callable | None) -> str:
-    """A select function's name in records."""
-    return "expert_choice" if select is None else getattr(select, "__name__", type(select).__name__)
-
-
-def require_select(recorded: str, select: Callable | None, run: str) -> None:
-    """InputError where a run was trained with another select function than this one."""
-    if recorded != select_name(select):
-        raise InputError(
-            f"{run}: trained with the select function {recorded}, not {select_name(select)}; pass select={recorded}"
-        )
 
 
 def evaluate(
@@ -104,7 +95,7 @@ def evaluate(
     select: Callable | None = None,
     step: int | None = None,
     eval_set: str | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Held-out losses of a run's checkpoint.
 
     Args:
@@ -115,8 +106,8 @@ def evaluate(
       eval_set: name of one of the run's evaluation sets; None: the first.
 
     Returns:
-      {"choice": {"loss", "loss_<modality>", "tokens"}, "unigram": the same}: nats per target, and targets. A modality
-      that has no held-out targets is left out.
+      {"choice": {"loss", "loss_<modality>", "tokens"}, "unigram": the same}: nats per target, and targets. The loss of
+      a modality that has no held-out targets is None.
 
     Raises:
       InputError: no such run, checkpoint, routing or evaluation set; or the store's vocabulary is not the run's.
@@ -151,7 +142,7 @@ class Evaluator:
     def __init__(self, program: Program):
         self._program, self._step = program, make_eval_step(program)
 
-    def __call__(self, params, routing_state, eval_set: EvalSet) -> dict[str, float]:
+    def __call__(self, params, routing_state, eval_set: EvalSet) -> dict[str, float | None]:
         """{"loss", "loss_<modality>", "tokens"} of one held-out set; call it under `sharding.use_mesh`."""
         program, sums, group = self._program, [], 0
         for batch in held_out(program.config, eval_set, program.mesh.size):
@@ -185,7 +176,7 @@ def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Ba
         raise RunError(f"evaluation set {eval_set.name}: its stores hold no held-out documents; prepare more of them")
 
 
-def unigram(config: Config, modality_V: np.ndarray, eval_set: EvalSet) -> dict[str, float]:
+def unigram(config: Config, modality_V: np.ndarray, eval_set: EvalSet) -> dict[str, float | None]:
     """Losses on a held-out set of the token frequencies of the run's first training batches, add-one smoothed."""
     batches = min(total_steps(config), -(-UNIGRAM_POSITIONS // config.batch_tokens))
     count_V = np.ones(config.vocabulary_size, np.float64)
@@ -205,7 +196,5 @@ def unigram(config: Config, modality_V: np.ndarray, eval_set: EvalSet) -> dict[s
     return _result(objective.Sums(nats_M, weight_M, 0.0), config)
 
 
-def _result(sums: objective.Sums, config: Config) -> dict[str, float]:
-    losses = means(sums, [m.name for m in config.data.modalities])
-    present = {name: value for name, value in losses.items() if value is not None}
-    return present | {"tokens": int(np.sum(sums.weight_M))}
+def _result(sums: objective.Sums, config: Config) -> dict[str, float | None]:
+    return means(sums, [m.name for m in config.data.modalities]) | {"tokens": int(np.sum(sums.weight_M))}

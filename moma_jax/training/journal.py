@@ -34,23 +34,45 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     Raises:
       InputError: there are none.
     """
-    directory = RunDir(run)
-    names = [] if directory.local else _segments(directory)
-    contents = [directory.read(name) for name in names or [METRICS]]
-    if contents[0] is None:
+    records = records_of(RunDir(run))
+    if records is None:
         raise InputError(f"{run}: no {METRICS} here; give a run directory")
-    return [record for content in contents for record in _parse(content)]
+    return records
 
 
-def _parse(content: bytes) -> list[dict[str, Any]]:
+def records_of(run: RunDir) -> list[dict[str, Any]] | None:
+    """All records of a run, None where it has no file of them; InputError where a file holds something else."""
+    names = [METRICS] if run.local else _segments(run)
+    contents = {name: run.read(name) for name in names}
+    found = [_parse(content, f"{run.path}/{name}") for name, content in contents.items() if content is not None]
+    return [record for records in found for record in records] if found else None
+
+
+def _parse(content: bytes, where: str) -> list[dict[str, Any]]:
     """Records of a file; a last line that a kill cut short is left out."""
     records = []
     for line in content.decode(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise InputError(f"{where}: line {len(records) + 1} is no record of moma; move the file away")
+        records.append(record)
     return records
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None in place of numbers that are not finite, which JSON cannot say."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case _:
+            return value
 
 
 def _segments(directory: RunDir) -> list[str]:
@@ -66,8 +88,7 @@ class Journal:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds schema and time, and hands the record on; numbers that are not finite become None."""
-        record = {"schema": SCHEMA, **record, "time": time.time()}
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        record = finite({"schema": SCHEMA, **record, "time": time.time()})
         for sink in self._sinks:
             sink.write(record)
 
@@ -94,14 +115,20 @@ class FileSink:
     """metrics.jsonl, a line at a time, each handed to the operating system at once."""
 
     def __init__(self, run: RunDir, step: int):
-        kept = [r for r in _parse(run.read(METRICS) or b"") if r["step"] <= step and step > 0]
+        kept = [r for r in records_of(run) or [] if r["step"] <= step and step > 0]
         run.write(METRICS, b"".join(_line(record) for record in kept))
-        self._file = open(run.join(METRICS), "ab")  # noqa: SIM115
+        self._path = run.join(METRICS)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends the record."""
-        self._file.write(_line(record))
-        self._file.flush()
+        """Appends the record; InputError where the disk refuses it."""
+        line = _line(record)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written: {error.strerror}") from error
+        if written != len(line):
+            raise InputError(f"{self._path}: cannot be written: the disk is full")
 
     def seal(self, step: int) -> None:
         """Makes sure that the records survive a crash of the machine, as the checkpoint will."""

@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,14 +22,16 @@ from moma_jax import config as config_lib
 from moma_jax import sharding
 from moma_jax.config import Config, EvalSet
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
-from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.data.stream import open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.model.routing import expert_choice
 from moma_jax.training.checkpoint import Checkpoints, Saved
-from moma_jax.training.evaluate import Evaluator, require_select, select_name, unigram
-from moma_jax.training.journal import Journal, open_journal, read_metrics
+from moma_jax.training.evaluate import Evaluator, unigram
+from moma_jax.training.journal import Journal, finite, open_journal, read_metrics
 from moma_jax.training.meter import Meter
+from moma_jax.training.resume import finished, require_resumable, select_name
 from moma_jax.training.run_dir import RunDir, commit, versions
+from moma_jax.training.status import last_good, watched
 from moma_jax.training.step import (
     Program,
     TrainState,
@@ -60,8 +61,10 @@ def train(
       The run's summary, as in summary.json.
 
     Raises:
-      InputError: the config contradicts itself, or the run in this directory was begun with another one.
-      RunError: the loss stopped being a number (`train.on_nan`), or the data ended.
+      InputError: the config contradicts itself, the run in this directory was begun with another one, or it holds
+        files of another program; nothing was written then.
+      RunError: the loss stopped being a number (`train.on_nan`), the data ended, or files cannot be read or written
+        any more.
       SystemExit: 143 after SIGTERM, 130 after SIGINT, when the checkpoint is written.
     """
     config = with_dtype(config_lib.resolve(config))
@@ -69,13 +72,14 @@ def train(
         raise InputError("run.dir: name the directory of the run, such as runs/first")
     if config.run.compilation_cache is not None:
         _use_compilation_cache(config.run.compilation_cache)
-    _refuse_changes(config, select)
-    with RunDir(config.run.dir).locked() as run, _status(run, config) as status:
-        if (finished := _finished(run, config)) is not None:
+    require_resumable(config, select)
+    with RunDir(config.run.dir).locked() as run, watched(run, total_steps(config)) as status:
+        if (summary := finished(run, config)) is not None:
             View(0, 0, quiet=quiet).say(f"{config.run.dir}: training is complete")
-            return finished
+            return summary
         _prepare_missing_stores(config, progress=not quiet)
         vocabulary = vocabulary_of(config)
+        require_held_out(config)
         program = make_program(config, vocabulary, select or expert_choice)
         with sharding.use_mesh(program.mesh), _signals() as received, contextlib.ExitStack() as cleanup:
             session = _Session(run, program, select_name(select), vocabulary, status, cleanup)
@@ -113,9 +117,15 @@ class _Session:
         else:
             self.state = create_state(self.program, routing_state)
         self.run.write_json("config.json", config_lib.to_json(config))
-        self.status.write("running", self.step)
+        self.status.step = self.step
+        self.status.write("running")
         self.view = View(self.total, self.step, quiet=quiet)
         self.view.say(f"{config.run.dir}: {'goes on from' if self.step else 'starts at'} step {self.step}")
+        if (warmup := config.optimizer.warmup_steps) >= self.total:
+            self.view.say(
+                f"warning: optimizer.warmup_steps {warmup} is not below the run's {self.total} steps, so the learning "
+                f"rate still rises at the last one; set --optimizer.warmup-steps {self.total // 10}"
+            )
         tensorboard = config.run.tensorboard and self.run.local is not None
         journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
         self.journal: Journal = self.cleanup.enter_context(contextlib.closing(journal))
@@ -134,6 +144,7 @@ class _Session:
                 raise RunError(f"step {self.step}: the training data ended; prepare more documents")
             self.state, report = self.train_step(self.state, put(packed.batch, self.program.mesh))
             self.step += 1
+            self.status.step = self.step
             self.meter.add(self.step, report)
             last = self.step == self.total
             stop, log = bool(received), last or self.step % config.log_every == 0
@@ -154,9 +165,9 @@ class _Session:
         """Waits for the last checkpoint; writes and prints the summary."""
         self.checkpoints.wait()
         self.journal.close()
-        summary = self._summary()
+        summary = finite(self._summary())
         self.run.write_json("summary.json", summary)
-        self.status.write("complete", self.step)
+        self.status.write("complete")
         for name, result in summary["eval"].items():
             self.view.say(f"held out, {name}:  {losses(result['choice'])}")
             self.view.say(f"{'unigram model':>{len(name) + 10}}:  {losses(result['unigram'])}")
@@ -167,18 +178,16 @@ class _Session:
         for step in bad_steps:
             if self.config.train.on_nan == "stop":
                 self.checkpoints.wait()
-                latest = self.checkpoints.latest()
-                good = "there is no checkpoint yet" if latest is None else self.checkpoints.where(latest)
                 raise RunError(
-                    f"step {step}: the loss or its gradient is not finite; last good checkpoint: {good}; lower "
-                    "optimizer.peak_lr, or set train.on_nan=skip in a new run"
+                    f"step {step}: the loss or its gradient is not finite; last good checkpoint: "
+                    f"{last_good(self.run)}; lower optimizer.peak_lr, or set train.on_nan=skip in a new run"
                 )
             self.journal.write({"kind": "event", "step": step, "event": "update skipped: loss or gradient not finite"})
 
     def _log(self, epochs: dict[str, float]) -> None:
         rate = float(self.program.optimizer.learning_rate(self.step))
         self.journal.write(self.meter.record(self.step, rate, epochs))
-        self.status.write("running", self.step)
+        self.status.write("running")
 
     def _evaluate(self, eval_set: EvalSet) -> None:
         result = self.evaluate(self.state.params, self.state.routing_state, eval_set)
@@ -202,7 +211,7 @@ class _Session:
     def _stop(self, number: int) -> None:
         """Ends the process by the signal's exit code once the checkpoint is written."""
         self.checkpoints.wait()
-        self.status.write("stopped", self.step)
+        self.status.write("stopped")
         self.view.say(f"stopped at step {self.step}; the same command goes on from there")
         raise SystemExit(128 + number)
 
@@ -241,32 +250,6 @@ class _Session:
 
 
 # Before the first step ------------------------------------------------------------------------------------------------
-
-
-def _refuse_changes(config: Config, select: Callable | None) -> None:
-    """InputError where the run in this directory was begun with another config or select function."""
-    run = RunDir(config.run.dir)
-    written = run.read_json("config.json")
-    if written is None:
-        return
-    with contextlib.closing(Checkpoints(run)) as checkpoints:
-        if (latest := checkpoints.latest()) is None:
-            return  # nothing to go on from: the run starts anew
-        meta = checkpoints.saved(latest).meta
-    changed = config_lib.differences(config_lib.from_json(meta["config"]), config)
-    if changed:
-        raise InputError(
-            f"run.dir: {config.run.dir} holds a run with another config ({'; '.join(changed)}); change it back, or "
-            "choose another run.dir (with run.init_from to start from its weights)"
-        )
-    require_select(meta["select"], select, config.run.dir)
-
-
-def _finished(run: RunDir, config: Config) -> dict[str, Any] | None:
-    """The summary of a run that is complete."""
-    status, summary = run.read_json("status.json"), run.read_json("summary.json")
-    complete = status is not None and status["state"] == "complete" and status["step"] == total_steps(config)
-    return summary if complete else None
 
 
 def _prepare_missing_stores(config: Config, progress: bool) -> None:
@@ -340,31 +323,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Status:
-    """status.json: what a run is doing, for whoever watches it."""
-
-    def __init__(self, run: RunDir, config: Config):
-        self._run, self._total, self._step = run, total_steps(config), 0
-        self.begun = False
-
-    def write(self, state: str, step: int | None = None) -> None:
-        """Writes running, complete, stopped or failed."""
-        self.begun, self._step = True, self._step if step is None else step
-        status = {"state": state, "step": self._step, "total": self._total, "pid": os.getpid(), "updated": time.time()}
-        self._run.write_json("status.json", status)
-
-
-@contextlib.contextmanager
-def _status(run: RunDir, config: Config) -> Iterator[_Status]:
-    """Marks a run that ends by an exception as failed, once it has begun."""
-    status = _Status(run, config)
-    try:
-        yield status
-    except SystemExit:
-        raise
-    except BaseException:
-        if status.begun:
-            status.write("failed")
-        raise

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import functools
 import os
-import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +39,7 @@ class RunDir(Directory):
         """Holds the directory for this process; InputError where another process trains in it.
 
         Only local directories can be locked; the lock ends with the process, however it ends. A directory that is new
-        here is removed again where an InputError shows that no run can begin in it.
+        here is removed again where an InputError shows that no run can begin in it; never one in which a run began.
         """
         if self.local is None:
             yield self
@@ -59,9 +58,18 @@ class RunDir(Directory):
             try:
                 yield self
             except InputError:
-                if new:
-                    shutil.rmtree(self.local)
+                if new and self.read("status.json") is None:
+                    self._remove_if_empty()
                 raise
+
+    def _remove_if_empty(self) -> None:
+        """Removes what is written before a run begins, and the directory if nothing else is in it."""
+        for name in (".lock", "config.json"):
+            Path(self.join(name)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            for path in (self.join("checkpoints"), self.local):
+                if os.path.exists(path):
+                    os.rmdir(path)
 
 
 @functools.cache

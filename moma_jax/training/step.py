@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.config import Config
-from moma_jax.model.decoder import decoder_of
+from moma_jax.model.decoder import compute_dtype, decoder_of
 from moma_jax.model.routing import expert_choice
 from moma_jax.training import objective
 from moma_jax.training.optimizer import Optimizer, make_optimizer, router_norm
@@ -87,7 +87,7 @@ def with_dtype(config: Config) -> Config:
     """The config with `model.dtype` auto replaced by what this hardware computes in."""
     if config.model.dtype != "auto":
         return config
-    dtype = "bfloat16" if jax.default_backend() in ("tpu", "gpu") else "float32"
+    dtype = compute_dtype(config.model).name
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
@@ -213,9 +213,10 @@ def make_train_step(program: Program) -> Callable:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         grads, sums, routed, routing_state = _gradient(program, state, batch)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(jnp.sum(sums.cross_entropy_M))
-        new_state = _update(program, state, grads, routing_state, finite)
         taken_M3, routing_losses = routed
+        losses = (sums.cross_entropy_M, routing_losses)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sum(jnp.sum(x) for x in jax.tree.leaves(losses)))
+        new_state = update(program, state, grads, routing_state, finite)
         tokens_M = _tokens_by_modality(program, batch)
         report = StepReport(sums, tokens_M, taken_M3, grad_norm, router_norm(grads), routing_losses, finite)
         return new_state, report
@@ -255,14 +256,15 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
         routing_losses = jax.tree.map(lambda x: x / accumulate, output.losses)
         value = total / weight + sum(routing_losses.values(), jnp.float32(0))
         taken_M3 = jnp.sum(output.report.taken_LM3, axis=0)
-        routing_state = jax.tree.map(lambda x: x / accumulate, output.routing_state)
+        # Flags and small integers are int32 until the mean over microbatches is taken, so that their sum fits.
+        routing_state = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.int32)), output.routing_state)
         return value, (sums, (taken_M3, routing_losses), routing_state)
 
     differentiate = jax.grad(objective_of, has_aux=True)
     group_G = jnp.arange(micro_groups(program.config) * accumulate)
     if accumulate == 1:
-        grads, aux = differentiate(state.params, batch, group_G)
-        return grads, *aux
+        grads, (sums, routed, routing_state) = differentiate(state.params, batch, group_G)
+        return grads, sums, routed, _mean_state(routing_state, 1, state.routing_state)
 
     def one(carry, micro):
         return jax.tree.map(jnp.add, carry, differentiate(state.params, *micro)), None
@@ -270,8 +272,20 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
     micros = _microbatches(program, (batch, group_G))
     first = jax.tree.map(lambda x: x[0], micros)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, state.params, *first))
-    (grads, aux), _ = jax.lax.scan(one, zeros, micros)
-    return grads, *aux
+    (grads, (sums, routed, routing_state)), _ = jax.lax.scan(one, zeros, micros)
+    return grads, sums, routed, _mean_state(routing_state, accumulate, state.routing_state)
+
+
+def _mean_state(total, accumulate: int, before):
+    """The select function's new state: the mean over microbatches of their sum, in the types of the state before."""
+
+    def one(total, before):
+        mean = total if accumulate == 1 else total / accumulate
+        if not jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(mean.dtype, jnp.floating):
+            mean = jnp.round(mean)
+        return mean.astype(before.dtype)
+
+    return jax.tree.map(one, total, before)
 
 
 def _microbatches(program: Program, tree):
@@ -287,7 +301,7 @@ def _microbatches(program: Program, tree):
     return jax.tree.map(one, tree)
 
 
-def _update(program: Program, state: TrainState, grads, routing_state, finite) -> TrainState:
+def update(program: Program, state: TrainState, grads, routing_state, finite) -> TrainState:
     """The next state; where the gradient is not finite, all but the step stays as it is."""
     optimizer = program.optimizer
     direction, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
