@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import quick
 
 from moma_jax.config import ModelConfig
 from moma_jax.model.attention import Attention, attend, rotary_angles, rotate
@@ -18,17 +19,21 @@ X_BSD = RNG.normal(size=(2, 12, 12)).astype(np.float32)
 
 
 def attention(chunk=512, theta=10000.0):
-    """The sub-layer, random weights for it, and a function (params, x) -> y."""
+    """The sub-layer, random weights for it, and a function (params, x) -> y, plain and compiled."""
     module = Attention(ModelConfig(width=12, heads=3, layers=2, attention_chunk=chunk, rope_theta=theta))
     angles = rotary_angles(POSITION_BS, 4, theta)
     boxed = jax.eval_shape(module.init, jax.random.key(0), X_BSD, SEGMENT_BS, POSITION_BS, angles)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda w: rng.normal(0, 0.5, w.shape).astype(np.float32), nn.unbox(boxed)["params"])
-    return params, jax.jit(lambda p, x: module.apply({"params": p}, x, SEGMENT_BS, POSITION_BS, angles))
+
+    def run(params, x_BSD):
+        return module.apply({"params": params}, x_BSD, SEGMENT_BS, POSITION_BS, angles)
+
+    return params, run, quick.jit(run)
 
 
 def test_equals_the_oracle():
-    params, run = attention(theta=100.0)
+    params, _, run = attention(theta=100.0)
     y_BSD = run(params, X_BSD)
     for row in range(2):
         expected = oracles.attention(X_BSD[row], SEGMENT_BS[row], POSITION_BS[row], params, theta=100.0)
@@ -39,11 +44,11 @@ def test_equals_the_oracle():
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_chunks_change_nothing(chunk):
     def gradients(run):
-        return jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))), argnums=(0, 1)))
+        return quick.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))), argnums=(0, 1)))
 
-    (params, whole), (_, parts) = attention(), attention(chunk)
-    np.testing.assert_allclose(parts(params, X_BSD), whole(params, X_BSD), atol=1e-5)
-    for a, b in zip(*(jax.tree.leaves(gradients(run)(params, X_BSD)) for run in (whole, parts)), strict=True):
+    (params, *whole), (_, *parts) = attention(), attention(chunk)
+    np.testing.assert_allclose(parts[1](params, X_BSD), whole[1](params, X_BSD), atol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(gradients(run[0])(params, X_BSD)) for run in (whole, parts)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(a).max()))
 
 
@@ -58,7 +63,7 @@ def test_scores_of_all_queries_never_exist_at_once():
 
 
 def test_documents_and_the_future_do_not_leak():
-    params, run = attention()
+    params, _, run = attention()
     before = np.asarray(run(params, X_BSD))
     for changed, same in ((slice(0, 5), slice(5, 9)), (slice(5, 9), slice(0, 5)), (slice(7, 12), slice(0, 7))):
         x_BSD = X_BSD.copy()
@@ -68,9 +73,9 @@ def test_documents_and_the_future_do_not_leak():
 
 @pytest.mark.parametrize("chunk", [512, 5])
 def test_padding_gives_no_nan(chunk):
-    params, run = attention(chunk)
-    gradient = jax.grad(lambda p, x: jnp.sum(run(p, x) ** 2), argnums=(0, 1))(params, X_BSD * 100)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((run(params, X_BSD * 100), gradient)))
+    params, run, _ = attention(chunk)
+    both = quick.jit(jax.value_and_grad(lambda p, x: jnp.sum(run(p, x) ** 2), argnums=(0, 1)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(both(params, X_BSD * 100)))
 
 
 def test_rotary_positions():
@@ -90,14 +95,14 @@ def test_rotary_positions():
 
 
 def test_query_and_key_norm_have_parameters_per_head_and_ignore_scale():
-    params, run = attention()
+    params, _, run = attention()
     assert params["query_norm"]["scale_HK"].shape == params["key_norm"]["bias_HK"].shape == (3, 4)
     scaled = params | {"query_DHK": params["query_DHK"] * 50, "key_DHK": params["key_DHK"] * 50}
     np.testing.assert_allclose(run(scaled, X_BSD)[0, :9], run(params, X_BSD)[0, :9], atol=1e-3)
 
 
 def test_bfloat16_stays_bfloat16():
-    params, run = attention()
+    params, _, run = attention()
     y_BSD = run(params, X_BSD.astype(jnp.bfloat16))
     assert y_BSD.dtype == jnp.bfloat16
     np.testing.assert_allclose(y_BSD[0, :9].astype(np.float32), run(params, X_BSD)[0, :9], atol=0.3)

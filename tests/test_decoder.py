@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import quick
 
 from moma_jax import sharding
 from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
@@ -50,7 +51,7 @@ def random_params(decoder, seed=0):
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "train", "return_selections"))
+@functools.partial(quick.jit, static_argnames=("decoder", "train", "return_selections"))
 def apply(decoder, params, inputs, options, train, return_selections):
     return decoder.apply({"params": params}, *inputs, **options, train=train, return_selections=return_selections)
 
@@ -180,7 +181,7 @@ def test_gradients_are_finite_with_padded_rows_and_equal_under_every_remat(norm)
             hidden_BSD = decoder.apply({"params": params}, *inputs, key=KEY, train=True).hidden_BSD
             return jnp.sum(jnp.sin(hidden_BSD) * (inputs[1] > 0)[..., None])
 
-        gradients[remat] = jax.device_get(jax.jit(jax.grad(total))(params))
+        gradients[remat] = jax.device_get(quick.jit(jax.grad(total))(params))
         for gradient, expected in zip(*(jax.tree.leaves(gradients[r]) for r in (remat, "none")), strict=True):
             assert np.isfinite(gradient).all()
             np.testing.assert_allclose(gradient, expected, atol=1e-4 * max(1e-3, np.abs(expected).max()))

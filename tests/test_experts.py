@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import quick
 
 from moma_jax.config import Modality, ModelConfig
 from moma_jax.ffn import parse_ffn
@@ -41,7 +42,7 @@ class Case:
         self.module = Ffn(self.model, rules, self.layout.shared, train=False)
         self.drawn = Drawn(np.uint32(SEED), jax.random.key(0))
 
-        place = jax.jit(lambda: decoder.place(rules, segment_BS, jnp.asarray(modality_BS), jnp.arange(groups)))
+        place = quick.jit(lambda: decoder.place(rules, segment_BS, jnp.asarray(modality_BS), jnp.arange(groups)))
         self.place = jax.device_get(place())
         rng = np.random.default_rng(seed)
         self.x_GTD, self.dy_GTD = rng.normal(size=(2, groups, tokens, WIDTH)).astype(np.float32)
@@ -55,7 +56,7 @@ class Case:
             output = self.module.apply({"params": params}, x_GTD, self.place, self.drawn, state or {})
             return jnp.sum(output.y_GTD * self.dy_GTD), output
 
-        run = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+        run = quick.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
         gradient, output = jax.device_get(run(self.params, self.x_GTD if x_GTD is None else x_GTD))
         return output, gradient
 
@@ -157,7 +158,7 @@ def test_experts_start_apart_and_scaled():
     wide = ModelConfig(ffn="2x", width=256, hidden=704, layers=8, norm="pre")
     decoder = Decoder(wide, MODALITIES[:1], (8,), 1)
     params = nn.unbox(
-        jax.jit(lambda: decoder.init(jax.random.key(0), *jnp.zeros((4, 1, 8), int), key=jax.random.key(0)))()
+        quick.jit(lambda: decoder.init(jax.random.key(0), *jnp.zeros((4, 1, 8), int), key=jax.random.key(0)))()
     )
     ffn = params["params"]["layers"]["ffn"]["all"]
     deviations = {name: float(jnp.std(w)) for name, w in ffn.items()}
@@ -263,7 +264,11 @@ ON_EIGHT_DEVICES = """
 
 
 def test_eight_devices_give_the_same_selections_outputs_and_gradients():
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
+    env = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick.XLA_FLAGS}",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "",
+    }
     code = f"import sys; sys.path[:0] = {sys.path!r}\n" + textwrap.dedent(ON_EIGHT_DEVICES)
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=__file__.rpartition("/")[0], capture_output=True, text=True
