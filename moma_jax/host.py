@@ -30,5 +30,5 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(
-        mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
+        mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1))
     )
