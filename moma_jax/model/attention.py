@@ -61,8 +61,11 @@ def _attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
     score_BHQS = score_BHQS / math.sqrt(q_BQHK.shape[-1])
     same_BQS = segment_BQ[:, :, None] == segment_BS[:, None, :]
     visible_BQS = same_BQS & (position_BQ[:, :, None] >= position_BS[:, None, :])
-    weight_BHQS = jax.nn.softmax(jnp.where(visible_BQS[:, None], score_BHQS, HIDDEN), axis=-1)
-    return jnp.einsum("bhqs,bshk->bqhk", weight_BHQS.astype(v_BSHK.dtype), v_BSHK)
+    score_BHQS = jnp.where(visible_BQS[:, None], score_BHQS, HIDDEN)
+    # The softmax, divided by its sum after the product with v: two passes fewer over all scores.
+    weight_BHQS = jnp.exp(score_BHQS - jax.lax.stop_gradient(score_BHQS.max(-1, keepdims=True)))
+    mixed_BQHK = jnp.einsum("bhqs,bshk->bqhk", weight_BHQS.astype(v_BSHK.dtype), v_BSHK)
+    return (mixed_BQHK / jnp.swapaxes(weight_BHQS.sum(-1), 1, 2)[..., None]).astype(v_BSHK.dtype)
 
 
 class QkNorm(nn.Module):
