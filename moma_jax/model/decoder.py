@@ -23,9 +23,10 @@ Parameters, all float32; layers are stacked with a leading axis L, also where th
 <group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), and `shared` (+1x, of N times the
 hidden width, one expert).
 
-Initial weights are normal. Projections have deviation 1/sqrt(fan-in), so that a unit-variance input stays one, routers
-included: their logits then have unit variance, and experts differ from the start. Projections into the residual stream
-are scaled by a further 1/sqrt(2L) under pre-norm (`experts.output_scale`).
+Initial weights are normal, of deviation 1/sqrt(d) in the embedding and the unembedding. Projections have deviation
+1/sqrt(fan-in), so that a unit-variance input stays one, routers included: their logits then have unit variance, and
+experts differ from the start. Projections into the residual stream are scaled by a further 1/sqrt(2L) under pre-norm
+(`experts.output_scale`).
 """
 
 from __future__ import annotations
