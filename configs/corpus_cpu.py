@@ -5,8 +5,8 @@ Data:      the folder named by MOMA_CORPUS (default ../shared/data; any Parquet 
            prepared on first use into stores/corpus: a BPE of 4,096 ids, pictures of 16 x 16 in a palette of 512.
 Hardware:  2 CPU cores.
 Time:      13 to 17 minutes measured on a machine shared with other work.
-Losses:    held out, choice routing: dense 3.104 (text 4.501, image 1.720), 8x 3.139, 1t1i 3.045, 4t4i 3.080; one seed, see
-           docs/results/corpus.md.
+Losses:    held out, choice routing: dense 3.104 (text 4.501, image 1.720), 8x 3.139, 1t1i 3.045, 4t4i 3.080;
+           one seed, see docs/results/corpus.md.
 """
 
 import os
