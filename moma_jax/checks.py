@@ -80,7 +80,10 @@ def _check_ranges(config: Config) -> None:
     for name, value in shares.items():
         require(0 <= value < 1, f"{name}: must be at least 0 and below 1, is {value}")
     capacity = config.model.capacity
-    require(capacity is None or 0 < capacity <= 1, f"model.capacity: must be above 0 and at most 1, is {capacity}")
+    require(
+        capacity is None or 1e-4 <= capacity <= 1,
+        f"model.capacity: must be at least 0.0001 and at most 1, is {capacity}",
+    )
     require(config.mesh.data == -1 or config.mesh.data > 0, "mesh.data: must be -1 or positive")
 
 

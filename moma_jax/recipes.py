@@ -46,13 +46,14 @@ def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) 
 
 def load(path: str | Path) -> Config:
     """The config as its file states it: derived fields unfilled, nothing checked."""
-    path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
+    path, run = Path(path), Path(path).is_dir()
+    path = path / "config.json" if run else path
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; give a configs/NAME.py, a config.json or a run directory")
     config = _from_json(path) if path.suffix == ".json" else _from_python(path)
-    if config.run.dir is None:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{path.stem}"))
+    if run or config.run.dir is None:  # a run that was moved goes on where it is now
+        where = str(path.parent) if run else f"runs/{path.stem}"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=where))
     return config
 
 

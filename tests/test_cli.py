@@ -1,5 +1,6 @@
 """The command: help pages, exit codes, one clear line for bad input, and the Python functions of the same names."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -146,7 +147,9 @@ def test_a_runs_config_is_a_recipe(tmp_path):
     config = moma_jax.recipe(CONFIGS / "quickstart.py")
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     assert moma_jax.recipe(tmp_path / "config.json") == config
-    assert moma_jax.recipe(tmp_path) == config
+    moved = moma_jax.recipe(tmp_path)
+    assert moved.run.dir == str(tmp_path), "a run that was moved goes on where it is now"
+    assert dataclasses.replace(moved, run=config.run) == config
 
 
 def test_the_functions_stay_functions_after_their_modules_are_loaded():

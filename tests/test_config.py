@@ -56,6 +56,7 @@ def valid(**sections) -> Config:
         ({"model": {"ffn": "4t4i+x"}}, "model.ffn: .* is not an FFN"),
         ({"model": {"ffn": "4t4i+"}}, "model.ffn: .* is not an FFN"),
         ({"model": {"capacity": 1.5}}, "model.capacity"),
+        ({"model": {"capacity": 1e-5}}, "model.capacity: must be at least 0.0001"),
         ({"model": {"layers": 0}}, "model.layers: must be positive"),
         ({"data": {"modalities": (TEXT, dataclasses.replace(IMAGE, quota=0.1))}}, "raise it to 0.125"),
         ({"data": {"modalities": (dataclasses.replace(TEXT, quota=0.3), IMAGE)}}, "quotas add up to 0.800"),
