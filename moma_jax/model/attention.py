@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
 
     A platform's fused kernel (splash attention on TPU, cuDNN on GPU) would take these same arguments here.
     """
+    chex.assert_equal_shape((q_BSHK, k_BSHK, v_BSHK))
+    chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
     sequence = q_BSHK.shape[1]
     if sequence <= chunk:
         return _attend_block((q_BSHK, segment_BS, position_BS), k_BSHK, v_BSHK, segment_BS, position_BS)

@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,9 @@ class Decoder(nn.Module):
         train: bool = False,
         return_selections: bool = False,
     ) -> DecoderOutput:
+        chex.assert_rank(token_BS, 2)
+        chex.assert_equal_shape((token_BS, segment_BS, position_BS, modality_BS))
+        chex.assert_is_divisible(token_BS.shape[0], self.group_rows)
         model, vocabulary = self.model, sum(m.size for m in self.modalities)
         dtype = compute_dtype(model)
         group_G = jnp.arange(token_BS.shape[0] // self.group_rows) if group_G is None else group_G

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -57,6 +58,9 @@ def cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, modality_V, *, mo
     Returns:
       (total, Sums): `total` is a float32 scalar and the only differentiable result, in hidden_BSD and kernel_DV.
     """
+    chex.assert_rank((hidden_BSD, kernel_DV, modality_V), (3, 2, 1))
+    chex.assert_shape((target_BS, weight_BS), hidden_BSD.shape[:2])
+    chex.assert_shape(kernel_DV, (hidden_BSD.shape[-1], len(modality_V)))
     settings = _Settings(modalities, chunk, z_loss)
     target_modality_BS = jnp.take(jnp.asarray(modality_V, jnp.int32), target_BS)
     weight_BS = weight_BS.astype(jnp.float32)
