@@ -16,9 +16,9 @@ if typing.TYPE_CHECKING:
     from moma_jax.config import Config, PrepareConfig
 
 
-def round_up(value: float, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
-    return -(-int(-(-value // 1)) // multiple) * multiple
+    return -(-value // multiple) * multiple
 
 
 def check(config: Config) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from moma_jax.checks import check, require
+from moma_jax.checks import check, require, round_up
 from moma_jax.ffn import FfnLayout, parse_ffn
 
 FORMAT_VERSION = 1
@@ -311,7 +311,7 @@ def resolve(config: Config) -> Config:
     """Fills the derived fields (those that are None in a recipe) and checks the result."""
     model = config.model
     if model.hidden is None:
-        model = dataclasses.replace(model, hidden=-(-model.ffn_width * 2 // (3 * 128)) * 128)
+        model = dataclasses.replace(model, hidden=round_up(-(-2 * model.ffn_width // 3), 128))
     resolved = dataclasses.replace(config, model=model)
     check(resolved)
     return resolved

@@ -22,6 +22,7 @@ from moma_jax import config as config_lib
 from moma_jax import sharding
 from moma_jax.config import Config, EvalSet
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
+from moma_jax.data.store import open_store
 from moma_jax.data.stream import open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.model.routing import expert_choice
@@ -267,8 +268,6 @@ def _hashes(config: Config, vocabulary) -> dict[str, str | None]:
     """What makes ids mean the same: layout, tokenizer and codec of the stores (they are equal in all of them)."""
     if config.data.kind == "synthetic":
         return {"vocabulary": vocabulary.hash}
-    from moma_jax.data.store import open_store
-
     return open_store(config.data.stores[0].path).codecs.hashes
 
 
