@@ -21,7 +21,7 @@ _HOME = {
     "prepare": "moma_jax.data.prepare",
     "train": "moma_jax.training.loop",
     "evaluate": "moma_jax.training.evaluate",
-    "load": "moma_jax.training.evaluate",
+    "load": "moma_jax.training.load",
     "read_metrics": "moma_jax.training.journal",
 }
 __all__ = ["cost", *sorted(_HOME)]

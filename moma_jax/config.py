@@ -7,16 +7,12 @@ contradictions. Nothing here imports JAX, so `moma cost` and the data pipeline s
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from moma_jax.checks import check, require, round_up
+from moma_jax.checks import check, round_up
 from moma_jax.ffn import FfnLayout, parse_ffn
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,17 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products' results, or whole layers."""
     attention_chunk: int = 512
     """Queries attended at once, in positions: bounds the memory of attention scores."""
+    routing: Literal["choice", "threshold"] = "choice"
+    """Who chooses in training: experts (the paper; sees the future) or, after a warm-up of expert choice, running
+    thresholds (causal, each token by itself)."""
+    routing_warmup: int = 1000
+    """threshold only: updates of expert choice before it."""
+    routing_slack: float = 1.25
+    """threshold only: slots of an expert over those of expert choice; beyond them the latest positions are dropped."""
+    threshold_decay: float = 0.98
+    """Decay per update of the running thresholds, which every model with routers keeps, 0 to 1."""
+    auxiliary: bool = False
+    """Train auxiliary routers (paper section 2.4) beside the model, on stopped gradients; else `moma fit-routers`."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,30 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class RoutersConfig:
+    """The second stage, `moma fit-routers`: auxiliary routers are fitted to a trained model (paper Table 6)."""
+
+    steps: int = 5000
+    """Updates."""
+    batch_rows: int | None = None
+    """Rows of one update; train.batch_rows where None."""
+    peak_lr: float = 1e-4
+    """Learning rate after warm-up."""
+    end_lr: float = 1e-6
+    """Learning rate at the last step."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Shape of the decay from peak to end."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up from 0."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    log_every: int = 10
+    """Steps between records."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+
+
+@dataclass(frozen=True)
 class EvalSet:
     """A named held-out evaluation set."""
 
@@ -271,6 +302,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    routers: RoutersConfig = RoutersConfig()
     run: RunConfig = RunConfig()
 
     @property
@@ -304,9 +336,6 @@ def quota_tokens(modality: Modality, group_tokens: int) -> int:
     return min(group_tokens, round(modality.quota * group_tokens))
 
 
-# Derived fields and dictionaries
-
-
 def resolve(config: Config) -> Config:
     """Fills the derived fields (those that are None in a recipe) and checks the result."""
     model = config.model
@@ -315,85 +344,3 @@ def resolve(config: Config) -> Config:
     resolved = dataclasses.replace(config, model=model)
     check(resolved)
     return resolved
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The content of config.json: plain values and a format version."""
-    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
-
-
-def from_json(data: dict[str, Any]) -> Config:
-    """Reads `to_json`'s dictionary; raises InputError for unknown or missing keys and other format versions."""
-    require(isinstance(data, dict), f"config.json: expected an object, found {str(data)[:40]}")
-    version = data.get("format_version")
-    require(version == FORMAT_VERSION, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION}")
-    return _read(Config, {k: v for k, v in data.items() if k != "format_version"}, "config")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` of a JSON document as the annotated type `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
-        unknown = sorted(set(value) - set(hints))
-        require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(hints)}")
-        missing = sorted(
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.name not in value and f.default is f.default_factory is dataclasses.MISSING
-        )
-        require(not missing, f"{where}: missing key {', '.join(missing)}")
-        return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _read(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{where}: expected a list, found {value!r}")
-        return tuple(_read(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
-    if origin is dict:
-        require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
-        return {k: _read(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if origin is Literal:
-        require(value in arguments, f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    require(type(value) is kind, f"{where}: expected {kind.__name__}, found {value!r}")
-    return value
-
-
-# What may change when a run goes on -----------------------------------------------------------------------------------
-
-MAY_CHANGE = (
-    "mesh",
-    "run",
-    "data.prepare",  # how to make a store that is not there; the store itself is known by its own hashes
-    "data.prefetch",
-    "data.read_threads",
-    "data.cache_bytes",
-    "data.read_concurrency",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-)
-
-
-def differences(before: Config, after: Config) -> list[str]:
-    """Fields that forbid continuing a run, as lines `data.modalities.1.quota: old -> new`."""
-    return _differences(before, after, "")
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    if old == new or path in MAY_CHANGE:
-        return []
-    if isinstance(old, tuple) and len(old) == len(new):
-        pairs = [(i, *values) for i, values in enumerate(zip(old, new, strict=True))]
-    elif dataclasses.is_dataclass(old):
-        pairs = [(f.name, getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)]
-    else:
-        shown = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (old, new)]
-        return [f"{path}: {shown[0]} -> {shown[1]}"]
-    return [line for name, *values in pairs for line in _differences(*values, f"{path}.{name}".lstrip("."))]

@@ -17,8 +17,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from moma_jax import config as config_lib
-from moma_jax.config import Config
+from moma_jax.config import Config, resolve
+from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
 
 Parsed = TypeVar("Parsed")
@@ -41,7 +41,7 @@ def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) 
     Raises:
       InputError: the recipe is missing or broken, a key is unknown, or the result contradicts itself.
     """
-    return config_lib.resolve(override(load(path), overrides))
+    return resolve(override(load(path), overrides))
 
 
 def load(path: str | Path) -> Config:
@@ -62,7 +62,7 @@ def _from_json(path: Path) -> Config:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give the config.json of a run") from error
-    return config_lib.from_json(data)
+    return from_json(data)
 
 
 def _from_python(path: Path) -> Config:

@@ -142,7 +142,7 @@ def test_a_recipe_that_is_no_recipe(tmp_path):
 
 
 def test_a_runs_config_is_a_recipe(tmp_path):
-    from moma_jax.config import to_json
+    from moma_jax.config_json import to_json
 
     config = moma_jax.recipe(CONFIGS / "quickstart.py")
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))

@@ -20,11 +20,9 @@ from moma_jax.config import (
     RunConfig,
     StoreConfig,
     TrainConfig,
-    differences,
-    from_json,
     resolve,
-    to_json,
 )
+from moma_jax.config_json import differences, from_json, to_json
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup, parse_ffn
 from moma_jax.recipes import load

@@ -9,7 +9,8 @@ import pytest
 from tiny import tiny
 
 from moma_jax import evaluate, load
-from moma_jax.config import EvalSet, MeshConfig, to_json
+from moma_jax.config import EvalSet, MeshConfig
+from moma_jax.config_json import to_json
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.training import objective

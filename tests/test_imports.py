@@ -9,15 +9,15 @@ PACKAGE = Path(__file__).parent.parent / "moma_jax"
 # A module may import from its own floor and from those after it.
 FLOORS = [
     ["__main__"],
-    ["bench"],
-    ["training"],
+    ["bench", "evals"],
+    ["training", "generate"],
     ["recipes"],
     ["model", "data", "cost"],
-    ["config", "checks", "batch"],
+    ["config", "config_json", "checks", "batch"],
     ["vocab", "sharding", "ffn"],
     ["errors", "host"],
 ]
-MODEL_FLOORS = [["decoder"], ["depth", "experts", "attention", "auxiliary"], ["routing"]]
+MODEL_FLOORS = [["decode"], ["decoder"], ["depth", "experts", "attention"], ["auxiliary", "causal"], ["routing"]]
 
 
 def imported(path: Path) -> set[str]:

@@ -92,6 +92,11 @@ def test_records_say_what_the_readme_promises(whole):
     by_modality = {f"{n}_{m}" for n in ("tokens", "fill") for m in ("text", "image")}
     taken = {f"taken_{m}_{n}" for m in ("text", "image") for n in ("0", "1", "2plus")}
     more = {"z_loss", "grad_norm", "grad_norm_router", "learning_rate", "tokens", "flops"}
+    more |= {
+        f"{n}{g}{e}"
+        for n, e in (("threshold_load_", ""), ("threshold_load_", "_least"), ("dropped_", ""))
+        for g in ("text", "image")
+    }
     assert set(train) - {k for k in train if k.startswith("epoch_")} == both | by_modality | taken | more
     assert train["tokens"] == train["tokens_text"] + train["tokens_image"] > 0
     assert found[1]["tokens"] >= 1.9 * train["tokens"]

@@ -27,7 +27,7 @@ KEY = jax.random.key(0)
 
 def pick(logit_TE, eligible_T, quota):
     logit_TE = jnp.asarray(logit_TE, jnp.float32)
-    return expert_choice(Score(logit_TE, logit_TE), jnp.asarray(eligible_T, bool), quota, None, KEY)
+    return expert_choice(Score(logit_TE, logit_TE, logit_TE), jnp.asarray(eligible_T, bool), quota, None, KEY)
 
 
 def test_each_expert_takes_its_best_tokens():

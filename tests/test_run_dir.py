@@ -10,7 +10,7 @@ from test_loop import changed_batches, my_choice
 from tiny import tiny
 
 import moma_jax
-from moma_jax.config import to_json
+from moma_jax.config_json import to_json
 from moma_jax.errors import InputError, RunError
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.run_dir import RunDir

@@ -127,7 +127,7 @@ class FfnCase(NamedTuple):
 
     def _weights(self) -> dict[str, experts_lib.Experts]:
         """The parameters by group of experts."""
-        return {name: experts_lib.Experts(**group) for name, group in self.params.items()}
+        return experts_lib.experts_of(self.params)
 
     def _grouped(self, x_BSD):
         """Rows to routing groups."""

@@ -17,6 +17,8 @@ Parameters, all float32; layers are stacked with a leading axis L, also where th
     layers/ffn/<group>/gate_EDF             [layers, expert, embed, ffn]
     layers/ffn/<group>/up_EDF               [layers, expert, embed, ffn]
     layers/ffn/<group>/down_EFD             [layers, expert, ffn, embed]
+    layers/ffn/<group>_auxiliary/in_DA      [layers, embed, -]                where model.auxiliary; A = d/2
+    layers/ffn/<group>_auxiliary/out_AE     [layers, -, -]
     final_norm/scale_D                      [embed]
     unembedding/kernel_DV                   [embed, vocab]
 
@@ -41,6 +43,7 @@ import jax.numpy as jnp
 
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.ffn import parse_ffn
+from moma_jax.model import causal
 from moma_jax.model.attention import Attention, rotary_angles
 from moma_jax.model.experts import Drawn, Ffn, Place, Rules, is_dense, normal
 from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash, take_all
@@ -136,7 +139,7 @@ class Layer(nn.Module):
         y_BSD = ffn.y_GTD.reshape(x_BSD.shape)
         x_BSD = residual(x_BSD, y_BSD if pre else norm("ffn_norm", y_BSD), 2)
         selections = ffn.selections if self.return_selections else None
-        return x_BSD, (ffn.state, ffn.losses, ffn.taken_M3, selections)
+        return x_BSD, (ffn.state, ffn.losses, (ffn.taken_M3, ffn.predicted_M4), selections)
 
     def dropout(self, y_BSD, group_G, key):
         """Dropout on a sub-layer's output, drawn per routing group so that microbatches draw the same."""
@@ -159,7 +162,7 @@ class Decoder(nn.Module):
       quotas: hard bound on each modality's tokens in one routing group.
       group_rows: rows of a routing group.
       select: who takes which token, in groups of more than one expert.
-      dtype: compute dtype.
+      filled_only: compute filled slots alone (`experts.in_blocks`); without gradient.
     """
 
     model: ModelConfig
@@ -167,6 +170,7 @@ class Decoder(nn.Module):
     quotas: tuple[int, ...]
     group_rows: int
     select: Callable = expert_choice
+    filled_only: bool = False
 
     @nn.compact
     def __call__(
@@ -215,13 +219,15 @@ class Decoder(nn.Module):
         )(model, rules, layout.shared, self.group_rows, train, return_selections, name="layers")
         state = {} if routing_state is None else routing_state
         x_BSD = embedding_VD[token_BS].astype(dtype)
-        x_BSD, (state, losses, taken_LM3, selections) = layers(x_BSD, (jnp.arange(model.layers), state), common)
+        x_BSD, (state, losses, (taken_LM3, predicted_LM4), selections) = layers(
+            x_BSD, (jnp.arange(model.layers), state), common
+        )
         count_M = taken_LM3[0].sum(-1)
         return DecoderOutput(
             RmsNorm(model.norm_epsilon, name="final_norm")(x_BSD),
             state,
             {name: loss_L.sum() for name, loss_L in losses.items()},
-            RoutingReport(taken_LM3, jnp.broadcast_to(count_M, taken_LM3.shape[:2])),
+            RoutingReport(taken_LM3, jnp.broadcast_to(count_M, taken_LM3.shape[:2]), predicted_LM4),
             selections,
         )
 
@@ -231,7 +237,17 @@ class Decoder(nn.Module):
         groups = parse_ffn(model.ffn, self.modalities).groups
         bounds = [min(tokens, sum(self.quotas[m] for m in g.modalities)) for g in groups]
         quotas = tuple(Quota(b, g.capacity(model.capacity)) for b, g in zip(bounds, groups, strict=True))
-        return Rules(groups, quotas, len(self.modalities), self.select, model.jitter, model.gumbel, dtype)
+        return Rules(
+            groups,
+            quotas,
+            len(self.modalities),
+            self.select,
+            model.jitter,
+            model.gumbel,
+            dtype,
+            model.auxiliary,
+            self.filled_only,
+        )
 
     def place(self, rules: Rules, segment_BS, modality_BS, group_G) -> Place:
         """What routing knows about each token, the same in every layer."""
@@ -282,3 +298,15 @@ def compute_dtype(model: ModelConfig):
 def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:
     """The decoder of a resolved config."""
     return Decoder(config.model, config.data.modalities, config.quotas, config.data.group_rows, select)
+
+
+def causal_decoder(config: Config, routing: str) -> Decoder:
+    """The decoder under a causal routing, "causal" or "threshold", without gradient.
+
+    Every token finds a slot at every expert that it enters, whatever the documents' mixture of modalities; what is
+    computed is what was taken.
+    """
+    group = config.group_tokens
+    select = causal.inference_select(routing, config.data.group_rows)
+    everyone = (group,) * len(config.data.modalities)
+    return Decoder(config.model, config.data.modalities, everyone, config.data.group_rows, select, filled_only=True)

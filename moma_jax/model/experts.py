@@ -19,9 +19,13 @@ from jax.sharding import PartitionSpec
 from moma_jax.config import ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
+from moma_jax.model import auxiliary as auxiliary_lib
+from moma_jax.model.auxiliary import SUFFIX, Auxiliary, AuxiliaryWeights
 from moma_jax.model.routing import Quota, Selection, checked, count_taken, make_score
 
 EXACT = jax.lax.Precision.HIGHEST
+BLOCK = 256
+"""Slots that are computed together where only filled ones are (`in_blocks`)."""
 
 
 class Experts(NamedTuple):
@@ -30,12 +34,14 @@ class Experts(NamedTuple):
     Attributes:
       gate_EDF, up_EDF, down_EFD: projections of each expert's SwiGLU.
       router_DE: None where the group has one expert.
+      auxiliary: the auxiliary router, where the model has one.
     """
 
     gate_EDF: Any
     up_EDF: Any
     down_EFD: Any
     router_DE: Any = None
+    auxiliary: Auxiliary | None = None
 
 
 class Place(NamedTuple):
@@ -63,17 +69,23 @@ class Drawn(NamedTuple):
 
 class FfnOutput(NamedTuple):
     """What the layer has to say: y_GTD, new state and losses (averaged over groups), int32 tokens of each modality
-    taken by 0, 1, 2+ experts (summed over groups), and the Selections by name."""
+    taken by 0, 1, 2+ experts and pairs that the auxiliary routers got right (`RoutingReport`; both summed over
+    groups), and the Selections by name."""
 
     y_GTD: Any
     state: dict[str, Any]
     losses: dict[str, Any]
     taken_M3: Any
+    predicted_M4: Any
     selections: dict[str, Selection]
 
 
 class Rules(NamedTuple):
-    """What is static about routing: groups of experts, their quotas, and who chooses."""
+    """What is static about routing: groups of experts, their quotas, and who chooses.
+
+    auxiliary: there are auxiliary routers. filled_only: compute filled slots alone, for selections of very unequal
+    size; without gradient.
+    """
 
     groups: tuple[ExpertGroup, ...]
     quotas: tuple[Quota, ...]
@@ -82,6 +94,8 @@ class Rules(NamedTuple):
     jitter: float
     gumbel: bool
     dtype: Any
+    auxiliary: bool = False
+    filled_only: bool = False
 
 
 # Parameters -----------------------------------------------------------------------------------------------------------
@@ -132,6 +146,10 @@ class Ffn(nn.Module):
             return ExpertWeights(experts, self.model.width, hidden, out_scale, routed, name=name)()
 
         routed = {g.name: weights(g.name, g.experts, self.model.hidden, g.experts > 1) for g in self.rules.groups}
+        if self.rules.auxiliary:
+            for name, experts in [(g.name, g.experts) for g in self.rules.groups if auxiliary_lib.has_auxiliary(g)]:
+                predictor = AuxiliaryWeights(experts, self.model.width, name=name + SUFFIX)()
+                routed[name] = routed[name]._replace(auxiliary=predictor)
         if self.shared:
             # N always-on experts with gate 1 are one of N times the hidden width.
             always = weights("shared", 1, self.shared * self.model.hidden, False)
@@ -139,10 +157,20 @@ class Ffn(nn.Module):
             (experts,) = routed.values()
             modality_N = place.modality_GT.reshape(-1)
             taken_M3 = count_taken(jnp.ones_like(modality_N), modality_N, self.rules.modalities)
-            output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, {})
+            no_pairs_M4 = jnp.zeros((self.rules.modalities, 4), jnp.int32)
+            output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, no_pairs_M4, {})
         else:
             output = over_devices(x_GTD, place, drawn, state, routed, rules=self.rules, noise=self.train)
         return output._replace(y_GTD=output.y_GTD + everywhere(x_GTD, always)) if self.shared else output
+
+
+def experts_of(params: Any) -> dict[str, Experts]:
+    """The weights of an `Ffn`'s parameters by group of experts, auxiliary routers in their places."""
+    return {
+        name: Experts(**weights, auxiliary=Auxiliary(**params[name + SUFFIX]) if name + SUFFIX in params else None)
+        for name, weights in params.items()
+        if not name.endswith(SUFFIX)
+    }
 
 
 def is_dense(rules: Rules) -> bool:
@@ -224,13 +252,14 @@ def over_devices(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: boo
             state=jax.tree.map(lambda s: jax.lax.pmean(s, "data"), output.state),
             losses=jax.tree.map(lambda s: jax.lax.pmean(s, "data"), output.losses),
             taken_M3=jax.lax.psum(output.taken_M3, "data"),
+            predicted_M4=jax.lax.psum(output.predicted_M4, "data"),
         )
 
     split, same = PartitionSpec("data"), PartitionSpec()
     return jax.shard_map(
         local,
         in_specs=(split, split, same, same, same),
-        out_specs=FfnOutput(split, same, same, same, split),
+        out_specs=FfnOutput(split, same, same, same, same, split),
         axis_names={"data"},
     )(x_GTD, place, drawn, state, routed)
 
@@ -243,20 +272,71 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
       routed: `Experts` by group name. noise: True in training; adds Gumbel noise where the rules have it.
     """
     selections, state, losses = choose(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
+    predicted_M4 = jnp.zeros((rules.modalities, 4), jnp.int32)
+    if rules.auxiliary and not rules.filled_only:
+        predictors = {name: experts.auxiliary for name, experts in routed.items()}
+        judged = auxiliary_lib.judge(x_GTD, place.modality_GT, selections, predictors, rules)
+        losses, predicted_M4 = losses | {auxiliary_lib.LOSS: judged[0]}, judged[1]
     tokens, width = x_GTD.shape[1:]
     x_ND = x_GTD.reshape(-1, width)
-    taken = [Selection(*map(flat, offset(selections[group.name], tokens))) for group in rules.groups]
-    # One gather and one scatter for the slots of all groups of experts.
-    index_S, filled_S = (_joined(slots) for slots in ([t.index_EC for t in taken], [t.filled_EC for t in taken]))
-    x_SD = jax.lax.split(dispatch(x_ND, index_S), [t.index_EC.size for t in taken])
-    outputs = [
-        swiglu(x_SD.reshape(*t.index_EC.shape, width), routed[group.name], t.gate_EC).reshape(-1, width)
-        for x_SD, t, group in zip(x_SD, taken, rules.groups, strict=True)
-    ]
-    y_ND = combine(jnp.zeros_like(x_ND), index_S, jnp.concatenate(outputs))
+    taken = {group.name: offset(selections[group.name], tokens) for group in rules.groups}
+    if rules.filled_only:
+        y_ND = jnp.zeros_like(x_ND)
+        for name, selection in taken.items():
+            y_ND = in_blocks(y_ND, x_ND, selection, routed[name])
+    else:
+        y_ND = in_slots(x_ND, taken, routed)
+    # One scatter for the slots of all groups of experts.
+    index_S, filled_S = (
+        _joined(slots) for slots in zip(*((s.index_EC, s.filled_EC) for s in taken.values()), strict=True)
+    )
     times_N = jnp.zeros(len(x_ND), jnp.int32).at[index_S].add(filled_S.astype(jnp.int32))
     taken_M3 = count_taken(times_N, place.modality_GT.reshape(-1), rules.modalities)
-    return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, selections)
+    return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, predicted_M4, selections)
+
+
+def in_slots(x_ND, taken: dict[str, Selection], routed: dict[str, Experts]):
+    """Every slot computed, filled or not: static work, for selections that fill nearly all. Returns y_ND.
+
+    Args:
+      taken: Selections (G, E, C) into the N tokens, by group of experts.
+    """
+    width, taken = x_ND.shape[1], {name: Selection(*map(flat, s)) for name, s in taken.items()}
+    # One gather and one scatter for the slots of all groups of experts.
+    index_S = _joined([t.index_EC for t in taken.values()])
+    x_SD = jax.lax.split(dispatch(x_ND, index_S), [t.index_EC.size for t in taken.values()])
+    outputs = [
+        swiglu(x_SD.reshape(*t.index_EC.shape, width), routed[name], t.gate_EC).reshape(-1, width)
+        for x_SD, (name, t) in zip(x_SD, taken.items(), strict=True)
+    ]
+    return combine(jnp.zeros_like(x_ND), index_S, jnp.concatenate(outputs))
+
+
+def in_blocks(y_ND, x_ND, selection: Selection, experts: Experts):
+    """Adds the experts' outputs to y_ND, block by block of slots; blocks without a filled slot cost nothing.
+
+    So every token may have a slot at every expert (C = T), and what is computed is what was taken, rounded up to
+    blocks. A loop of unknown length: no gradient.
+
+    Args:
+      selection: (G, E, C), indices into the N tokens; blocks of an expert and routing group begin at its first slot.
+    """
+    groups, count, slots = selection.index_EC.shape
+    size = min(BLOCK, slots)
+    pad = ((0, 0), (0, 0), (0, -slots % size))
+    index_KB, gate_KB, filled_KB = (jnp.pad(x_GEC, pad).reshape(-1, size) for x_GEC in selection)
+    expert_K = jnp.broadcast_to(jnp.arange(count)[:, None], (groups, count, len(index_KB) // (groups * count))).reshape(
+        -1
+    )
+    used_K = filled_KB.any(axis=1)
+    order_K = jnp.argsort(~used_K, stable=True)
+
+    def one(i, y_ND):
+        k = order_K[i]
+        own = [experts.gate_EDF[expert_K[k]], experts.up_EDF[expert_K[k]], experts.down_EFD[expert_K[k]]]
+        return combine(y_ND, index_KB[k], _swiglu(dispatch(x_ND, index_KB[k]), *own, gate_KB[k]))
+
+    return jax.lax.fori_loop(0, used_K.sum(), one, y_ND)
 
 
 def _joined(slots):
@@ -288,17 +368,18 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
         own_GTE = logit_GTE[..., start : start + group.experts]
         start += group.experts
         eligible_GT = jnp.isin(place.modality_GT, jnp.array(group.modalities))
-        before = state.get(group.name)
+        before, predictor = state.get(group.name), routed[group.name].auxiliary
+        predicted_GTE = None if predictor is None else auxiliary_lib.predict(x_GTD, predictor)
 
-        def one(logit_TE, eligible_T, hash_T, index, number=number, quota=quota, before=before):
+        def one(logit_TE, eligible_T, hash_T, index, predicted_TE, number=number, quota=quota, before=before):
             key = jax.random.fold_in(jax.random.fold_in(drawn.key, index), number)
             noise_key, select_key = jax.random.split(key)
             noise_key = noise_key if noise and rules.gumbel else None
-            score = make_score(logit_TE, hash_T, drawn.jitter, rules.jitter, noise_key)
+            score = make_score(logit_TE, hash_T, drawn.jitter, rules.jitter, noise_key, predicted_TE)
             answer = rules.select(score, eligible_T, quota, before, select_key)
             return checked(answer, rules.select, logit_TE.shape, before)
 
-        chosen, after, extra = jax.vmap(one)(own_GTE, eligible_GT, place.hash_GT, place.group_G)
+        chosen, after, extra = jax.vmap(one)(own_GTE, eligible_GT, place.hash_GT, place.group_G, predicted_GTE)
         selections[group.name] = chosen
         if group.name in state:
             state[group.name] = jax.tree.map(lambda new, old: new.mean(0).astype(old.dtype), after, before)

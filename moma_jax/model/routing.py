@@ -58,10 +58,14 @@ class Score(NamedTuple):
       logit_TE: float32 router logits, noise included where it is on; the gate is their sigmoid.
       rank_TE: float32, what experts rank tokens by: the logits (a sigmoid saturates, so it would tie) plus a small
         fixed jitter, because packed documents share exact prefixes and so tie exactly.
+      plain_TE: float32 logits without noise and jitter: a function of the token alone.
+      predicted_TE: float32 logits of the auxiliary router, where the model has one.
     """
 
     logit_TE: Any
     rank_TE: Any
+    plain_TE: Any
+    predicted_TE: Any = None
 
 
 class Selection(NamedTuple):
@@ -84,10 +88,13 @@ class RoutingReport(NamedTuple):
     Attributes:
       taken_LM3: int32 real tokens of each modality taken by 0, 1, and 2 or more routed experts.
       count_LM: int32 real tokens of each modality.
+      predicted_LM4: int32 (token, expert) pairs of each modality's tokens: taken and predicted, predicted by the
+        auxiliary router, taken, all; zeros where the model has none.
     """
 
     taken_LM3: Any
     count_LM: Any
+    predicted_LM4: Any
 
 
 def expert_choice(score: Score, eligible_T, quota: Quota, state, key):
@@ -157,7 +164,7 @@ def take_all(eligible_T, quota: Quota) -> Selection:
     return Selection(index_C[None].astype(jnp.int32), filled_C[None].astype(jnp.float32), filled_C[None])
 
 
-def make_score(logit_TE, place_T, seed, jitter: float, noise_key=None) -> Score:
+def make_score(logit_TE, place_T, seed, jitter: float, noise_key=None, predicted_TE=None) -> Score:
     """Logits to a Score: Gumbel noise on logits if `noise_key` is given, jitter on ranks only.
 
     Args:
@@ -167,14 +174,16 @@ def make_score(logit_TE, place_T, seed, jitter: float, noise_key=None) -> Score:
       jitter: size of the tie-breaking term.
       noise_key: Gumbel-Sigmoid noise (paper Eq. 5) in logit and rank; the difference of two Gumbel samples is one
         logistic sample.
+      predicted_TE: logits of the auxiliary router, handed on.
     """
+    plain_TE = logit_TE
     if noise_key is not None:
         logit_TE = logit_TE + jax.random.logistic(noise_key, logit_TE.shape, jnp.float32)
     expert_E = jnp.arange(logit_TE.shape[1], dtype=jnp.uint32)
     bits_TE = _mix(place_T[:, None] ^ _mix(seed + expert_E * jnp.uint32(0x9E3779B9)))
     # 24 bits are exact in float32.
     uniform_TE = (bits_TE >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
-    return Score(logit_TE, jax.lax.stop_gradient(logit_TE) + jitter * uniform_TE)
+    return Score(logit_TE, jax.lax.stop_gradient(logit_TE) + jitter * uniform_TE, plain_TE, predicted_TE)
 
 
 def place_hash(row, position):

@@ -1,4 +1,4 @@
-"""Held-out losses of a run, overall and by modality, beside those of a unigram model; and a run's model for notebooks.
+"""Held-out losses of a run, overall and by modality, beside those of a unigram model.
 
 Evaluation is under the training routing ("choice"), which sees the future (paper section 2.4): its loss is comparable
 between runs, but it is not a perplexity.
@@ -7,85 +7,24 @@ between runs, but it is not a perplexity.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
-from moma_jax import config as config_lib
 from moma_jax import sharding
 from moma_jax.batch import Batch
-from moma_jax.config import Config, EvalSet, MeshConfig
+from moma_jax.config import Config, EvalSet
 from moma_jax.cost import total_steps
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
-from moma_jax.model.routing import expert_choice
 from moma_jax.training import objective
-from moma_jax.training.checkpoint import Checkpoints
+from moma_jax.training.load import load
 from moma_jax.training.meter import means
-from moma_jax.training.resume import require_select
-from moma_jax.training.run_dir import RunDir
-from moma_jax.training.step import Program, abstract_params, make_eval_step, make_program, put, replicate
-from moma_jax.vocab import Vocabulary
+from moma_jax.training.step import Program, make_eval_step, put, replicate
 
 UNIGRAM_POSITIONS = 1_000_000
 """Training positions that the unigram model is counted on, at most."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model.
-
-    Attributes:
-      config: the run's resolved config. vocabulary: its id layout.
-      params: parameters, float32. decoder: `decoder.apply({"params": params}, ...)`.
-      routing_state: the select function's state. step: updates that made these parameters.
-      program: what compiled functions are made of.
-    """
-
-    config: Config
-    vocabulary: Vocabulary
-    params: Any
-    decoder: Any
-    routing_state: Any
-    step: int
-    program: Program
-
-
-def load(run: str, *, step: int | None = None, select: Callable | None = None) -> Loaded:
-    """The model of a run.
-
-    Args:
-      run: run directory. step: which checkpoint; None: the newest.
-      select: the run's own select function, where it was trained with one.
-
-    Raises:
-      InputError: no such run or checkpoint, or the run was trained with another select function.
-    """
-    directory = RunDir(run)
-    written = directory.read_json("config.json")
-    if written is None:
-        raise InputError(f"{run}: no config.json here; give a run directory")
-    config = config_lib.from_json(written)
-    with contextlib.closing(Checkpoints(directory)) as checkpoints:
-        steps = checkpoints.steps()
-        step = max(steps, default=None) if step is None else step
-        if step not in steps:
-            if not steps:
-                raise InputError(f"{run}: no checkpoint yet; train it to its first one (train.checkpoint_every)")
-            raise InputError(f"{run}: no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
-        meta = checkpoints.saved(step).meta
-        require_select(meta["select"], select, run)
-        vocabulary = Vocabulary.from_json(meta["vocabulary"])
-        here = dataclasses.replace(config, mesh=MeshConfig())  # it may have been trained on other devices
-        program = make_program(here, vocabulary, select or expert_choice)
-        with sharding.use_mesh(program.mesh):
-            routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
-            params = checkpoints.restore_params(step, abstract_params(program, routing_state))
-    return Loaded(config, vocabulary, params, program.decoder, routing_state, step, program)
 
 
 def evaluate(

@@ -18,18 +18,17 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from moma_jax import config as config_lib
 from moma_jax import sharding
-from moma_jax.config import Config, EvalSet
+from moma_jax.config import Config, EvalSet, resolve
+from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.store import open_store
 from moma_jax.data.stream import open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError, RunError
-from moma_jax.model.routing import expert_choice
 from moma_jax.training.checkpoint import Checkpoints, Saved
 from moma_jax.training.evaluate import Evaluator, unigram
 from moma_jax.training.journal import Journal, finite, open_journal, read_metrics
-from moma_jax.training.meter import Meter
+from moma_jax.training.meter import Meter, threshold_figures
 from moma_jax.training.resume import finished, require_resumable, select_name
 from moma_jax.training.run_dir import RunDir, commit, versions
 from moma_jax.training.status import last_good, watched
@@ -40,6 +39,7 @@ from moma_jax.training.step import (
     abstract_state,
     compile_step,
     create_state,
+    first_routing_state,
     make_program,
     put,
     with_dtype,
@@ -68,7 +68,7 @@ def train(
         any more.
       SystemExit: 143 after SIGTERM, 130 after SIGINT, when the checkpoint is written.
     """
-    config = with_dtype(config_lib.resolve(config))
+    config = with_dtype(resolve(config))
     if config.run.dir is None:
         raise InputError("run.dir: name the directory of the run, such as runs/first")
     if config.run.compilation_cache is not None:
@@ -81,10 +81,10 @@ def train(
         _prepare_missing_stores(config, progress=not quiet)
         vocabulary = vocabulary_of(config)
         require_held_out(config)
-        program = make_program(config, vocabulary, select or expert_choice)
+        program = make_program(config, vocabulary, select)
         with sharding.use_mesh(program.mesh), _signals() as received, contextlib.ExitStack() as cleanup:
             session = _Session(run, program, select_name(select), vocabulary, status, cleanup)
-            session.begin({} if routing_state is None else routing_state, quiet)
+            session.begin(first_routing_state(config, select) if routing_state is None else routing_state, quiet)
             session.run_steps(received)
             return session.finish()
 
@@ -117,7 +117,7 @@ class _Session:
             self.state = _from_other_run(self.program, routing_state, self.hashes, config.run.init_from)
         else:
             self.state = create_state(self.program, routing_state)
-        self.run.write_json("config.json", config_lib.to_json(config))
+        self.run.write_json("config.json", to_json(config))
         self.status.step = self.step
         self.status.write("running")
         self.view = View(self.total, self.step, quiet=quiet)
@@ -187,7 +187,8 @@ class _Session:
 
     def _log(self, epochs: dict[str, float]) -> None:
         rate = float(self.program.optimizer.learning_rate(self.step))
-        self.journal.write(self.meter.record(self.step, rate, epochs))
+        thresholds = threshold_figures(jax.device_get(self.state.routing_state))
+        self.journal.write(self.meter.record(self.step, rate, epochs) | thresholds)
         self.status.write("running")
 
     def _evaluate(self, eval_set: EvalSet) -> None:
@@ -199,7 +200,7 @@ class _Session:
         """Begins a checkpoint; what the journal says so far belongs to it."""
         self.journal.seal(self.step)
         meta = {
-            "config": config_lib.to_json(self.config),
+            "config": to_json(self.config),
             "vocabulary": self.vocabulary.to_json(),
             "hashes": self.hashes,
             "select": self.select,

@@ -20,6 +20,38 @@ def means(sums: Any, names: list[str]) -> dict[str, float | None]:
     return losses | {f"loss_{n}": _over(a, w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
 
 
+def prediction_figures(predicted_M4: np.ndarray, names: list[str]) -> dict[str, float | None]:
+    """How well auxiliary routers predict, by modality, from `RoutingReport`'s counts of (token, expert) pairs.
+
+    `precision_<modality>`: of the predicted pairs, the share that was taken; `recall_`: the reverse; `accuracy_`: pairs
+    told right; `load_`: predicted over taken pairs.
+    """
+    figures = {}
+    for name, (right, predicted, taken, pairs) in zip(names, predicted_M4, strict=True):
+        figures[f"precision_{name}"] = _over(right, predicted)
+        figures[f"recall_{name}"] = _over(right, taken)
+        figures[f"accuracy_{name}"] = _over(pairs - predicted - taken + 2 * right, pairs)
+        figures[f"load_{name}"] = _over(predicted, taken)
+    return figures
+
+
+def threshold_figures(routing_state: Any) -> dict[str, float]:
+    """What the running thresholds would pass and did drop in the latest update, by group of experts.
+
+    `threshold_load_<group>`: passing tokens over those that expert choice takes, a mean over layers and experts;
+    `threshold_load_<group>_least`: of the expert with the fewest; `dropped_<group>`: share of passing tokens without a
+    slot, 0 but where thresholds are the training rule. Empty where the state is of another kind.
+    """
+    figures = {}
+    for name, state in routing_state.items():
+        if isinstance(state, dict) and {"load_E", "dropped_E"} <= set(state):
+            load_LE = np.asarray(state["load_E"])
+            figures[f"threshold_load_{name}"] = float(load_LE.mean())
+            figures[f"threshold_load_{name}_least"] = float(load_LE.min())
+            figures[f"dropped_{name}"] = float(np.mean(state["dropped_E"]))
+    return figures
+
+
 def _over(value: float, count: float) -> float | None:
     return float(value / count) if count else None
 
@@ -72,6 +104,7 @@ class Meter:
         self._sum("square_log_partition", report.sums.square_log_partition)
         self._sum("taken_M3", report.taken_M3)
         self._sum("grad_norm", report.grad_norm)
+        self._sum("predicted_M4", report.predicted_M4)
         if report.grad_norm_router is not None:
             self._sum("grad_norm_router", report.grad_norm_router)
         for name, value in report.routing_losses.items():
@@ -127,6 +160,8 @@ class Meter:
             taken_3 = seen["taken_M3"][m] if "taken_M3" in seen else np.zeros(3)
             for label, taken in zip(("0", "1", "2plus"), taken_3, strict=True):
                 record[f"taken_{name}_{label}"] = _over(taken, taken_3.sum())
+        if self._config.model.auxiliary:
+            record |= prediction_figures(seen.get("predicted_M4", np.zeros((len(self._names), 4))), self._names)
         return record
 
     def timed(self, work: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ import optax
 
 from moma_jax.config import Config, OptimizerConfig
 from moma_jax.cost import total_steps
+from moma_jax.model.auxiliary import SUFFIX
 
 NOT_DECAYED = ("scale", "bias")
 """Parameters whose own name begins so are not decayed: norms and biases. Matrices and embeddings are."""
@@ -33,7 +34,8 @@ def make_optimizer(config: Config) -> Optimizer:
     """The optimizer of a run; its schedule ends at `cost.total_steps`."""
     settings = config.optimizer
     transformation = optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+        # Apart, so that the model is the same with auxiliary routers as without.
+        optax.partition({part: optax.clip_by_global_norm(settings.clip_norm) for part in PARTS}, part_of),
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
         optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
     )
@@ -53,6 +55,24 @@ def make_schedule(settings: OptimizerConfig, total: int) -> Callable:
         return jnp.where(update < warmup, peak * update / max(warmup, 1), decayed)
 
     return learning_rate
+
+
+PARTS = ("model", "auxiliary")
+
+
+def part_of(params):
+    """ "auxiliary" for the parameters of auxiliary routers, "model" for all others."""
+
+    def part(path, _) -> str:
+        return PARTS[any(_name(key).endswith(SUFFIX) for key in path)]
+
+    return jax.tree_util.tree_map_with_path(part, params)
+
+
+def norm_of(grads, part: str) -> jax.Array:
+    """Global norm of the gradients of one of PARTS."""
+    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(part_of(grads)), strict=True)
+    return optax.tree.norm([jnp.float32(0), *(leaf for leaf, own in leaves if own == part)])
 
 
 def decay_mask(params):

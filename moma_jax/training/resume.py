@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from moma_jax import config as config_lib
 from moma_jax.config import Config
+from moma_jax.config_json import differences, from_json
 from moma_jax.cost import total_steps
 from moma_jax.errors import InputError
 from moma_jax.training.checkpoint import Checkpoints
@@ -31,14 +31,14 @@ def require_resumable(config: Config, select: Callable | None) -> None:
         meta = None if latest is None else checkpoints.saved(latest).meta
     summary = _complete_summary(run)
     if meta is not None:
-        began, chosen = config_lib.from_json(meta["config"]), meta["select"]
+        began, chosen = from_json(meta["config"]), meta["select"]
     elif written is not None and summary is not None:
         began, chosen = written, summary.get("select")
     elif written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
         raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
     else:
         return  # nothing to go on from: the run starts anew
-    changed = config_lib.differences(began, config)
+    changed = differences(began, config)
     if changed:
         raise InputError(
             f"run.dir: {run.path} holds a run with another config ({'; '.join(changed)}); change it back, or "
@@ -70,7 +70,7 @@ def _own_config(run: RunDir) -> Config | None:
     """The config that began the run, where there is one."""
     try:
         written = run.read_json(CONFIG)
-        return None if written is None else config_lib.from_json(written if isinstance(written, dict) else {})
+        return None if written is None else from_json(written if isinstance(written, dict) else {})
     except InputError as error:
         raise InputError(
             f"run.dir: {run.path} holds no run of this moma_jax ({error}); choose another run.dir"

@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.config import Config
+from moma_jax.model.causal import first_thresholds, training_select
 from moma_jax.model.decoder import compute_dtype, decoder_of
-from moma_jax.model.routing import expert_choice
 from moma_jax.training import objective
-from moma_jax.training.optimizer import Optimizer, make_optimizer, router_norm
+from moma_jax.training.optimizer import Optimizer, make_optimizer, norm_of, router_norm
 from moma_jax.vocab import Vocabulary
 
 
@@ -47,7 +47,8 @@ class StepReport(NamedTuple):
       sums: cross-entropy, weights and squared log-partition (`objective.Sums`).
       tokens_M: int32 real tokens (padding apart) by modality.
       taken_M3: int32 (token, layer) pairs by modality of the token, taken by 0, 1, 2 or more experts.
-      grad_norm: float32 global norm before clipping.
+      predicted_M4: the auxiliary routers' (token, expert) pairs (`RoutingReport`), summed over layers.
+      grad_norm: float32 global norm before clipping, auxiliary routers apart.
       grad_norm_router: the same of the routers' gradients; None where there are no routers.
       routing_losses: the select function's losses.
       finite: bool; where False the update was skipped.
@@ -56,6 +57,7 @@ class StepReport(NamedTuple):
     sums: objective.Sums
     tokens_M: Any
     taken_M3: Any
+    predicted_M4: Any
     grad_norm: Any
     grad_norm_router: Any
     routing_losses: dict[str, Any]
@@ -77,9 +79,13 @@ class Program(NamedTuple):
     modality_V: Any
 
 
-def make_program(config: Config, vocabulary: Vocabulary, select: Callable = expert_choice) -> Program:
-    """The parts of a run from its resolved config; `vocabulary` says which id is which modality."""
+def make_program(config: Config, vocabulary: Vocabulary, select: Callable | None = None) -> Program:
+    """The parts of a run from its resolved config; `vocabulary` says which id is which modality.
+
+    `select` is a routing function of one's own; None: the config's.
+    """
     mesh = sharding.make_mesh(config.mesh.data, micro_groups(config))
+    select = training_select(config) if select is None else select
     return Program(config, decoder_of(config, select), make_optimizer(config), mesh, vocabulary.modality_V)
 
 
@@ -97,6 +103,11 @@ def micro_groups(config: Config) -> int:
 
 
 # The state ------------------------------------------------------------------------------------------------------------
+
+
+def first_routing_state(config: Config, select: Callable | None) -> Any:
+    """The routing state that a run begins with: thresholds; {} with a routing function of one's own."""
+    return first_thresholds(config) if select is None else {}
 
 
 def abstract_state(program: Program, routing_state: Any) -> TrainState:
@@ -212,13 +223,17 @@ def make_train_step(program: Program) -> Callable:
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         grads, sums, routed, routing_state = _gradient(program, state, batch)
-        grad_norm = optax.tree.norm(grads)
-        taken_M3, routing_losses = routed
+        grad_norm, auxiliary_norm = norm_of(grads, "model"), norm_of(grads, "auxiliary")
+        taken_M3, predicted_M4, routing_losses = routed
         losses = (sums.cross_entropy_M, routing_losses)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sum(jnp.sum(x) for x in jax.tree.leaves(losses)))
+        finite = jnp.isfinite(grad_norm + auxiliary_norm) & jnp.isfinite(
+            sum(jnp.sum(x) for x in jax.tree.leaves(losses))
+        )
         new_state = update(program, state, grads, routing_state, finite)
         tokens_M = _tokens_by_modality(program, batch)
-        report = StepReport(sums, tokens_M, taken_M3, grad_norm, router_norm(grads), routing_losses, finite)
+        report = StepReport(
+            sums, tokens_M, taken_M3, predicted_M4, grad_norm, router_norm(grads), routing_losses, finite
+        )
         return new_state, report
 
     return train_step
@@ -247,7 +262,7 @@ def replicate(value: Any, mesh: Mesh) -> Any:
 
 
 def _gradient(program: Program, state: TrainState, batch: Batch):
-    """(gradient, Sums, (taken_M3, routing losses), routing_state), averaged over the weight of the whole update."""
+    """(gradient, Sums, (taken_M3, predicted_M4, routing losses), routing_state), averaged over the update's weight."""
     accumulate = program.config.train.accumulate
     weight = jnp.sum(batch.weight_BS)
 
@@ -255,10 +270,10 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
         total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state, True)
         routing_losses = jax.tree.map(lambda x: x / accumulate, output.losses)
         value = total / weight + sum(routing_losses.values(), jnp.float32(0))
-        taken_M3 = jnp.sum(output.report.taken_LM3, axis=0)
+        taken_M3, predicted_M4 = (jnp.sum(x, axis=0) for x in (output.report.taken_LM3, output.report.predicted_LM4))
         # Flags and small integers are int32 until the mean over microbatches is taken, so that their sum fits.
         routing_state = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.int32)), output.routing_state)
-        return value, (sums, (taken_M3, routing_losses), routing_state)
+        return value, (sums, (taken_M3, predicted_M4, routing_losses), routing_state)
 
     differentiate = jax.grad(objective_of, has_aux=True)
     group_G = jnp.arange(micro_groups(program.config) * accumulate)

@@ -1,0 +1,157 @@
+"""A run's trained model: parameters, vocabulary, and the routings that it can be used under."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moma_jax import sharding
+from moma_jax.config import Config, MeshConfig
+from moma_jax.config_json import from_json
+from moma_jax.errors import InputError
+from moma_jax.model.auxiliary import SUFFIX
+from moma_jax.model.causal import ROUTINGS
+from moma_jax.model.decoder import Decoder, causal_decoder
+from moma_jax.training.checkpoint import Checkpoints
+from moma_jax.training.resume import require_select
+from moma_jax.training.run_dir import RunDir
+from moma_jax.training.step import Program, abstract_params, make_program
+from moma_jax.vocab import Vocabulary
+
+ROUTERS = "routers"
+"""Directory, inside a run's, of the auxiliary routers that were fitted to it."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model.
+
+    Attributes:
+      run: its directory. config: its resolved config. vocabulary: its id layout.
+      params: parameters, float32, those of auxiliary routers included where there are any.
+      decoder: the model under the routing of training, `decoder.apply({"params": params}, ...)`.
+      routing_state: the select function's state; thresholds, unless it has a select function of its own.
+      step: updates that made these parameters.
+      program: what compiled functions are made of.
+      refused: why routers that lie there were not taken; None where they were, or there are none.
+    """
+
+    run: str
+    config: Config
+    vocabulary: Vocabulary
+    params: Any
+    decoder: Decoder
+    routing_state: Any
+    step: int
+    program: Program
+    refused: str | None = None
+
+    @property
+    def routings(self) -> tuple[str, ...]:
+        """Names of the routings that the model can be used under; "choice" is always one."""
+        return tuple(name for name in ROUTINGS if self._lacks(name) is None)
+
+    def under(self, routing: str) -> Decoder:
+        """The decoder under a routing; `apply` takes `params` and `routing_state` as always.
+
+        Raises:
+          InputError: there is no such routing, or this run lacks what it needs.
+        """
+        if (reason := self._lacks(routing)) is not None:
+            raise InputError(f"routing: {reason}")
+        return self.decoder if routing == "choice" else causal_decoder(self.config, routing)
+
+    def _lacks(self, routing: str) -> str | None:
+        """Why this model cannot be used under a routing, and the remedy."""
+        routed = [group.name for group in self.config.experts.groups if group.experts > 1]
+        match routing:
+            case "choice":
+                return None
+            case "causal" if routed and not self.config.model.auxiliary:
+                return (
+                    self.refused or f"{self.run} has no auxiliary routers; fit them with: moma fit-routers {self.run}"
+                )
+            case "threshold" if not all(self._has_thresholds(name) for name in routed):
+                return f"{self.run} has no thresholds, as its select function keeps none; use another routing"
+            case "causal" | "threshold":
+                return None
+        return f"{routing!r} is none of {', '.join(ROUTINGS)}"
+
+    def _has_thresholds(self, group: str) -> bool:
+        state = self.routing_state.get(group)
+        return isinstance(state, dict) and "threshold_E" in state and bool(np.all(state["updates"] > 0))
+
+
+def load(run: str, *, step: int | None = None, select: Callable | None = None) -> Loaded:
+    """The model of a run.
+
+    Args:
+      run: run directory. step: which checkpoint; None: the newest.
+      select: the run's own select function, where it was trained with one.
+
+    Raises:
+      InputError: no such run or checkpoint, or the run was trained with another select function.
+    """
+    directory = RunDir(run)
+    written = directory.read_json("config.json")
+    if written is None:
+        raise InputError(f"{run}: no config.json here; give a run directory")
+    config = dataclasses.replace(from_json(written), mesh=MeshConfig())  # it may have been trained on other devices
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        steps = checkpoints.steps()
+        step = max(steps, default=None) if step is None else step
+        if step not in steps:
+            if not steps:
+                raise InputError(f"{run}: no checkpoint yet; train it to its first one (train.checkpoint_every)")
+            raise InputError(f"{run}: no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
+        meta = checkpoints.saved(step).meta
+        require_select(meta["select"], select, run)
+        vocabulary = Vocabulary.from_json(meta["vocabulary"])
+        program = make_program(config, vocabulary, select)
+        with sharding.use_mesh(program.mesh):
+            routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
+            params = checkpoints.restore_params(step, abstract_params(program, routing_state))
+    model = Loaded(str(run), config, vocabulary, params, program.decoder, routing_state, step, program)
+    return model if config.model.auxiliary else _with_fitted_routers(model, select)
+
+
+def with_auxiliary(config: Config) -> Config:
+    """The config of the same model with auxiliary routers."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, auxiliary=True))
+
+
+def joined(params: Any, routers: Any) -> Any:
+    """Parameters with those of auxiliary routers, {group + "_auxiliary": weights}, in their places."""
+    layers = params["layers"]
+    return params | {"layers": layers | {"ffn": layers["ffn"] | routers}}
+
+
+def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
+    """The model with the routers of `moma fit-routers`, where they lie in the run's directory and belong to it."""
+    where = RunDir(f"{model.run.rstrip('/')}/{ROUTERS}")
+    if where.read_json("config.json") is None:
+        return model
+    with contextlib.closing(Checkpoints(where)) as checkpoints:
+        if (latest := checkpoints.latest()) is None:
+            return model
+        meta = checkpoints.saved(latest).meta
+        if meta["model_step"] != model.step:
+            reason = f"the auxiliary routers of {model.run} were fitted at step {meta['model_step']}, not {model.step}"
+            return dataclasses.replace(model, refused=f"{reason}; fit them again: moma fit-routers {model.run}")
+        config = with_auxiliary(model.config)
+        program = make_program(config, model.vocabulary, select)
+        with sharding.use_mesh(program.mesh):
+            target = auxiliary_params(abstract_params(program, model.routing_state))
+            routers = checkpoints.restore_params(latest, target)
+    params = joined(model.params, routers)
+    return dataclasses.replace(model, config=config, program=program, decoder=program.decoder, params=params)
+
+
+def auxiliary_params(params: Any) -> dict[str, Any]:
+    """Those of auxiliary routers alone, as `joined` takes them."""
+    return {name: weights for name, weights in params["layers"]["ffn"].items() if name.endswith(SUFFIX)}
