@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -42,7 +43,7 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
     chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
     sequence = q_BSHK.shape[1]
     if sequence <= chunk:
-        return _attend_block((q_BSHK, segment_BS, position_BS), k_BSHK, v_BSHK, segment_BS, position_BS)
+        return attend_block((q_BSHK, segment_BS, position_BS), k_BSHK, v_BSHK, segment_BS, position_BS)
     chunks = -(-sequence // chunk)
 
     def split(x_BS, fill):
@@ -52,12 +53,12 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
 
     # Queries beyond the end belong to no segment; their rows are cut off.
     queries = (split(q_BSHK, 0), split(segment_BS, -1), split(position_BS, 0))
-    block = jax.checkpoint(lambda query: _attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS))
+    block = jax.checkpoint(lambda query: attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS))
     out_BSHK = jnp.moveaxis(jax.lax.map(block, queries), 0, 1)
     return out_BSHK.reshape(out_BSHK.shape[0], chunks * chunk, *out_BSHK.shape[3:])[:, :sequence]
 
 
-def _attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
+def attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
     """Attention of some queries (their q, segments, positions) to all keys; softmax in float32."""
     q_BQHK, segment_BQ, position_BQ = query
     score_BHQS = jnp.einsum("bqhk,bshk->bhqs", q_BQHK, k_BSHK, preferred_element_type=jnp.float32)
@@ -71,24 +72,46 @@ def _attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
     return (mixed_BQHK / jnp.swapaxes(weight_BHQS.sum(-1), 1, 2)[..., None]).astype(v_BSHK.dtype)
 
 
-class QkNorm(nn.Module):
+def qk_norm(x_BSHK, scale_HK, bias_HK, epsilon: float):
     """LayerNorm over each head's channels with scale and bias of its own per head (Chameleon); float32."""
+    x_BSHK = x_BSHK.astype(jnp.float32)
+    centred = x_BSHK - x_BSHK.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * scale_HK + bias_HK
 
-    epsilon: float
+
+def project(x_BSD, weights: dict[str, Any], angles, epsilon: float):
+    """Queries, keys and values (B, S, H, K) in the dtype of x, normed and turned; `weights` as the module has them."""
+    dtype = x_BSD.dtype
+    q_BSHK, k_BSHK, v_BSHK = (
+        jnp.einsum("bsd,dhk->bshk", x_BSD, weights[f"{name}_DHK"].astype(dtype)) for name in ("query", "key", "value")
+    )
+    q_BSHK, k_BSHK = (
+        rotate(qk_norm(x_BSHK, **weights[f"{name}_norm"], epsilon=epsilon), angles).astype(dtype)
+        for name, x_BSHK in (("query", q_BSHK), ("key", k_BSHK))
+    )
+    return q_BSHK, k_BSHK, v_BSHK
+
+
+def project_out(y_BSHK, weights: dict[str, Any]):
+    """The heads' outputs back to the width."""
+    return jnp.einsum("bshk,hkd->bsd", y_BSHK, weights["out_HKD"].astype(y_BSHK.dtype))
+
+
+class QkNormWeights(nn.Module):
+    """Declares scale and bias of one of the two QK-norms."""
+
+    shape: tuple[int, int]
 
     @nn.compact
-    def __call__(self, x_BSHK):
-        shape = x_BSHK.shape[2:]
-        ones, zeros = (
-            nn.with_logical_partitioning(init, ("heads", "head"))
-            for init in (nn.initializers.ones, nn.initializers.zeros)
-        )
-        scale_HK = self.param("scale_HK", ones, shape, jnp.float32)
-        bias_HK = self.param("bias_HK", zeros, shape, jnp.float32)
-        x_BSHK = x_BSHK.astype(jnp.float32)
-        centred = x_BSHK - x_BSHK.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale_HK + bias_HK
+    def __call__(self) -> dict[str, Any]:
+        def weight(name, init):
+            return self.param(name, nn.with_logical_partitioning(init, ("heads", "head")), self.shape, jnp.float32)
+
+        return {
+            "scale_HK": weight("scale_HK", nn.initializers.ones),
+            "bias_HK": weight("bias_HK", nn.initializers.zeros),
+        }
 
 
 class Attention(nn.Module):
@@ -99,21 +122,19 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BSD, segment_BS, position_BS, angles):
         """x_BSD in compute dtype; returns the same shape and dtype."""
-        model, dtype = self.model, x_BSD.dtype
-        d, h = model.width, model.heads
+        model, d, h = self.model, self.model.width, self.model.heads
 
         def weight(name, axes, init, shape):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32).astype(dtype)
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
-        query_DHK, key_DHK, value_DHK = (
-            weight(name, ("embed", "heads", "head"), normal(d), (d, h, d // h))
+        weights = {
+            name: weight(name, ("embed", "heads", "head"), normal(d), (d, h, d // h))
             for name in ("query_DHK", "key_DHK", "value_DHK")
+        }
+        weights["out_HKD"] = weight(
+            "out_HKD", ("heads", "head", "embed"), normal(d, output_scale(model)), (h, d // h, d)
         )
-        out_HKD = weight("out_HKD", ("heads", "head", "embed"), normal(d, output_scale(model)), (h, d // h, d))
-        q_BSHK, k_BSHK, v_BSHK = (
-            jnp.einsum("bsd,dhk->bshk", x_BSD, w_DHK) for w_DHK in (query_DHK, key_DHK, value_DHK)
-        )
-        q_BSHK = rotate(QkNorm(model.norm_epsilon, name="query_norm")(q_BSHK), angles).astype(dtype)
-        k_BSHK = rotate(QkNorm(model.norm_epsilon, name="key_norm")(k_BSHK), angles).astype(dtype)
+        weights |= {name: QkNormWeights((h, d // h), name=name)() for name in ("query_norm", "key_norm")}
+        q_BSHK, k_BSHK, v_BSHK = project(x_BSD, weights, angles, model.norm_epsilon)
         y_BSHK = attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=model.attention_chunk)
-        return jnp.einsum("bshk,hkd->bsd", y_BSHK, out_HKD)
+        return project_out(y_BSHK, weights)

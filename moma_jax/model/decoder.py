@@ -67,18 +67,31 @@ class DecoderOutput(NamedTuple):
     selections: dict[str, Selection] | None
 
 
-class RmsNorm(nn.Module):
+def rms_norm(x_BSD, scale_D, epsilon: float):
     """Root-mean-square norm over the width, in float32, back in the dtype of x."""
+    x32_BSD = x_BSD.astype(jnp.float32)
+    square_BS1 = jnp.square(x32_BSD).mean(-1, keepdims=True)
+    return (x32_BSD * jax.lax.rsqrt(square_BS1 + epsilon) * scale_D).astype(x_BSD.dtype)
+
+
+def sub_layer(x_BSD, body: Callable, norm: Callable, pre: bool, dropout: Callable = lambda y: y):
+    """x plus a sub-layer with its norm before it (pre: Chameleon-7B) or behind it (swin: Chameleon-34B, MoMa).
+
+    `body` maps activations to (activations, whatever else it has to say); returns the same.
+    """
+    y_BSD, said = body(norm(x_BSD) if pre else x_BSD)
+    return x_BSD + dropout(y_BSD if pre else norm(y_BSD)), said
+
+
+class RmsNorm(nn.Module):
+    """`rms_norm` with its parameter."""
 
     epsilon: float
 
     @nn.compact
     def __call__(self, x_BSD):
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale_D = self.param("scale_D", ones, x_BSD.shape[-1:], jnp.float32)
-        x32_BSD = x_BSD.astype(jnp.float32)
-        square_BS1 = jnp.square(x32_BSD).mean(-1, keepdims=True)
-        return (x32_BSD * jax.lax.rsqrt(square_BS1 + self.epsilon) * scale_D).astype(x_BSD.dtype)
+        return rms_norm(x_BSD, self.param("scale_D", ones, x_BSD.shape[-1:], jnp.float32), self.epsilon)
 
 
 class Kernel(nn.Module):
@@ -121,23 +134,23 @@ class Layer(nn.Module):
         model, pre = self.model, self.model.norm == "pre"
         key = jax.random.fold_in(common.step_key, number)
 
-        def norm(name, x):
-            return RmsNorm(model.norm_epsilon, name=name)(x)
+        def through(x_BSD, body, norm, which):
+            norm = RmsNorm(model.norm_epsilon, name=norm)
+            dropout_key = jax.random.fold_in(key, which)
+            return sub_layer(x_BSD, body, norm, pre, lambda y: self.dropout(y, common.place.group_G, dropout_key))
 
-        def residual(x_BSD, y_BSD, which):
-            return x_BSD + self.dropout(y_BSD, common.place.group_G, jax.random.fold_in(key, which))
+        def attend(y_BSD):
+            attention = Attention(model, name="attention")
+            return attention(y_BSD, common.segment_BS, common.position_BS, common.angles), None
 
-        attention = Attention(model, name="attention")
-        y_BSD = norm("attention_norm", x_BSD) if pre else x_BSD
-        y_BSD = attention(y_BSD, common.segment_BS, common.position_BS, common.angles)
-        x_BSD = residual(x_BSD, y_BSD if pre else norm("attention_norm", y_BSD), 1)
+        def feed_forward(y_BSD):
+            y_GTD = y_BSD.reshape(-1, self.group_rows * y_BSD.shape[1], model.width)
+            ffn = Ffn(model, self.rules, self.shared, self.train, name="ffn")(y_GTD, common.place, drawn, state)
+            return ffn.y_GTD.reshape(y_BSD.shape), ffn
 
         drawn = Drawn(jax.random.bits(jax.random.fold_in(common.jitter_key, number)), jax.random.fold_in(key, 0))
-        y_BSD = norm("ffn_norm", x_BSD) if pre else x_BSD
-        y_GTD = y_BSD.reshape(-1, self.group_rows * x_BSD.shape[1], model.width)
-        ffn = Ffn(model, self.rules, self.shared, self.train, name="ffn")(y_GTD, common.place, drawn, state)
-        y_BSD = ffn.y_GTD.reshape(x_BSD.shape)
-        x_BSD = residual(x_BSD, y_BSD if pre else norm("ffn_norm", y_BSD), 2)
+        x_BSD, _ = through(x_BSD, attend, "attention_norm", 1)
+        x_BSD, ffn = through(x_BSD, feed_forward, "ffn_norm", 2)
         selections = ffn.selections if self.return_selections else None
         return x_BSD, (ffn.state, ffn.losses, (ffn.taken_M3, ffn.predicted_M4), selections)
 

@@ -205,9 +205,9 @@ def swiglu(x_END, experts: Experts, weight_EN=None):
         case "cpu":
             # One expert after the other, so that its hidden vectors stay in the cache from one product to the next: a
             # batch of experts costs about 6% more.
-            return jnp.stack([_swiglu(*expert) for expert in zip(*map(_unstacked, operands), strict=True)])
+            return jnp.stack([swiglu_of(*expert) for expert in zip(*map(_unstacked, operands), strict=True)])
         case _:
-            return _swiglu(*operands)
+            return swiglu_of(*operands)
 
 
 def _unstacked(axis_E) -> list:
@@ -215,7 +215,7 @@ def _unstacked(axis_E) -> list:
     return [part[0] for part in jax.lax.split(axis_E, [1] * len(axis_E))]
 
 
-def _swiglu(x_ND, gate_DF, up_DF, down_FD, weight_N):
+def swiglu_of(x_ND, gate_DF, up_DF, down_FD, weight_N):
     """SwiGLU of one expert, or of several where every array has a leading axis E."""
     dtype = x_ND.dtype
 
@@ -334,7 +334,7 @@ def in_blocks(y_ND, x_ND, selection: Selection, experts: Experts):
     def one(i, y_ND):
         k = order_K[i]
         own = [experts.gate_EDF[expert_K[k]], experts.up_EDF[expert_K[k]], experts.down_EFD[expert_K[k]]]
-        return combine(y_ND, index_KB[k], _swiglu(dispatch(x_ND, index_KB[k]), *own, gate_KB[k]))
+        return combine(y_ND, index_KB[k], swiglu_of(dispatch(x_ND, index_KB[k]), *own, gate_KB[k]))
 
     return jax.lax.fori_loop(0, used_K.sum(), one, y_ND)
 

@@ -1,0 +1,141 @@
+"""Prefill and cached decoding against teacher forcing, under both causal rules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import MODALITIES, tiny
+
+from moma_jax.model import decode
+from moma_jax.model.causal import first_thresholds
+from moma_jax.model.decoder import causal_decoder
+from moma_jax.training.step import create_state, make_program
+from moma_jax.vocab import contiguous
+
+MODALITY_V = contiguous(MODALITIES).modality_V
+SEQUENCE, TOLERANCE = 16, 1e-4
+VARIANTS = ("dense", "4x", "1t1i", "2t2i", "2t2i+1x")
+
+
+def model_of(ffn, norm="swin"):
+    """Config, random parameters and thresholds near the middle of the logits."""
+    config = tiny(model_ffn=ffn, model_auxiliary=True, model_norm=norm)
+    state = create_state(make_program(config, contiguous(MODALITIES)), first_thresholds(config))
+    key = jax.random.key(7)
+
+    def drawn(path, leaf):
+        return jax.random.normal(key, leaf.shape) if "out_AE" in jax.tree_util.keystr(path) else leaf
+
+    params = jax.tree_util.tree_map_with_path(drawn, state.params)
+    routing_state = jax.tree.map(lambda x: 0.3 * jax.random.normal(key, x.shape), state.routing_state)
+    return config, params, routing_state
+
+
+def rows_of(seed, rows):
+    """Random ids, rows by `SEQUENCE`; images and text mixed at will."""
+    return np.random.default_rng(seed).integers(0, len(MODALITY_V), (rows, SEQUENCE)).astype(np.int32)
+
+
+def forced(model, routing, token_BS):
+    """Hidden states of whole rows by the decoder, one document a row; and how many entered 0, 1, 2+ experts."""
+    config, params, routing_state = model
+    decoder = causal_decoder(config, routing)
+    one_BS = np.ones_like(token_BS)
+    position_BS = np.broadcast_to(np.arange(token_BS.shape[1]), token_BS.shape)
+    output = jax.jit(lambda params: decoder.apply(
+        {"params": params}, token_BS, one_BS, position_BS, jnp.asarray(MODALITY_V, jnp.int32)[token_BS],
+        key=jax.random.key(0), routing_state=routing_state,
+    ))(params)  # fmt: skip
+    return np.asarray(output.hidden_BSD), np.asarray(output.report.taken_LM3).sum((0, 1))
+
+
+def cached(model, routing, rows, splits, positions=SEQUENCE):
+    """Hidden states of ragged rows told piece by piece: `splits` are the widths of the calls."""
+    config, params, routing_state = model
+    extend = jax.jit(functools.partial(
+        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing=routing, routing_state=routing_state
+    ))  # fmt: skip
+    weights, cache = decode.unstack(params, config), decode.new_cache(config, len(rows), positions)
+    length_B, hidden = np.array([len(row) for row in rows]), [[] for _ in rows]
+    start = 0
+    for width in splits:
+        count_B = np.clip(length_B - start, 0, width)
+        token_BQ = np.full((len(rows), width), 39, np.int32)
+        for b, row in enumerate(rows):
+            token_BQ[b, : count_B[b]] = row[start : start + count_B[b]]
+        hidden_BQD, cache = extend(weights, cache, token_BQ, count_B)
+        for b in range(len(rows)):
+            hidden[b].append(np.asarray(hidden_BQD)[b, : count_B[b]])
+        start += width
+    np.testing.assert_array_equal(cache.length_B, length_B)
+    return [np.concatenate(pieces) for pieces in hidden]
+
+
+@pytest.mark.parametrize("routing", ["causal", "threshold"])
+@pytest.mark.parametrize("ffn", VARIANTS)
+def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
+    model = model_of(ffn)
+    token_BS = rows_of(1, 4)
+    expected_BSD, taken_3 = forced(model, routing, token_BS)
+    if ffn not in ("dense", "1t1i"):
+        assert np.all(taken_3 > 0)  # tokens of no, one and several experts all occur
+    rows = [row[:length] for row, length in zip(token_BS, (16, 9, 1, 13), strict=True)]
+    for splits in ([1] * 16, [16], [9, *[1] * 7], [3, 1, 8, 1, 3]):
+        for row, hidden_SD, expected_SD in zip(rows, cached(model, routing, rows, splits), expected_BSD, strict=True):
+            np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
+
+
+def test_pre_norm_and_blocks_of_many_tokens(monkeypatch):
+    monkeypatch.setattr(decode, "BLOCK", 4)
+    for norm in ("pre", "swin"):
+        model = model_of("2t2i+1x", norm)
+        token_BS = rows_of(2, 4)
+        expected_BSD, _ = forced(model, "threshold", token_BS)
+        found = cached(model, "threshold", list(token_BS), [13, 1, 2])
+        np.testing.assert_allclose(found, expected_BSD, atol=TOLERANCE)
+
+
+def test_a_rewound_row_forgets():
+    config, params, routing_state = model = model_of("2t2i")
+    (row,) = rows_of(3, 1)
+    extend = jax.jit(functools.partial(
+        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="causal", routing_state=routing_state
+    ))  # fmt: skip
+    weights = decode.unstack(params, config)
+    _, cache = extend(weights, decode.new_cache(config, 1, SEQUENCE), row[None], np.array([16]))
+    cache = cache._replace(length_B=jnp.array([3]))
+    hidden_BQD, cache = extend(weights, cache, row[None, 8:12], np.array([4]))
+    expected_BSD, _ = forced(model, "causal", np.tile(np.concatenate([row[:3], row[8:12], row[:9]]), (2, 1)))
+    np.testing.assert_allclose(hidden_BQD, expected_BSD[:1, 3:7], atol=TOLERANCE)
+    assert cache.length_B.tolist() == [7]
+
+
+def test_logits_are_those_of_the_unembedding():
+    config, params, _ = model_of("1t1i")
+    hidden_BD = np.random.default_rng(0).normal(size=(3, config.model.width)).astype(np.float32)
+    expected_BV = hidden_BD @ np.asarray(params["unembedding"]["kernel_DV"])
+    np.testing.assert_allclose(decode.logits(decode.unstack(params, config), hidden_BD), expected_BV, atol=1e-5)
+
+
+def test_weights_of_experts_that_no_token_enters_are_not_touched():
+    """A weight that is not a number shows whether it was read."""
+    config, params, routing_state = model_of("2t2i")
+    never = {
+        n: s | {"threshold_E": jnp.full_like(s["threshold_E"], 1e9).at[:, 0].set(-1e9)}
+        for n, s in routing_state.items()
+    }
+    weights = decode.unstack(params, config)
+    broken = jax.tree.map(lambda x: x, weights)
+    for layer in broken["layers"]:
+        for own in layer["ffn"].values():
+            own["experts"] = (own["experts"][0], jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), own["experts"][1]))
+    extend = jax.jit(functools.partial(
+        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="threshold", routing_state=never
+    ))  # fmt: skip
+    rows = (rows_of(4, 2), np.array([16, 16]))
+    whole, _ = extend(weights, decode.new_cache(config, 2, SEQUENCE), *rows)
+    found, _ = extend(broken, decode.new_cache(config, 2, SEQUENCE), *rows)
+    np.testing.assert_array_equal(found, whole)
+    assert np.isfinite(whole).all()
