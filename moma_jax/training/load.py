@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from moma_jax.training.run_dir import RunDir
 from moma_jax.training.step import Program, abstract_params, make_program
 from moma_jax.vocab import Vocabulary
 
+if TYPE_CHECKING:
+    from moma_jax.generate.output import Output
+
 ROUTERS = "routers"
 """Directory, inside a run's, of the auxiliary routers that were fitted to it."""
 
@@ -38,6 +41,7 @@ class Loaded:
       routing_state: the select function's state; thresholds, unless it has a select function of its own.
       step: updates that made these parameters.
       program: what compiled functions are made of.
+      hashes: of what makes ids mean something: layout, tokenizer and codec of the stores it was trained on.
       refused: why routers that lie there were not taken; None where they were, or there are none.
     """
 
@@ -49,6 +53,7 @@ class Loaded:
     routing_state: Any
     step: int
     program: Program
+    hashes: dict[str, str | None]
     refused: str | None = None
 
     @property
@@ -65,6 +70,12 @@ class Loaded:
         if (reason := self._lacks(routing)) is not None:
             raise InputError(f"routing: {reason}")
         return self.decoder if routing == "choice" else causal_decoder(self.config, routing)
+
+    def generate(self, prompts: Sequence[Any], **settings: Any) -> list[Output]:
+        """Writes on after each prompt; see `moma_jax.generate.generate` for prompts and settings."""
+        from moma_jax.generate import generate
+
+        return generate(self, prompts, **settings)
 
     def _lacks(self, routing: str) -> str | None:
         """Why this model cannot be used under a routing, and the remedy."""
@@ -87,22 +98,27 @@ class Loaded:
         return isinstance(state, dict) and "threshold_E" in state and bool(np.all(state["updates"] > 0))
 
 
-def load(run: str, *, step: int | None = None, select: Callable | None = None) -> Loaded:
+def config_of(run: str) -> Config:
+    """The resolved config of a run; InputError where there is no run."""
+    written = RunDir(run).read_json("config.json")
+    if written is None:
+        raise InputError(f"{run}: no config.json here; give a run directory")
+    return from_json(written)
+
+
+def load(run: str, *, step: int | None = None, select: Callable | None = None, fitted: bool = True) -> Loaded:
     """The model of a run.
 
     Args:
       run: run directory. step: which checkpoint; None: the newest.
       select: the run's own select function, where it was trained with one.
+      fitted: take the auxiliary routers that `moma fit-routers` left there.
 
     Raises:
       InputError: no such run or checkpoint, or the run was trained with another select function.
     """
-    directory = RunDir(run)
-    written = directory.read_json("config.json")
-    if written is None:
-        raise InputError(f"{run}: no config.json here; give a run directory")
-    config = dataclasses.replace(from_json(written), mesh=MeshConfig())  # it may have been trained on other devices
-    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+    config = dataclasses.replace(config_of(run), mesh=MeshConfig())  # it may have been trained on other devices
+    with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         steps = checkpoints.steps()
         step = max(steps, default=None) if step is None else step
         if step not in steps:
@@ -116,8 +132,9 @@ def load(run: str, *, step: int | None = None, select: Callable | None = None) -
         with sharding.use_mesh(program.mesh):
             routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
             params = checkpoints.restore_params(step, abstract_params(program, routing_state))
-    model = Loaded(str(run), config, vocabulary, params, program.decoder, routing_state, step, program)
-    return model if config.model.auxiliary else _with_fitted_routers(model, select)
+    hashes = meta["hashes"]
+    model = Loaded(str(run), config, vocabulary, params, program.decoder, routing_state, step, program, hashes)
+    return _with_fitted_routers(model, select) if fitted and not config.model.auxiliary else model
 
 
 def with_auxiliary(config: Config) -> Config:
@@ -142,7 +159,8 @@ def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
         meta = checkpoints.saved(latest).meta
         if meta["model_step"] != model.step:
             reason = f"the auxiliary routers of {model.run} were fitted at step {meta['model_step']}, not {model.step}"
-            return dataclasses.replace(model, refused=f"{reason}; fit them again: moma fit-routers {model.run}")
+            remedy = f"remove {where.path} and fit them again: moma fit-routers {model.run}"
+            return dataclasses.replace(model, refused=f"{reason}; {remedy}")
         config = with_auxiliary(model.config)
         program = make_program(config, model.vocabulary, select)
         with sharding.use_mesh(program.mesh):
