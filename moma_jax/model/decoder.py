@@ -25,10 +25,10 @@ Parameters, all float32; layers are stacked with a leading axis L, also where th
 <group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), and `shared` (+1x, of N times the
 hidden width, one expert).
 
-Initial weights are normal, of deviation 1/sqrt(d) in the embedding and the unembedding. Projections have deviation
-1/sqrt(fan-in), so that a unit-variance input stays one, routers included: their logits then have unit variance, and
-experts differ from the start. Projections into the residual stream are scaled by a further 1/sqrt(2L) under pre-norm
-(`experts.output_scale`).
+Initial weights are normal. Embeddings have deviation 1, so that a token's own vector is not drowned by what the first
+sub-layers add, which is of that size. The unembedding has 1/sqrt(d), projections 1/sqrt(fan-in), so that a
+unit-variance input stays one, routers included: their logits then have unit variance, and experts differ from the
+start. Projections into the residual stream are scaled by a further 1/sqrt(2L) under pre-norm (`experts.output_scale`).
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         dtype = compute_dtype(model)
         group_G = jnp.arange(token_BS.shape[0] // self.group_rows) if group_G is None else group_G
         embedding_VD = Kernel(
-            "kernel_VD", ("vocab", "embed"), (vocabulary, model.width), normal(model.width), name="embedding"
+            "kernel_VD", ("vocab", "embed"), (vocabulary, model.width), nn.initializers.normal(1.0), name="embedding"
         )()
         # Declared here, used by the objective, which makes logits a chunk at a time.
         Kernel("kernel_DV", ("embed", "vocab"), (model.width, vocabulary), normal(model.width), name="unembedding")()
