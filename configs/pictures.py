@@ -27,7 +27,9 @@ from moma_jax.config import (
 def config() -> Config:
     """The recipe."""
     return Config(
-        model=ModelConfig(ffn="4t4i", layers=4, width=128, heads=4, ffn_width=512, norm="pre", auxiliary=True),
+        model=ModelConfig(
+            ffn="4t4i", layers=4, width=128, heads=4, ffn_width=512, norm="pre", attention_chunk=564, auxiliary=True
+        ),
         data=DataConfig(
             modalities=(
                 Modality("text", "t", size=512, quota=0.1),
@@ -43,6 +45,7 @@ def config() -> Config:
         train=TrainConfig(
             tokens=1.2e7,
             batch_rows=4,
+            loss_chunk=2256,  # all logits at once, as all attention scores: nothing is computed twice
             log_every=50,
             eval_sets=(EvalSet("heldout", rows=128),),
             eval_every=1000,
