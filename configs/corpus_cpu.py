@@ -19,6 +19,7 @@ from moma_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PrepareConfig,
+    RoutersConfig,
     StoreConfig,
     TrainConfig,
 )
@@ -54,4 +55,5 @@ def config() -> Config:
             eval_every=200,
             checkpoint_every=200,
         ),
+        routers=RoutersConfig(steps=200, peak_lr=1e-2, end_lr=3e-4, warmup_steps=10, checkpoint_every=100),
     )

@@ -19,6 +19,7 @@ from moma_jax.config import (
     EvalSet,
     ModelConfig,
     OptimizerConfig,
+    RoutersConfig,
     StoreConfig,
     TrainConfig,
 )
@@ -60,5 +61,13 @@ def config() -> Config:
             eval_every=1000,
             checkpoint_every=1000,
             keep_every=20_000,
+        ),
+        routers=RoutersConfig(  # Table 6
+            steps=10_000,
+            batch_rows=1024,  # 4,194,304 tokens
+            peak_lr=1e-4,
+            end_lr=1e-6,
+            schedule="linear",
+            warmup_steps=2000,
         ),
     )

@@ -19,6 +19,7 @@ from moma_jax.config import (
     EvalSet,
     ModelConfig,
     OptimizerConfig,
+    RoutersConfig,
     StoreConfig,
     TrainConfig,
 )
@@ -60,5 +61,13 @@ def config() -> Config:
             eval_every=1000,
             checkpoint_every=1000,
             keep_every=20_000,
+        ),
+        routers=RoutersConfig(  # Table 6
+            steps=5000,
+            batch_rows=1026,  # 4,202,496 tokens: the paper's 4,194,304 in whole routing groups
+            peak_lr=1e-4,
+            end_lr=1e-6,
+            schedule="linear",
+            warmup_steps=1000,
         ),
     )

@@ -15,6 +15,7 @@ from moma_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PrepareConfig,
+    RoutersConfig,
     StoreConfig,
     TrainConfig,
 )
@@ -45,4 +46,5 @@ def config() -> Config:
             eval_every=100,
             checkpoint_every=100,
         ),
+        routers=RoutersConfig(steps=100, peak_lr=1e-2, end_lr=3e-4, warmup_steps=10, checkpoint_every=50),
     )

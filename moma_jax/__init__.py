@@ -6,6 +6,7 @@ light; `cost` needs none, and is bound here because a module of its name would t
   recipe(path, overrides)    a recipe or config.json with overrides -> resolved Config
   prepare(config, out)       a source -> a token store
   train(config)              a run directory with checkpoints and metrics
+  fit_routers(run)           auxiliary routers for a trained run, so that it can be used causally
   evaluate(run)              held-out losses of a run
   load(run)                  a trained model: config, vocabulary, decoder, parameters
   cost(config)               parameters, FLOPs and bytes in closed form
@@ -20,6 +21,7 @@ _HOME = {
     "recipe": "moma_jax.recipes",
     "prepare": "moma_jax.data.prepare",
     "train": "moma_jax.training.loop",
+    "fit_routers": "moma_jax.training.routers",
     "evaluate": "moma_jax.training.evaluate",
     "load": "moma_jax.training.load",
     "read_metrics": "moma_jax.training.journal",

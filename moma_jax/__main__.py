@@ -13,18 +13,20 @@ import tyro
 
 import moma_jax
 from moma_jax import recipes
-from moma_jax.config import Config, PrepareConfig, resolve
+from moma_jax.config import Config, PrepareConfig, RoutersConfig, resolve
 from moma_jax.errors import InputError, RunError
 from moma_jax.host import keep_freed_memory
 
 COMMANDS = {
     "prepare": "make a token store from pictures and text",
     "train": "train a recipe; a run that was interrupted goes on",
-    "eval": "held-out losses of a run",
+    "fit-routers": "fit auxiliary routers to a run, for causal routing",
+    "eval": "held-out losses of a run under several routings",
     "cost": "parameters, FLOPs and bytes of a recipe, in closed form",
-    "bench": "measure: bench step, bench data, bench ffn",
+    "generate": "text and pictures after a prompt",
+    "bench": "measure: bench step, bench generate, bench data, bench ffn",
 }
-USAGE = "usage: moma COMMAND ...\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+USAGE = "usage: moma COMMAND ...\n\n" + "\n".join(f"  {name:11} {text}" for name, text in COMMANDS.items())
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,26 @@ class Train(recipes.ConfigOptions):
 
 
 @dataclass(frozen=True)
+class FitRouters:
+    """Fit auxiliary routers to the newest checkpoint of a run, `moma fit-routers RUN`, so that it can be used causally.
+
+    The model stays as it is; the routers go to RUN/routers. Settings are the run's own unless given here.
+    """
+
+    run: tyro.conf.Positional[str] = ""
+    """Run directory."""
+    options: Annotated[RoutersConfig, tyro.conf.arg(name="")] = field(default_factory=RoutersConfig)
+
+
+@dataclass(frozen=True)
 class Eval:
-    """Held-out losses of a run, beside those of a unigram model."""
+    """Held-out losses of a run under several routings, beside those of a unigram model."""
 
     run: tyro.conf.Positional[str]
     """Run directory."""
-    routing: tuple[str, ...] = ("choice",)
-    """Routings to evaluate under; choice is the training routing, which sees the future."""
+    routing: tuple[str, ...] = ()
+    """Routings to evaluate under: choice (as in training, sees the future), causal (auxiliary routers), threshold
+    (running thresholds); all that the run has where none is named."""
     json: bool = False
     """Print JSON."""
 
@@ -78,6 +93,24 @@ class BenchStep(Train):
     """Variants to compare; with dense among them, the others' speed is also given relative to it."""
     repeats: int = 9
     """Timed steps of each variant."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class BenchGenerate(Train):
+    """Speed of prefill and cached decoding of FFN variants at equal active FLOPs, random weights, threshold routing."""
+
+    ffn: tuple[str, ...] = ("dense", "4t4i")
+    """Variants to compare; with dense among them, the others' speed is also given relative to it."""
+    batch: tuple[int, ...] = (1, 8, 32)
+    """Numbers of rows."""
+    prompt: int = 64
+    """Tokens of a prompt."""
+    tokens: int = 64
+    """Tokens written to each row."""
+    repeats: int = 5
+    """Timed turns of all variants."""
     json: bool = False
     """Print JSON."""
 
@@ -148,8 +181,14 @@ def run_command(words: list[str]) -> None:
         case "train":
             _, config = _config(Train, rest, "moma train")
             moma_jax.train(config)
+        case "fit-routers":
+            fit_routers(rest)
         case "eval":
             evaluate(recipes.parse(Eval, None, rest, "moma eval"))
+        case "generate":
+            from moma_jax.generate import command
+
+            command.run(recipes.parse(command.Generate, None, rest, "moma generate"))
         case "cost":
             cost(*_config(Cost, rest, "moma cost"))
         case "bench":
@@ -181,17 +220,30 @@ def prepare(options: Prepare) -> None:
     moma_jax.prepare(options.options, options.out, part=part, merge=options.merge)
 
 
+def fit_routers(words: list[str]) -> None:
+    """`moma fit-routers`; the run comes first, so its own settings are the defaults."""
+    program = "moma fit-routers"
+    run = words[0] if words and not words[0].startswith("-") else ""
+    default = FitRouters(run)
+    if run:
+        from moma_jax.training.load import config_of
+
+        default = FitRouters(run, config_of(run).routers)
+    elif not {"--help", "-h"} & set(words):
+        raise InputError(f"{program}: name a run first, such as: {program} runs/quickstart")
+    options = recipes.parse(FitRouters, default, words, program)
+    moma_jax.fit_routers(options.run, options.options)
+
+
 def evaluate(options: Eval) -> None:
     """`moma eval`."""
+    from rich.console import Console
+
     from moma_jax.training.journal import finite
+    from moma_jax.training.tables import evaluation_tables
 
     result = finite(moma_jax.evaluate(options.run, routing=options.routing))
-    if options.json:
-        print(json.dumps(result, allow_nan=False))
-        return
-    for name, losses in result.items():
-        shown = {key: "-" if value is None else f"{value:,.4f}" for key, value in losses.items()}
-        print(f"{name:10} " + "  ".join(f"{key} {value}" for key, value in shown.items()))
+    print(json.dumps(result, allow_nan=False)) if options.json else Console().print(*evaluation_tables(result))
 
 
 def cost(options: Cost, config: Config) -> None:
@@ -203,13 +255,17 @@ def cost(options: Cost, config: Config) -> None:
 
 
 def bench(words: list[str]) -> None:
-    """`moma bench step|data|ffn`."""
+    """`moma bench step|generate|data|ffn`."""
     from moma_jax import bench as benches
 
     match words[0] if words else "":
         case "step":
             options, config = _config(BenchStep, words[1:], "moma bench step")
             result = benches.bench_step(config, ffn=options.ffn, repeats=options.repeats)
+        case "generate":
+            options, config = _config(BenchGenerate, words[1:], "moma bench generate")
+            measured = {k: getattr(options, k) for k in ("ffn", "batch", "prompt", "tokens", "repeats")}
+            result = benches.bench_generate(config, **measured)
         case "data":
             options, config = _config(BenchData, words[1:], "moma bench data")
             result = benches.bench_data(config, seconds=options.seconds)
@@ -219,7 +275,7 @@ def bench(words: list[str]) -> None:
             del measured["json"]
             result = benches.bench_ffn(**measured)
         case _:
-            raise InputError("moma bench: say what to measure: step, data or ffn")
+            raise InputError("moma bench: say what to measure: step, generate, data or ffn")
     print(json.dumps(result)) if options.json else benches.print_bench(result)
 
 

@@ -67,6 +67,7 @@ def _check_ranges(config: Config) -> None:
             "read_concurrency",
         ),
         "optimizer": ("peak_lr", "epsilon", "clip_norm"),
+        "routers": ("steps", "peak_lr", "log_every", "checkpoint_every"),
         "train": ("batch_rows", "accumulate", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_last"),
     }
     for section, names in positive.items():
@@ -79,12 +80,34 @@ def _check_ranges(config: Config) -> None:
               "optimizer.beta2": config.optimizer.beta2}  # fmt: skip
     for name, value in shares.items():
         require(0 <= value < 1, f"{name}: must be at least 0 and below 1, is {value}")
+    _check_routing(config)
     capacity = config.model.capacity
     require(
         capacity is None or 1e-4 <= capacity <= 1,
         f"model.capacity: must be at least 0.0001 and at most 1, is {capacity}",
     )
     require(config.mesh.data == -1 or config.mesh.data > 0, "mesh.data: must be -1 or positive")
+
+
+def _check_routing(config: Config) -> None:
+    """Thresholds and auxiliary routers. Either is harmless where no group of experts has a router: nothing is made."""
+    model, routers = config.model, config.routers
+    decay, slack, warmup = model.threshold_decay, model.routing_slack, model.routing_warmup
+    require(0 <= decay < 1, f"model.threshold_decay: must be at least 0 and below 1, such as 0.98; is {decay}")
+    require(
+        1 <= slack < math.inf,
+        f"model.routing_slack: must be 1 (the slots of expert choice) or more, such as 1.25; is {slack}",
+    )
+    require(warmup >= 1, f"model.routing_warmup: must be 1 or more, as thresholds begin with an update; is {warmup}")
+    for name in ("end_lr", "warmup_steps", "seed"):
+        value = getattr(routers, name)
+        require(value >= 0, f"routers.{name}: must be 0 or more, is {value}")
+    rows, group = routers.batch_rows, config.data.group_rows
+    require(
+        rows is None or (rows > 0 and rows % group == 0),
+        f"routers.batch_rows: {rows} rows are not whole routing groups of {group} rows; use "
+        f"{round_up(max(rows or 1, 1), group)}",
+    )
 
 
 def _check_model(config: Config) -> None:
@@ -148,6 +171,19 @@ def _check_batches(config: Config) -> None:
         )
     names = [s.name for s in config.train.eval_sets]
     require(len(set(names)) == len(names), "train.eval_sets: two have the same name")
+    _check_eval_routings(config)
+
+
+def _check_eval_routings(config: Config) -> None:
+    names, known = config.train.eval_routings, ("choice", "causal", "threshold")
+    for name in names:
+        require(name in known, f"train.eval_routings: {name!r} is none of {', '.join(known)}")
+    require(len(set(names)) == len(names), "train.eval_routings: one is named twice")
+    routed = any(group.experts > 1 for group in config.experts.groups)
+    require(
+        "causal" not in names or config.model.auxiliary or not routed,
+        "train.eval_routings: causal needs auxiliary routers; set model.auxiliary, or leave it out",
+    )
 
 
 def _check_data(config: Config) -> None:

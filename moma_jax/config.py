@@ -263,6 +263,8 @@ class TrainConfig:
     """Steps between evaluations; the last step is always evaluated."""
     eval_sets: tuple[EvalSet, ...] = (EvalSet(),)
     """Held-out sets."""
+    eval_routings: tuple[Literal["choice", "causal", "threshold"], ...] = ()
+    """Routings to evaluate under; (): all that the run has."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2

@@ -9,9 +9,11 @@ The convention, used for MFU, for matching models and for `train.flops`:
     has no router. Shared experts take every token.
   * The embedding look-up is free; the unembedding is a product with all V ids at every position.
   * The backward pass costs twice the forward pass (`train` = 3 * `forward`); remat, the optimizer and padding are free.
+  * Auxiliary routers are no part of the model: neither `total`, `active` nor `train` count them (as the paper does
+    not), so that training them beside it changes no comparison.
   * `executed` is `train` as the static shapes run it: every expert computes ceil(capacity * quota) slots, filled or
-    not, routers score every position, and positions that are padding (share `padding`, 0 unless given) are charged to
-    the real tokens. Remat is not in it.
+    not (under threshold routing, those times its slack), routers score every position, auxiliary ones too, and
+    positions that are padding (share `padding`, 0 unless given) are charged to the real tokens. Remat is not in it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def cost(config: Config, *, padding: float = 0.0) -> dict[str, Any]:
       padding: share of a batch's positions that are padding, 0 or more and less than 1; it enters `executed` alone.
 
     Returns:
-      "parameters": counts; `active` is what an average token passes, `embedding` both vocabulary tables.
+      "parameters": counts; `active` is what an average token passes, `embedding` both vocabulary tables, `auxiliary`
+        those of auxiliary routers, which no other count includes.
       "flops_per_token": `by_part` adds up to `forward`; `executed` compares with `train`.
       "bytes": float32 parameters and AdamW moments, and an estimate of the activations of one microbatch, over all
         devices (see `activation_bytes`).
@@ -54,8 +57,9 @@ def cost(config: Config, *, padding: float = 0.0) -> dict[str, Any]:
     by_part = _forward_by_part(config)
     forward = sum(by_part.values())
     train = (1 + BACKWARD) * forward
-    executed = (1 + BACKWARD) * sum(_executed_by_part(config).values()) / (1 - padding)
+    executed = ((1 + BACKWARD) * sum(_executed_by_part(config).values()) + _auxiliary_flops(config)) / (1 - padding)
     parameters = parameter_count(config)
+    trained = parameters["total"] + parameters["auxiliary"]
     steps = total_steps(config)
     tokens = steps * config.batch_tokens
     return {
@@ -67,8 +71,8 @@ def cost(config: Config, *, padding: float = 0.0) -> dict[str, Any]:
             "by_part": {name: float(flops) for name, flops in by_part.items()},
         },
         "bytes": {
-            "parameters": FLOAT32 * parameters["total"],
-            "optimizer": 2 * FLOAT32 * parameters["total"],
+            "parameters": FLOAT32 * trained,
+            "optimizer": 2 * FLOAT32 * trained,
             "activations": activation_bytes(config),
         },
         "run": {"steps": steps, "tokens": tokens, "flops": float(train * tokens)},
@@ -96,7 +100,8 @@ def total_steps(config: Config) -> int:
 def parameter_count(config: Config) -> dict[str, int]:
     """Parameters of the initialised decoder, exactly (paper section 4.1, Table 1, plus norms and routers).
 
-    `active` counts, of each expert and router, the share of an average token that passes it.
+    `active` counts, of each expert and router, the share of an average token that passes it. The decoder has `total`
+    and `auxiliary` together.
     """
     model, layout = config.model, config.experts
     d, hidden, layers = model.width, model.hidden, model.layers
@@ -117,7 +122,13 @@ def parameter_count(config: Config) -> dict[str, int]:
         "active": active + embedding,
         "active_non_embedding": active,
         "embedding": embedding,
+        "auxiliary": layers * sum(d * (d // 2) + d // 2 * e for e in _predicted_experts(config)),
     }
+
+
+def _predicted_experts(config: Config) -> list[int]:
+    """Experts of each group that has an auxiliary router in training."""
+    return [g.experts for g in config.experts.groups if config.model.auxiliary and g.experts > 1]
 
 
 def _router_width(group: ExpertGroup) -> int:
@@ -153,10 +164,21 @@ def _executed_by_part(config: Config) -> dict[str, Fraction | int]:
     return _by_part(config, Fraction(slots, config.group_tokens), sum(map(_router_width, layout.groups)))
 
 
+def _auxiliary_flops(config: Config) -> int:
+    """FLOPs of the auxiliary routers at one position, forward and backward; nothing flows back to what they read."""
+    d, inner = config.model.width, config.model.width // 2
+    first, second = 2 * d * inner, 2 * inner
+    return config.model.layers * sum(2 * first + 3 * second * experts for experts in _predicted_experts(config))
+
+
 def group_slots(config: Config, group: ExpertGroup) -> int:
-    """Slots C of one expert of `group` in a routing group: ceil(capacity * quota)."""
+    """Slots C of one expert of `group` in a routing group: ceil(capacity * quota); more under threshold routing."""
+    model = config.model
     quota = min(config.group_tokens, sum(config.quotas[m] for m in group.modalities))
-    return math.ceil(quota * group.capacity(config.model.capacity))
+    slots = math.ceil(quota * group.capacity(model.capacity))
+    if model.routing == "choice" or group.experts == 1:
+        return slots
+    return min(config.group_tokens, math.ceil(slots * model.routing_slack))
 
 
 def _by_part(config: Config, taken, scored) -> dict[str, Fraction | int]:
@@ -200,8 +222,9 @@ def activation_bytes(config: Config) -> int:
     products = 6 * d + slots * (2 * hidden + d)
     weights = FLOAT32 * model.heads * data.sequence if data.sequence <= model.attention_chunk else 0
     one_chunk = FLOAT32 * model.heads * min(model.attention_chunk, data.sequence)
-    everything = width * (products + 9 * d) + weights
-    per_layer = {"full": width * d, "dots": width * products, "none": everything}[model.remat]
+    inner = FLOAT32 * (d // 2) * len(_predicted_experts(config))  # of auxiliary routers; kept before and after SiLU
+    everything = width * (products + 9 * d) + weights + 2 * inner
+    per_layer = {"full": width * d, "dots": width * products + inner, "none": everything}[model.remat]
     logits = 2 * FLOAT32 * min(config.train.loss_chunk, positions) * config.vocabulary_size
     return math.ceil(positions * (layers * per_layer + everything + one_chunk + 2 * width * d) + logits)
 

@@ -2,7 +2,7 @@
 
 Axis letters, used as suffixes of array names everywhere: B rows, S positions in a row, G routing groups, T tokens of a
 group (B*S = G*T), D model width, F expert hidden width, H heads, K head width, V vocabulary, M modalities, E experts of
-one group of experts, C slots of one expert, L layers.
+one group of experts, C slots of one expert, L layers, J kinds of targets (modalities, in training).
 
 Data parallelism is what exists today: rows are split over the mesh axis "data", whole routing groups to a device, and
 parameters are replicated. Every parameter names its logical axes already, so another mesh is another table here.

@@ -94,12 +94,21 @@ def test_cost_charges_padding_to_the_executed_flops(capsys):
 
 
 def test_eval_prints_what_is_no_number_as_null(capsys, monkeypatch):
-    result = {"choice": {"loss": float("nan"), "loss_image": None, "tokens": 3}}
+    losses = {"loss": 2.0, "loss_image": None, "loss_image_given_text": float("nan"), "tokens": 3000}
+    causal = losses | {"perplexity": 7.389, "perplexity_image": None, "tokens_image": 0, "tokens_image_given_text": 5}
+    costs = {"experts_per_token": 1.25, "seconds": 3.0}
+    result = {"choice": losses | costs, "causal": causal | costs, "gap_percent": {"causal": {"loss": 1.5}}}
+    result["unigram"] = losses
     monkeypatch.setattr(moma_jax, "evaluate", lambda *_, **__: result, raising=False)
     _, out, _ = run(capsys, "eval", "runs/a", "--json")
-    assert json.loads(out, parse_constant=pytest.fail) == {"choice": {"loss": None, "loss_image": None, "tokens": 3}}
+    read = json.loads(out, parse_constant=pytest.fail)
+    assert read["choice"] == losses | costs | {"loss_image_given_text": None} and list(read) == list(result)
     _, out, _ = run(capsys, "eval", "runs/a")
-    assert out.split() == ["choice", "loss", "-", "loss_image", "-", "tokens", "3.0000"]
+    rows = [line.split() for line in out.splitlines()]
+    assert ["loss", "choice", "causal", "gap", "unigram"] in rows
+    assert ["all", "2.0000", "2.0000", "+1.50%", "2.0000"] in rows and ["image", "-", "-", "-", "-"] in rows
+    assert ["all", "7.389", "3,000"] in rows and ["image", "given", "text", "-", "5"] in rows
+    assert ["experts", "per", "token", "1.250", "1.250"] in rows and "choice sees the future" in out
 
 
 def test_overrides_by_dictionary_and_by_words():

@@ -56,6 +56,14 @@ def valid(**sections) -> Config:
         ({"model": {"capacity": 1.5}}, "model.capacity"),
         ({"model": {"capacity": 1e-5}}, "model.capacity: must be at least 0.0001"),
         ({"model": {"layers": 0}}, "model.layers: must be positive"),
+        ({"model": {"threshold_decay": 1.0}}, "model.threshold_decay: must be at least 0 and below 1, such as 0.98"),
+        ({"model": {"routing_slack": 0.9}}, "model.routing_slack: must be 1 .* or more, such as 1.25; is 0.9"),
+        ({"model": {"routing_warmup": 0}}, "model.routing_warmup: must be 1 or more"),
+        ({"routers": {"steps": 0}}, "routers.steps: must be positive"),
+        ({"routers": {"peak_lr": -1.0}}, "routers.peak_lr: must be positive"),
+        ({"routers": {"end_lr": -1.0}}, "routers.end_lr: must be 0 or more"),
+        ({"routers": {"batch_rows": 5}}, "routers.batch_rows: 5 rows .* groups of 2 rows; use 6"),
+        ({"routers": {"batch_rows": 0}}, "routers.batch_rows: 0 rows .* use 2"),
         ({"data": {"modalities": (TEXT, dataclasses.replace(IMAGE, quota=0.1))}}, "raise it to 0.125"),
         ({"data": {"modalities": (dataclasses.replace(TEXT, quota=0.3), IMAGE)}}, "quotas add up to 0.800"),
         ({"data": {"modalities": (TEXT, dataclasses.replace(IMAGE, letter="t"))}}, "same letter"),
@@ -64,6 +72,9 @@ def valid(**sections) -> Config:
         ({"train": {"batch_rows": 4, "accumulate": 4}}, "use 8"),
         ({"train": {"eval_sets": (EvalSet(rows=3),)}}, "train.eval_sets: .* such as 4"),
         ({"train": {"eval_sets": (EvalSet(rows=4, stores=("nope",)),)}}, "draws from 'nope'"),
+        ({"train": {"eval_routings": ("causal",)}}, "eval_routings: causal needs auxiliary routers"),
+        ({"train": {"eval_routings": ("choice", "future")}}, "eval_routings: 'future' is none of choice"),
+        ({"train": {"eval_routings": ("choice", "choice")}}, "eval_routings: one is named twice"),
         ({"train": {"steps": None}}, "exactly one of .* given: none"),
         ({"train": {"tokens": 100.0}}, "exactly one of .* given: steps, tokens"),
         ({"train": {"steps": None, "tokens": float("inf")}}, "train.tokens: must be positive and finite"),
@@ -83,6 +94,12 @@ def test_contradictions_name_the_field_and_the_remedy(sections, message):
     with pytest.raises(InputError, match=message) as caught:
         resolve(valid(**sections))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "1t1i"])
+def test_routing_without_routers_is_harmless(ffn):
+    """Nothing chooses, so a sweep over FFNs may keep these settings."""
+    resolve(valid(model={"ffn": ffn, "routing": "threshold", "auxiliary": True}))
 
 
 def test_resolve_fills_derived_fields_once():

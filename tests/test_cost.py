@@ -48,7 +48,7 @@ def step_jaxpr(config):
     shape = (config.train.batch_rows, config.data.sequence)
     types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
-    state = step_lib.abstract_state(program, {})
+    state = step_lib.abstract_state(program, step_lib.first_routing_state(config, None))
     with sharding.use_mesh(program.mesh):
         return jax.make_jaxpr(jax.jit(step_lib.make_train_step(program)))(state, batch).jaxpr
 
@@ -126,6 +126,15 @@ def test_paper_recipes_have_the_batches_of_table_5():
         assert config.vocabulary_size == 65_536
 
 
+def test_paper_recipes_fit_routers_by_table_6():
+    for name, steps, warmup in (("90m", 5000, 1000), ("435m", 5000, 1000), ("1b4", 10_000, 2000)):
+        config = recipes.recipe(CONFIGS / f"paper_{name}.py")
+        routers = config.routers
+        assert routers.batch_rows * config.data.sequence == pytest.approx(4_194_304, rel=0.002)
+        assert (routers.peak_lr, routers.end_lr, routers.schedule) == (1e-4, 1e-6, "linear")
+        assert (routers.steps, routers.warmup_steps) == (steps, warmup)
+
+
 # Against the model ----------------------------------------------------------------------------------------------------
 
 VARIANTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "2t2i+1x", "4t4i+2x", "dense+1x"]
@@ -137,9 +146,36 @@ def test_parameters_are_those_of_the_initialised_model(ffn):
     state = step_lib.abstract_state(program_of(config), {})
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     figures = cost(config)
-    assert figures["parameters"]["total"] == count
+    assert figures["parameters"]["total"] == count and figures["parameters"]["auxiliary"] == 0
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert figures["bytes"] == {**figures["bytes"], "parameters": 4 * count, "optimizer": 4 * moments}
+
+
+@pytest.mark.parametrize("ffn", ["dense", "8x", "1t1i", "7t1i", "2t2i+1x"])
+def test_auxiliary_routers_are_counted_apart(ffn):
+    plain, config = cost(tiny(ffn)), tiny(ffn, auxiliary=True)
+    figures = cost(config)
+    state = step_lib.abstract_state(program_of(config), {})
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    parameters = figures["parameters"]
+    assert parameters["total"] + parameters["auxiliary"] == count
+    assert {**parameters, "auxiliary": 0} == plain["parameters"]
+    assert (parameters["auxiliary"] > 0) == (ffn in ("8x", "7t1i", "2t2i+1x"))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert (figures["bytes"]["parameters"], figures["bytes"]["optimizer"]) == (4 * count, 4 * moments)
+    flops, without = figures["flops_per_token"], plain["flops_per_token"]
+    assert {**flops, "executed": 0} == {**without, "executed": 0}
+    counted = product_flops(step_jaxpr(config)) / config.batch_tokens
+    assert flops["executed"] == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("ffn", ["1t1i", "4t4i"])
+def test_executed_flops_count_the_slack_of_threshold_routing(ffn):
+    config = tiny(ffn, routing="threshold", routing_slack=1.5)
+    flops, without = (cost(c)["flops_per_token"] for c in (config, tiny(ffn)))
+    counted = product_flops(step_jaxpr(config)) / config.batch_tokens
+    assert flops["executed"] == pytest.approx(counted, rel=1e-3) and flops["train"] == without["train"]
+    assert (flops["executed"] > 1.1 * without["executed"]) == (ffn == "4t4i")
 
 
 @pytest.mark.parametrize("ffn", ["dense", "8x", "1t1i", "4t4i", "2t2i+1x"])

@@ -17,7 +17,7 @@ from moma_jax.training import loop
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.run_dir import RunDir
 
-TIMINGS = {"time", "wall_seconds", "step_seconds", "tokens_per_second", "mfu"}
+TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
 
 
 def records(run):
@@ -29,9 +29,9 @@ def parameters(run):
     return jax.device_get(moma_jax.load(str(run)).params)
 
 
-def changed_batches(monkeypatch, change):
-    """Makes the loop's stream hand out change(number, batch), numbered from 1 in this process."""
-    original = loop.open_stream
+def changed_batches(monkeypatch, change, module=loop):
+    """Makes the module's stream hand out change(number, batch), numbered from 1 in this process."""
+    original = module.open_stream
 
     class Changed:
         def __init__(self, stream):
@@ -50,7 +50,7 @@ def changed_batches(monkeypatch, change):
         def close(self):
             self.stream.close()
 
-    monkeypatch.setattr(loop, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
+    monkeypatch.setattr(module, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +78,26 @@ def test_a_run_leaves_its_files(whole):
     status = run.read_json("status.json")
     assert (status["state"], status["step"], status["total"], status["pid"]) == ("complete", 6, 6, os.getpid())
     assert {"jax", "optax"} <= set(summary["versions"]) and summary["device"] == {"kind": "cpu", "count": 1}
-    assert summary["eval"]["heldout"]["choice"]["tokens"] == summary["eval"]["heldout"]["unigram"]["tokens"]
+    evaluation = summary["eval"]["heldout"]
+    assert set(evaluation) == {"choice", "threshold", "gap_percent", "unigram"}
+    assert len({evaluation[name]["tokens"] for name in ("choice", "threshold", "unigram")}) == 1
 
 
 def test_records_say_what_the_readme_promises(whole):
     found = records(whole[0].run.dir)
     assert [(r["kind"], r["step"]) for r in found] == [
-        ("train", 2), ("train", 4), ("eval", 4), ("train", 6), ("eval", 6)
+        ("train", 2), ("train", 4), ("eval", 4), ("eval", 4), ("train", 6), ("eval", 6), ("eval", 6)
     ]  # fmt: skip
-    train, evaluation = found[0], found[2]
+    train, choice, threshold = found[0], found[2], found[3]
     both = {"schema", "kind", "step", "loss", "loss_text", "loss_image"}
-    assert set(evaluation) == both | {"eval_set", "routing", "tokens"}
+    conditions = {"image_given_text", "text_given_image", "interleaved"}
+    measures = {"", "_text", "_image"} | {f"_{name}" for name in conditions}
+    figures = {f"{what}{measure}" for what in ("loss", "tokens") for measure in measures}
+    assert set(choice) == both | figures | {"eval_set", "routing", "experts_per_token"}
+    assert set(threshold) == set(choice) | {f"perplexity{measure}" for measure in measures} | {"gap_percent"}
+    assert (choice["routing"], threshold["routing"]) == ("choice", "threshold")
+    assert threshold["perplexity"] == pytest.approx(np.exp(threshold["loss"]))
+    assert threshold["gap_percent"] == pytest.approx(100 * (threshold["loss"] / choice["loss"] - 1))
     by_modality = {f"{n}_{m}" for n in ("tokens", "fill") for m in ("text", "image")}
     taken = {f"taken_{m}_{n}" for m in ("text", "image") for n in ("0", "1", "2plus")}
     more = {"z_loss", "grad_norm", "grad_norm_router", "learning_rate", "tokens", "flops"}

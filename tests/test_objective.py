@@ -36,7 +36,7 @@ def test_chunks_change_neither_value_nor_gradient(arrays, chunk, z_loss):
 
     def chunked(hidden_BSD, kernel_DV):
         return cross_entropy(
-            hidden_BSD, kernel_DV, target_BS, weight_BS, MODALITY_V, modalities=3, chunk=chunk, z_loss=z_loss
+            hidden_BSD, kernel_DV, target_BS, weight_BS, MODALITY_V[target_BS], kinds=3, chunk=chunk, z_loss=z_loss
         )
 
     def scaled(function):
@@ -51,8 +51,8 @@ def test_chunks_change_neither_value_nor_gradient(arrays, chunk, z_loss):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     for m in range(3):
         weight_m_BS = weight_BS * (MODALITY_V[target_BS] == m)
-        np.testing.assert_allclose(sums.cross_entropy_M[m], np.sum(weight_m_BS * nats_BS), rtol=1e-5)
-        np.testing.assert_allclose(sums.weight_M[m], weight_m_BS.sum())
+        np.testing.assert_allclose(sums.cross_entropy_J[m], np.sum(weight_m_BS * nats_BS), rtol=1e-5)
+        np.testing.assert_allclose(sums.weight_J[m], weight_m_BS.sum())
     np.testing.assert_allclose(sums.square_log_partition, np.sum(weight_BS * np.square(lse_BS)), rtol=1e-5)
     np.testing.assert_allclose(chunked(hidden_BSD, kernel_DV)[0], expected / 3, rtol=1e-6)  # no gradient asked
 
@@ -61,7 +61,7 @@ def test_tokens_without_weight_may_hold_anything(arrays):
     hidden_BSD, kernel_DV, target_BS, weight_BS = arrays
 
     def total(hidden_BSD, kernel_DV):
-        return cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, MODALITY_V, modalities=3, chunk=8)[0]
+        return cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, MODALITY_V[target_BS], kinds=3, chunk=8)[0]
 
     broken_BSD = np.where(weight_BS[..., None] == 0, np.nan, hidden_BSD)
     clean = jax.value_and_grad(total, argnums=(0, 1))(hidden_BSD, kernel_DV)
@@ -74,7 +74,7 @@ def test_logits_of_all_tokens_never_exist(arrays):
     hidden_BSD, kernel_DV, target_BS, weight_BS = arrays
 
     def total(hidden_BSD, kernel_DV):
-        return cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, MODALITY_V, modalities=3, chunk=5)[0]
+        return cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, MODALITY_V[target_BS], kinds=3, chunk=5)[0]
 
     compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(hidden_BSD, kernel_DV).compile()
     text = compiled.as_text()
@@ -85,8 +85,8 @@ def test_logits_of_all_tokens_never_exist(arrays):
 def test_bfloat16_hidden_states_give_float32_sums(arrays):
     hidden_BSD, kernel_DV, target_BS, weight_BS = arrays
     total, sums = cross_entropy(
-        jnp.asarray(hidden_BSD, jnp.bfloat16), kernel_DV, target_BS, weight_BS, MODALITY_V, modalities=3, chunk=8
+        jnp.asarray(hidden_BSD, jnp.bfloat16), kernel_DV, target_BS, weight_BS, MODALITY_V[target_BS], kinds=3, chunk=8
     )
-    assert total.dtype == jnp.float32 and sums.cross_entropy_M.dtype == jnp.float32
+    assert total.dtype == jnp.float32 and sums.cross_entropy_J.dtype == jnp.float32
     expected = plain(hidden_BSD, kernel_DV, target_BS, weight_BS, 0.0)[0]
     np.testing.assert_allclose(total, expected, rtol=2e-2)

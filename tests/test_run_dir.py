@@ -46,7 +46,7 @@ def test_input_that_fails_while_training_leaves_the_run(tmp_path, monkeypatch):
         moma_jax.train(tiny(run), quiet=True)
     status = RunDir(run).read_json("status.json")
     assert (status["state"], status["step"]) == ("failed", 4)
-    assert Checkpoints(RunDir(run)).steps() == [3] and len(moma_jax.read_metrics(run)) == 3
+    assert Checkpoints(RunDir(run)).steps() == [3] and len(moma_jax.read_metrics(run)) == 4
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):

@@ -17,11 +17,11 @@ from moma_jax import sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.model.routing import expert_choice
+from moma_jax.training.evaluate import make_eval_step
 from moma_jax.training.step import (
     _mean_state,
     compile_step,
     create_state,
-    make_eval_step,
     make_program,
     put,
     replicate,
@@ -46,7 +46,7 @@ def updates(config, number):
         for _ in range(number):
             state, report = step(state, put(next(batches).batch, program.mesh))
             sums = report.sums
-            rows.append([*np.asarray(sums.cross_entropy_M / sums.weight_M), float(report.grad_norm)])
+            rows.append([*np.asarray(sums.cross_entropy_J / sums.weight_J), float(report.grad_norm)])
     return rows, jax.device_get(state.params)
 
 
@@ -66,7 +66,7 @@ def test_an_update_lowers_the_loss_of_its_own_batch():
         losses = []
         for _ in range(20):
             state, report = step(state, batch)
-            losses.append(float(report.sums.cross_entropy_M.sum() / report.sums.weight_M.sum()))
+            losses.append(float(report.sums.cross_entropy_J.sum() / report.sums.weight_J.sum()))
     assert losses[-1] < 0.8 * losses[0] and int(state.step) == 20
 
 
@@ -135,14 +135,16 @@ def test_evaluation_does_not_depend_on_batches():
     program, state, batches = start(tiny())
     batch = next(batches).batch
     with sharding.use_mesh(program.mesh):
-        step = make_eval_step(program)
+        step = make_eval_step(program, 2)
 
         def sums(rows, first_group):
             part = type(batch)(*(np.asarray(x)[rows] for x in batch))
-            return step(state.params, {}, put(part, program.mesh), replicate(first_group, program.mesh))
+            kind_BS = put(program.modality_V[part.target_BS], program.mesh)
+            report = step(state.params, {}, put(part, program.mesh), kind_BS, replicate(first_group, program.mesh))
+            return report.sums.cross_entropy_J
 
         whole, first, rest = sums(slice(0, 8), 0), sums(slice(0, 4), 0), sums(slice(4, 8), 2)
-    np.testing.assert_allclose(first.cross_entropy_M + rest.cross_entropy_M, whole.cross_entropy_M, rtol=1e-5)
+    np.testing.assert_allclose(first + rest, whole, rtol=1e-5)
 
 
 def test_mesh_must_hold_whole_groups():
@@ -193,10 +195,12 @@ def main(accumulate):
     batch = next(batches).batch
     batch = type(batch)(*(np.asarray(x)[:16] for x in batch))
     with sharding.use_mesh(program.mesh):
-        step = make_eval_step(program)
-        sums = step(state.params, {}, put(batch, program.mesh), replicate(0, program.mesh))
+        step = make_eval_step(program, 2)
+        kind_BS = put(program.modality_V[batch.target_BS], program.mesh)
+        report = step(state.params, {}, put(batch, program.mesh), kind_BS, replicate(0, program.mesh))
+        evaluation = [*report.sums.cross_entropy_J.tolist(), int(report.entered)]
     rows = [list(map(float, row)) for row in rows]
-    print(json.dumps({"devices": program.mesh.size, "updates": rows, "evaluation": sums.cross_entropy_M.tolist()}))
+    print(json.dumps({"devices": program.mesh.size, "updates": rows, "evaluation": evaluation}))
 
 
 if __name__ == "__main__":

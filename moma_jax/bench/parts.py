@@ -60,9 +60,9 @@ def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callab
 def _loss(program: step_lib.Program, kernel_DV, batch: Batch, x_BSD) -> Callable:
     """Unembedding and cross-entropy; its gradient is taken in the forward pass."""
     config = program.config
-    around = (batch.target_BS, batch.weight_BS, jnp.asarray(program.modality_V, jnp.int32))
+    around = (batch.target_BS, batch.weight_BS, step_lib.target_modality(program, batch))
     settings = {
-        "modalities": len(config.data.modalities),
+        "kinds": len(config.data.modalities),
         "chunk": config.train.loss_chunk,
         "z_loss": config.train.z_loss,
     }

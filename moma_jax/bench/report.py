@@ -14,7 +14,7 @@ def print_bench(result: dict[str, Any]) -> None:
 
 
 def format_bench(result: dict[str, Any]) -> str:
-    """What `bench_step`, `bench_data` or `bench_ffn` returned, as tables for the terminal."""
+    """What `bench_step`, `bench_data`, `bench_ffn` or `bench_generate` returned, as tables for the terminal."""
     match result["bench"]:
         case "step":
             tables = _step(result)
@@ -22,6 +22,8 @@ def format_bench(result: dict[str, Any]) -> str:
             tables = [_data(result)]
         case "ffn":
             tables = [_ffn(result)]
+        case "generate":
+            tables = _generate(result)
     console = Console(width=120, highlight=False)
     with console.capture() as capture:
         for table in tables:
@@ -78,6 +80,23 @@ def _ffn(result: dict[str, Any]) -> Table:
     for name, seconds in result["parts"].items():
         table.add_row(f"  {name} alone", f"{1000 * seconds:.2f}")
     return table
+
+
+def _generate(result: dict[str, Any]) -> list[Any]:
+    shape = result["shape"]
+    title = (
+        f"{shape['layers']} layers, d={shape['width']}, F={shape['hidden']}, {shape['vocabulary']:,} ids, "
+        f"{shape['dtype']}, prompts of {shape['prompt']}, {shape['tokens']} tokens written; {result['device']}, "
+        f"reads {result['bandwidth'] / 1e9:.1f} GB/s"
+    )
+    table = _table("rows", "", "prefill tok/s", "decode tok/s", "of dense", "spread", "experts/token", "of bandwidth")
+    for rows, variants in result["rows"].items():
+        for name, v in variants.items():
+            ratio = "-" if v["relative_to_dense"] is None else f"{v['relative_to_dense']:.3f}"
+            speeds = (f"{v[f'{part}_tokens_per_second']:,.0f}" for part in ("prefill", "decode"))
+            shares = (ratio, f"{v['spread']:.1%}", f"{v['experts_per_token']:.2f}", f"{v['bandwidth_share']:.0%}")
+            table.add_row(str(rows), name, *speeds, *shares)
+    return [title, table]
 
 
 def _table(first: str, *others: str) -> Table:

@@ -100,9 +100,11 @@ def _compile(name: str, config: Config) -> Variant:
     say(f"compiling the step of {name}: {config.train.batch_rows} rows of {config.data.sequence}")
     program = step_lib.make_program(config, vocab.contiguous(config.data.modalities))
     with sharding.use_mesh(program.mesh):
-        abstract = step_lib.abstract_state(program, {})
+        routing_state = step_lib.first_routing_state(config, None)
+        abstract = step_lib.abstract_state(program, routing_state)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        fresh = jax.jit(lambda: step_lib.create_state(program, {}), out_shardings=shardings).lower().compile()
+        create = jax.jit(lambda: step_lib.create_state(program, routing_state), out_shardings=shardings)
+        fresh = create.lower().compile()
         return Variant(name, program, fresh, step_lib.compile_step(program, abstract))
 
 

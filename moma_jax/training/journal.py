@@ -2,7 +2,8 @@
 
 Kinds of records: `train` (every `train.log_every` steps; losses and norms are means over the steps since the last such
 record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
-in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out.
+in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out. The journal of
+`moma fit-routers`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (training/routers.py).
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
 `metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that

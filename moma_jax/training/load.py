@@ -15,7 +15,7 @@ from moma_jax.config import Config, MeshConfig
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
 from moma_jax.model.auxiliary import SUFFIX
-from moma_jax.model.causal import ROUTINGS
+from moma_jax.model.causal import ROUTINGS, ThresholdTraining
 from moma_jax.model.decoder import Decoder, causal_decoder
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.resume import require_select
@@ -69,7 +69,10 @@ class Loaded:
         """
         if (reason := self._lacks(routing)) is not None:
             raise InputError(f"routing: {reason}")
-        return self.decoder if routing == "choice" else causal_decoder(self.config, routing)
+        if routing != "choice":
+            return causal_decoder(self.config, routing)
+        select = self.decoder.select  # where thresholds are the training rule, choice is that of its warm-up
+        return self.decoder.clone(select=select.choice if isinstance(select, ThresholdTraining) else select)
 
     def generate(self, prompts: Sequence[Any], **settings: Any) -> list[Output]:
         """Writes on after each prompt; see `moma_jax.generate.generate` for prompts and settings."""
@@ -88,7 +91,7 @@ class Loaded:
                     self.refused or f"{self.run} has no auxiliary routers; fit them with: moma fit-routers {self.run}"
                 )
             case "threshold" if not all(self._has_thresholds(name) for name in routed):
-                return f"{self.run} has no thresholds, as its select function keeps none; use another routing"
+                return f"{self.run} keeps no thresholds: its select function, or the version that trained it, has none"
             case "causal" | "threshold":
                 return None
         return f"{routing!r} is none of {', '.join(ROUTINGS)}"
@@ -161,6 +164,9 @@ def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
             reason = f"the auxiliary routers of {model.run} were fitted at step {meta['model_step']}, not {model.step}"
             remedy = f"remove {where.path} and fit them again: moma fit-routers {model.run}"
             return dataclasses.replace(model, refused=f"{reason}; {remedy}")
+        if where.read_json("summary.json") is None:
+            reason = f"the auxiliary routers of {model.run} are fitted in part, up to step {latest}"
+            return dataclasses.replace(model, refused=f"{reason}; go on with: moma fit-routers {model.run}")
         config = with_auxiliary(model.config)
         program = make_program(config, model.vocabulary, select)
         with sharding.use_mesh(program.mesh):

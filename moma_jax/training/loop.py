@@ -26,9 +26,9 @@ from moma_jax.data.store import open_store
 from moma_jax.data.stream import open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.training.checkpoint import Checkpoints, Saved
-from moma_jax.training.evaluate import Evaluator, unigram
+from moma_jax.training.evaluate import Evaluator, gap_percent, scheduled, unigram
 from moma_jax.training.journal import Journal, finite, open_journal, read_metrics
-from moma_jax.training.meter import Meter, threshold_figures
+from moma_jax.training.meter import Hardware, Meter, step_sums, threshold_figures, train_record
 from moma_jax.training.resume import finished, require_resumable, select_name
 from moma_jax.training.run_dir import RunDir, commit, versions
 from moma_jax.training.status import last_good, watched
@@ -44,7 +44,8 @@ from moma_jax.training.step import (
     put,
     with_dtype,
 )
-from moma_jax.training.view import View, losses
+from moma_jax.training.tables import held_out_lines
+from moma_jax.training.view import View
 
 
 def train(
@@ -72,7 +73,7 @@ def train(
     if config.run.dir is None:
         raise InputError("run.dir: name the directory of the run, such as runs/first")
     if config.run.compilation_cache is not None:
-        _use_compilation_cache(config.run.compilation_cache)
+        use_compilation_cache(config.run.compilation_cache)
     require_resumable(config, select)
     with RunDir(config.run.dir).locked() as run, watched(run, total_steps(config)) as status:
         if (summary := finished(run, config)) is not None:
@@ -82,7 +83,7 @@ def train(
         vocabulary = vocabulary_of(config)
         require_held_out(config)
         program = make_program(config, vocabulary, select)
-        with sharding.use_mesh(program.mesh), _signals() as received, contextlib.ExitStack() as cleanup:
+        with sharding.use_mesh(program.mesh), signals() as received, contextlib.ExitStack() as cleanup:
             session = _Session(run, program, select_name(select), vocabulary, status, cleanup)
             session.begin(first_routing_state(config, select) if routing_state is None else routing_state, quiet)
             session.run_steps(received)
@@ -96,18 +97,18 @@ class _Session:
         self.run, self.program, self.config = run, program, program.config
         self.select, self.vocabulary, self.status, self.cleanup = select, vocabulary, status, cleanup
         self.total = total_steps(self.config)
-        self.hashes = _hashes(self.config, vocabulary)
-        self.evaluate = Evaluator(program)
+        self.hashes = hashes_of(self.config, vocabulary)
 
     def begin(self, routing_state: Any, quiet: bool) -> None:
         """Restores the newest checkpoint or makes a fresh state; opens data and journal there; compiles."""
         config = self.config
+        self.evaluate = Evaluator(self.program, self.vocabulary, scheduled(self.program, routing_state))
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         self.checkpoints = self.cleanup.enter_context(contextlib.closing(Checkpoints(self.run, **keep, write=True)))
         latest = self.checkpoints.latest()
         saved = None if latest is None else self.checkpoints.saved(latest)
         if saved is not None:
-            self._require_same(saved)
+            require_same_stores(self.hashes, saved.meta["hashes"], self.checkpoints.where(latest))
         self.step = 0 if latest is None else latest
         stream = open_stream(config, cursor=None if saved is None else saved.cursor)
         self.stream = self.cleanup.enter_context(contextlib.closing(stream))
@@ -131,8 +132,8 @@ class _Session:
         journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
         self.journal: Journal = self.cleanup.enter_context(contextlib.closing(journal))
         counters = None if saved is None else saved.meta["counters"]
-        flops, peak = flops_per_token(config), _peak(self.program)
-        self.meter = Meter(config, flops_per_token=flops, peak=peak, saved=counters)
+        self.hardware = Hardware(flops_per_token(config), _peak(self.program))
+        self.meter = Meter(config, step_sums, counters)
         self.train_step = self.meter.timed(lambda: compile_step(self.program, self.state))
 
     def run_steps(self, received: list[int]) -> None:
@@ -170,8 +171,8 @@ class _Session:
         self.run.write_json("summary.json", summary)
         self.status.write("complete")
         for name, result in summary["eval"].items():
-            self.view.say(f"held out, {name}:  {losses(result['choice'])}")
-            self.view.say(f"{'unigram model':>{len(name) + 10}}:  {losses(result['unigram'])}")
+            for line in held_out_lines(name, result):
+                self.view.say(line)
         return summary
 
     def _guard(self, bad_steps: list[int]) -> None:
@@ -188,13 +189,17 @@ class _Session:
     def _log(self, epochs: dict[str, float]) -> None:
         rate = float(self.program.optimizer.learning_rate(self.step))
         thresholds = threshold_figures(jax.device_get(self.state.routing_state))
-        self.journal.write(self.meter.record(self.step, rate, epochs) | thresholds)
+        record = train_record(self.config, self.meter, self.hardware, self.step, rate, epochs)
+        self.journal.write(record | thresholds)
         self.status.write("running")
 
     def _evaluate(self, eval_set: EvalSet) -> None:
-        result = self.evaluate(self.state.params, self.state.routing_state, eval_set)
-        names = {"kind": "eval", "step": self.step, "eval_set": eval_set.name, "routing": "choice"}
-        self.journal.write({**names, **result})
+        results = self.evaluate(self.state.params, self.state.routing_state, eval_set)
+        gaps = gap_percent(results)
+        for routing, figures in results.items():
+            names = {"kind": "eval", "step": self.step, "eval_set": eval_set.name, "routing": routing}
+            gap = {"gap_percent": gaps[routing]["loss"]} if routing in gaps else {}
+            self.journal.write({**names, **figures, **gap})
 
     def _save(self, cursor: Any) -> None:
         """Begins a checkpoint; what the journal says so far belongs to it."""
@@ -217,15 +222,6 @@ class _Session:
         self.view.say(f"stopped at step {self.step}; the same command goes on from there")
         raise SystemExit(128 + number)
 
-    def _require_same(self, saved: Saved) -> None:
-        """InputError where the stores are no longer those of the checkpoint."""
-        for name, value in saved.meta["hashes"].items():
-            if self.hashes.get(name) != value:
-                raise InputError(
-                    f"data.stores: their {name} is not that of {self.checkpoints.where(saved.step)}; restore the "
-                    "stores or choose another run.dir"
-                )
-
     def _summary(self) -> dict[str, Any]:
         """Final figures, and what they depend on."""
         records = read_metrics(self.config.run.dir)
@@ -233,10 +229,12 @@ class _Session:
         held_out: dict[str, Any] = {}
         for eval_set in self.config.train.eval_sets:
             of_set = [r for r in records if r["kind"] == "eval" and r["eval_set"] == eval_set.name]
-            keep = ("loss", "tokens")
-            choice = {k: v for k, v in of_set[-1].items() if k.startswith(keep)}
-            baseline = unigram(self.config, self.program.modality_V, eval_set)
-            held_out[eval_set.name] = {"choice": choice, "unigram": baseline}
+            about = ("schema", "kind", "step", "eval_set", "routing", "gap_percent", "time")
+            results = {
+                r["routing"]: {k: v for k, v in r.items() if k not in about} for r in of_set if r["step"] == self.step
+            }
+            baseline = unigram(self.config, self.vocabulary, eval_set)
+            held_out[eval_set.name] = results | {"gap_percent": gap_percent(results), "unigram": baseline}
         device = self.program.mesh.devices.flat[0]
         return {
             "steps": self.step,
@@ -265,11 +263,20 @@ def _prepare_missing_stores(config: Config, progress: bool) -> None:
             prepare(config.data.prepare, path, modalities=config.data.modalities, progress=progress)
 
 
-def _hashes(config: Config, vocabulary) -> dict[str, str | None]:
+def hashes_of(config: Config, vocabulary) -> dict[str, str | None]:
     """What makes ids mean the same: layout, tokenizer and codec of the stores (they are equal in all of them)."""
     if config.data.kind == "synthetic":
         return {"vocabulary": vocabulary.hash}
     return open_store(config.data.stores[0].path).codecs.hashes
+
+
+def require_same_stores(hashes: dict[str, str | None], before: dict[str, str | None], where: str) -> None:
+    """InputError where the stores are no longer those of the checkpoint `where`, which had the hashes `before`."""
+    for name, value in before.items():
+        if hashes.get(name) != value:
+            raise InputError(
+                f"data.stores: their {name} is not that of {where}; restore the stores or choose another run.dir"
+            )
 
 
 def _from_other_run(program: Program, routing_state: Any, hashes: dict[str, str | None], path: str) -> TrainState:
@@ -291,7 +298,7 @@ def _peak(program: Program) -> float | None:
     return None if peak is None else peak * program.mesh.size
 
 
-def _use_compilation_cache(path: str) -> None:
+def use_compilation_cache(path: str) -> None:
     """Keeps every compiled program."""
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(path) if "://" not in path else path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -303,7 +310,7 @@ def _use_compilation_cache(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """A list that receives SIGTERM and SIGINT; a second one of them acts as usual."""
     received: list[int] = []
     before: dict[int, Any] = {}

@@ -1,23 +1,16 @@
-"""From the reports of updates to train records: cumulative counts, and means over the steps since the last record."""
+"""From the reports of updates to records: cumulative counts, and means over the steps since the last record."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moma_jax.config import Config
 from moma_jax.training.step import StepReport
-
-
-def means(sums: Any, names: list[str]) -> dict[str, float | None]:
-    """`loss` and `loss_<modality>` in nats per target of summed `objective.Sums`; None where nothing was weighed."""
-    nats_M, weight_M = np.asarray(sums.cross_entropy_M, np.float64), np.asarray(sums.weight_M, np.float64)
-    losses = {"loss": _over(nats_M.sum(), weight_M.sum())}
-    return losses | {f"loss_{n}": _over(a, w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
 
 
 def prediction_figures(predicted_M4: np.ndarray, names: list[str]) -> dict[str, float | None]:
@@ -63,19 +56,24 @@ class Meter:
     for the host. Numbers are added in the order of steps in float64: a resumed run adds the same numbers.
     """
 
-    def __init__(self, config: Config, *, flops_per_token: float, peak: float | None, saved: dict | None = None):
-        """Args: `peak` FLOP/s of all devices together, None where unknown; `saved` is `to_json`'s dictionary."""
-        self._config, self._flops_per_token, self._peak = config, flops_per_token, peak
-        self._names = [m.name for m in config.data.modalities]
+    def __init__(self, config: Config, sums_of: Callable[[Any], dict[str, Any]], saved: dict | None = None):
+        """A meter at the start of a run, or where it was saved.
+
+        Args:
+          sums_of: a report's numbers by name, to be added up; only of reports whose update was finite. A report has
+            `tokens_M` and `finite`.
+          saved: `to_json`'s dictionary.
+        """
+        self._names, self._sums_of = [m.name for m in config.data.modalities], sums_of
         self._total = {"tokens": [0] * len(self._names), "wall_seconds": 0.0}
         self._interval: dict[str, Any] = {}
         if saved is not None:
             self._total, self._interval = saved["total"], {k: np.asarray(v) for k, v in saved["interval"].items()}
-        self._pending: list[tuple[int, StepReport]] = []
+        self._pending: list[tuple[int, Any]] = []
         self._started = self._last_record = time.perf_counter()
         self._steps_timed = 0
 
-    def add(self, step: int, report: StepReport) -> None:
+    def add(self, step: int, report: Any) -> None:
         """Takes the report of update `step`, without waiting for it."""
         self._pending.append((step, report))
 
@@ -90,79 +88,36 @@ class Meter:
                 bad.append(step)
         return bad
 
-    def _count(self, report: StepReport) -> None:
+    def _count(self, report: Any) -> None:
         self._steps_timed += 1
         tokens = [int(n) for n in report.tokens_M]
         self._total["tokens"] = [a + b for a, b in zip(self._total["tokens"], tokens, strict=True)]
-        self._sum("steps", 1)
-        self._sum("tokens_M", report.tokens_M)
-        if not report.finite:
-            return
-        self._sum("finite_steps", 1)
-        self._sum("nats_M", report.sums.cross_entropy_M)
-        self._sum("weight_M", report.sums.weight_M)
-        self._sum("square_log_partition", report.sums.square_log_partition)
-        self._sum("taken_M3", report.taken_M3)
-        self._sum("grad_norm", report.grad_norm)
-        self._sum("predicted_M4", report.predicted_M4)
-        if report.grad_norm_router is not None:
-            self._sum("grad_norm_router", report.grad_norm_router)
-        for name, value in report.routing_losses.items():
-            self._sum(f"routing_{name}", value)
+        sums = {"steps": 1, "tokens_M": report.tokens_M}
+        if report.finite:
+            sums |= {"finite_steps": 1} | self._sums_of(report)
+        for name, value in sums.items():
+            self._interval[name] = self._interval.get(name, 0.0) + np.asarray(value, np.float64)
 
-    def _sum(self, name: str, value: Any) -> None:
-        self._interval[name] = self._interval.get(name, 0.0) + np.asarray(value, np.float64)
-
-    def record(self, step: int, learning_rate: float, epochs: dict[str, float]) -> dict[str, Any]:
-        """The train record of `step`, means over the steps since the last one; begins a new interval."""
+    def interval(self) -> dict[str, Any]:
+        """Sums by name over the steps since the last call, `steps` of them; begins a new interval."""
         seen, self._interval = self._interval, {}
-        record: dict[str, Any] = {"kind": "train", "step": step, **self._losses(seen)}
-        record["learning_rate"] = learning_rate
-        record |= self._cumulative()
-        record |= {f"epoch_{name}": float(value) for name, value in epochs.items()}
-        record |= self._speed(seen)
-        return record | self._routing(seen)
+        return seen
 
-    def _losses(self, seen: dict[str, Any]) -> dict[str, Any]:
-        """Losses weighted by token, norms and routing losses by step; None where every update was skipped."""
-        zero_M, steps = np.zeros(len(self._names)), seen.get("finite_steps", 0.0)
-        nats_M, weight_M = seen.get("nats_M", zero_M), seen.get("weight_M", zero_M)
-        losses = {"loss": _over(nats_M.sum(), weight_M.sum())}
-        losses |= {f"loss_{n}": _over(a, w) for n, a, w in zip(self._names, nats_M, weight_M, strict=True)}
-        square = _over(seen.get("square_log_partition", 0.0), weight_M.sum())
-        losses["z_loss"] = None if square is None else self._config.train.z_loss * square
-        losses["grad_norm"] = _over(seen.get("grad_norm", 0.0), steps)
-        losses["grad_norm_router"] = _over(seen["grad_norm_router"], steps) if "grad_norm_router" in seen else None
-        routing = sorted(name for name in seen if name.startswith("routing_"))
-        return losses | {name: _over(seen[name], steps) for name in routing}
-
-    def _cumulative(self) -> dict[str, Any]:
+    def cumulative(self) -> dict[str, Any]:
+        """Real tokens so far, overall and by modality."""
         tokens = self._total["tokens"]
-        record = {"tokens": sum(tokens)} | {f"tokens_{n}": t for n, t in zip(self._names, tokens, strict=True)}
-        return record | {"flops": sum(tokens) * self._flops_per_token, "wall_seconds": self.wall_seconds()}
+        return {"tokens": sum(tokens)} | {f"tokens_{n}": t for n, t in zip(self._names, tokens, strict=True)}
 
-    def _speed(self, seen: dict[str, Any]) -> dict[str, Any]:
-        """Speed of this process since its last record."""
+    def speed(self, seen: dict[str, Any]) -> dict[str, Any]:
+        """Speed of this process since its last record; `seen` is what `interval` gave."""
         now = time.perf_counter()
         seconds, self._last_record = now - self._last_record, now
         steps, self._steps_timed = max(self._steps_timed, 1), 0
         per_step = seconds / steps
-        speed = float(np.sum(seen["tokens_M"]) / seen["steps"] / per_step)
-        mfu = None if self._peak is None else speed * self._flops_per_token / self._peak
-        return {"step_seconds": per_step, "tokens_per_second": speed, "mfu": mfu}
-
-    def _routing(self, seen: dict[str, Any]) -> dict[str, Any]:
-        """Quota fill, and shares of (token, layer) pairs taken by 0, 1, 2+ experts."""
-        groups = self._config.train.batch_rows // self._config.data.group_rows
-        record = {}
-        for m, (name, quota) in enumerate(zip(self._names, self._config.quotas, strict=True)):
-            record[f"fill_{name}"] = float(seen["tokens_M"][m] / (seen["steps"] * groups * quota))
-            taken_3 = seen["taken_M3"][m] if "taken_M3" in seen else np.zeros(3)
-            for label, taken in zip(("0", "1", "2plus"), taken_3, strict=True):
-                record[f"taken_{name}_{label}"] = _over(taken, taken_3.sum())
-        if self._config.model.auxiliary:
-            record |= prediction_figures(seen.get("predicted_M4", np.zeros((len(self._names), 4))), self._names)
-        return record
+        return {
+            "step_seconds": per_step,
+            "tokens_per_second": float(np.sum(seen["tokens_M"]) / seen["steps"] / per_step),
+        }
 
     def timed(self, work: Callable[[], Any]) -> Any:
         """Does `work` (compiling, evaluation) without counting its time as that of steps."""
@@ -179,3 +134,73 @@ class Meter:
         """Plain values that continue this meter exactly; call after `settle`."""
         total = self._total | {"wall_seconds": self.wall_seconds()}
         return {"total": total, "interval": {name: value.tolist() for name, value in self._interval.items()}}
+
+
+# Train records --------------------------------------------------------------------------------------------------------
+
+
+class Hardware(NamedTuple):
+    """FLOPs of a token, and FLOP/s that all devices together could do; None where unknown."""
+
+    flops_per_token: float
+    peak: float | None
+
+
+def step_sums(report: StepReport) -> dict[str, Any]:
+    """What is added up of a training step."""
+    sums = {
+        "nats_M": report.sums.cross_entropy_J,
+        "weight_M": report.sums.weight_J,
+        "square_log_partition": report.sums.square_log_partition,
+        "taken_M3": report.taken_M3,
+        "grad_norm": report.grad_norm,
+        "predicted_M4": report.predicted_M4,
+    }
+    if report.grad_norm_router is not None:
+        sums["grad_norm_router"] = report.grad_norm_router
+    return sums | {f"routing_{name}": value for name, value in report.routing_losses.items()}
+
+
+def train_record(
+    config: Config, meter: Meter, hardware: Hardware, step: int, learning_rate: float, epochs: dict[str, float]
+) -> dict[str, Any]:
+    """The train record of `step`, means over the steps since the last one; begins a new interval."""
+    seen, flops = meter.interval(), hardware.flops_per_token
+    record: dict[str, Any] = {"kind": "train", "step": step, **_losses(config, seen)}
+    record["learning_rate"] = learning_rate
+    record |= meter.cumulative()
+    record |= {"flops": record["tokens"] * flops, "wall_seconds": meter.wall_seconds()}
+    record |= {f"epoch_{name}": float(value) for name, value in epochs.items()}
+    record |= meter.speed(seen)
+    record["mfu"] = None if hardware.peak is None else record["tokens_per_second"] * flops / hardware.peak
+    return record | _routing(config, seen)
+
+
+def _losses(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
+    """Losses weighted by token, norms and routing losses by step; None where every update was skipped."""
+    names = [m.name for m in config.data.modalities]
+    zero_M, steps = np.zeros(len(names)), seen.get("finite_steps", 0.0)
+    nats_M, weight_M = seen.get("nats_M", zero_M), seen.get("weight_M", zero_M)
+    losses = {"loss": _over(nats_M.sum(), weight_M.sum())}
+    losses |= {f"loss_{n}": _over(a, w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
+    square = _over(seen.get("square_log_partition", 0.0), weight_M.sum())
+    losses["z_loss"] = None if square is None else config.train.z_loss * square
+    losses["grad_norm"] = _over(seen.get("grad_norm", 0.0), steps)
+    losses["grad_norm_router"] = _over(seen["grad_norm_router"], steps) if "grad_norm_router" in seen else None
+    routing = sorted(name for name in seen if name.startswith("routing_"))
+    return losses | {name: _over(seen[name], steps) for name in routing}
+
+
+def _routing(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
+    """Quota fill, and shares of (token, layer) pairs taken by 0, 1, 2+ experts."""
+    names = [m.name for m in config.data.modalities]
+    groups = config.train.batch_rows // config.data.group_rows
+    record = {}
+    for m, (name, quota) in enumerate(zip(names, config.quotas, strict=True)):
+        record[f"fill_{name}"] = float(seen["tokens_M"][m] / (seen["steps"] * groups * quota))
+        taken_3 = seen["taken_M3"][m] if "taken_M3" in seen else np.zeros(3)
+        for label, taken in zip(("0", "1", "2plus"), taken_3, strict=True):
+            record[f"taken_{name}_{label}"] = _over(taken, taken_3.sum())
+    if config.model.auxiliary:
+        record |= prediction_figures(seen.get("predicted_M4", np.zeros((len(names), 4))), names)
+    return record

@@ -1,4 +1,6 @@
-"""The loss: next-token cross-entropy in nats, in chunks, split by modality (paper section 2.1).
+"""The loss: next-token cross-entropy in nats, in chunks, split by kinds of targets (paper section 2.1).
+
+Who calls says which kind a target is of: training its modality, evaluation also what stands before it.
 
 Logits of one chunk of tokens exist at a time, in the forward and in the backward pass. The gradient is a closed form
 (softmax minus one-hot), so it is taken while the chunk's logits are at hand: three matrix products per token, as
@@ -22,25 +24,25 @@ class Sums(NamedTuple):
     """Sums over tokens, float32; divide by weights for means.
 
     Attributes:
-      cross_entropy_M: weighted nats, by modality of the target.
-      weight_M: weights, by modality of the target.
+      cross_entropy_J: weighted nats, by kind of target.
+      weight_J: weights, by kind of target.
       square_log_partition: weighted sum of the squared log-partition of the logits, over all tokens.
     """
 
-    cross_entropy_M: jax.Array
-    weight_M: jax.Array
+    cross_entropy_J: jax.Array
+    weight_J: jax.Array
     square_log_partition: jax.Array
 
 
 class _Settings(NamedTuple):
     """What the loss depends on beside arrays; hashable, so that it can be static."""
 
-    modalities: int
+    kinds: int
     chunk: int
     z_loss: float
 
 
-def cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, modality_V, *, modalities, chunk, z_loss=0.0):
+def cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, kind_BS, *, kinds, chunk, z_loss=0.0):
     """Sum over tokens of weight * (cross-entropy + z_loss * log-partition^2), and its parts.
 
     Under a mesh (`jax.set_mesh`) each device handles its own rows, `chunk` tokens at a time.
@@ -50,30 +52,28 @@ def cross_entropy(hidden_BSD, kernel_DV, target_BS, weight_BS, modality_V, *, mo
       kernel_DV: unembedding, float32; it is cast to the compute type, logits are float32.
       target_BS: int ids of what follows.
       weight_BS: float32; tokens of weight 0 count nothing, whatever their hidden state.
-      modality_V: modality index of every id.
-      modalities: number of modalities M.
+      kind_BS: int kind of every target, 0..J-1; any other counts in the total alone.
+      kinds: number of kinds J.
       chunk: tokens whose logits exist at once.
       z_loss: weight of the squared log-partition.
 
     Returns:
       (total, Sums): `total` is a float32 scalar and the only differentiable result, in hidden_BSD and kernel_DV.
     """
-    chex.assert_rank((hidden_BSD, kernel_DV, modality_V), (3, 2, 1))
-    chex.assert_shape((target_BS, weight_BS), hidden_BSD.shape[:2])
-    chex.assert_shape(kernel_DV, (hidden_BSD.shape[-1], len(modality_V)))
-    settings = _Settings(modalities, chunk, z_loss)
-    target_modality_BS = jnp.take(jnp.asarray(modality_V, jnp.int32), target_BS)
-    weight_BS = weight_BS.astype(jnp.float32)
-    return _total(settings, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS)
+    chex.assert_rank((hidden_BSD, kernel_DV), (3, 2))
+    chex.assert_shape((target_BS, weight_BS, kind_BS), hidden_BSD.shape[:2])
+    chex.assert_axis_dimension(kernel_DV, 0, hidden_BSD.shape[-1])
+    settings = _Settings(kinds, chunk, z_loss)
+    return _total(settings, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(settings, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS):
-    return _over_devices(settings, False, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS)[0]
+def _total(settings, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS):
+    return _over_devices(settings, False, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS)[0]
 
 
-def _total_forward(settings, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS):
-    result, grads = _over_devices(settings, True, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS)
+def _total_forward(settings, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS):
+    result, grads = _over_devices(settings, True, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS)
     return result, grads
 
 
@@ -106,7 +106,7 @@ def _over_devices(settings, with_grads, *arrays):
     return run(*arrays)
 
 
-def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, target_modality_BS, weight_BS):
+def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS):
     """((total, Sums), grads or None) of these rows: a scan over chunks of tokens."""
     rows, sequence, width = hidden_BSD.shape
     tokens = rows * sequence
@@ -120,9 +120,9 @@ def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, target_modali
         return x_N.reshape(chunks, chunk, *x_N.shape[1:])
 
     kernel_compute_DV = kernel_DV.astype(hidden_BSD.dtype)
-    inputs = tuple(split(x) for x in (hidden_BSD, target_BS, target_modality_BS, weight_BS))
-    zero_M = jnp.zeros(settings.modalities, jnp.float32)
-    start = (jnp.float32(0), Sums(zero_M, zero_M, jnp.float32(0)))
+    inputs = tuple(split(x) for x in (hidden_BSD, target_BS, kind_BS, weight_BS))
+    zero_J = jnp.zeros(settings.kinds, jnp.float32)
+    start = (jnp.float32(0), Sums(zero_J, zero_J, jnp.float32(0)))
     start_grad_DV = jnp.zeros(kernel_DV.shape, jnp.float32) if with_grads else None
 
     def body(carry, chunk_inputs):
@@ -141,7 +141,7 @@ def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, target_modali
     return sums, (grad_hidden_BSD, grad_DV.astype(kernel_DV.dtype))
 
 
-def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, modality_N, weight_N):
+def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_N):
     """((total, Sums), gradient of hidden_ND, gradient of kernel_DV) of one chunk; gradients None where not asked."""
     logit_NV = jnp.dot(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
     log_partition_N = jax.nn.logsumexp(logit_NV, axis=-1)
@@ -149,10 +149,10 @@ def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, modality_N, wei
     counted_N = weight_N != 0  # not a product: what padding's hidden state holds must not matter, even if it is NaN
     nats_N = jnp.where(counted_N, weight_N * (log_partition_N - target_logit_N), 0)
     square_N = jnp.where(counted_N, weight_N * log_partition_N**2, 0)
-    is_modality_NM = modality_N[:, None] == jnp.arange(settings.modalities)
+    is_kind_NJ = kind_N[:, None] == jnp.arange(settings.kinds)
     sums = Sums(
-        jnp.sum(jnp.where(is_modality_NM, nats_N[:, None], 0), axis=0),
-        jnp.sum(jnp.where(is_modality_NM, weight_N[:, None], 0), axis=0),
+        jnp.sum(jnp.where(is_kind_NJ, nats_N[:, None], 0), axis=0),
+        jnp.sum(jnp.where(is_kind_NJ, weight_N[:, None], 0), axis=0),
         jnp.sum(square_N),
     )
     total = jnp.sum(nats_N) + settings.z_loss * sums.square_log_partition

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,7 +113,11 @@ def first_routing_state(config: Config, select: Callable | None) -> Any:
 
 def abstract_state(program: Program, routing_state: Any) -> TrainState:
     """Shapes, types and shardings of the train state: what a checkpoint is restored onto."""
-    params = abstract_params(program, routing_state)
+    return abstract_state_of(program, abstract_params(program, routing_state), routing_state)
+
+
+def abstract_state_of(program: Program, params: Any, routing_state: Any) -> TrainState:
+    """`abstract_state` where `params`, abstract, are the ones that are trained."""
     whole = sharding.replicated(program.mesh)
     moments = jax.eval_shape(program.optimizer.transformation.init, params)
     moments = optax.tree_utils.tree_map_params(
@@ -129,8 +134,8 @@ def abstract_state(program: Program, routing_state: Any) -> TrainState:
 
 def abstract_params(program: Program, routing_state: Any) -> Any:
     """Shapes, types and shardings of the parameters; `routing_state` is one that the decoder takes."""
-    boxed = jax.eval_shape(lambda: _init_params(program, routing_state))
-    plain = jax.eval_shape(lambda: nn.unbox(_init_params(program, routing_state)))
+    boxed = jax.eval_shape(lambda: init_params(program, routing_state))
+    plain = jax.eval_shape(lambda: nn.unbox(init_params(program, routing_state)))
     shardings = sharding.shardings_of(boxed, program.mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
 
@@ -139,7 +144,7 @@ def create_state(program: Program, routing_state: Any) -> TrainState:
     """A fresh state from `train.seed`, born with its shardings; `routing_state` is the select function's first one."""
 
     def create():
-        params = nn.unbox(_init_params(program, routing_state))
+        params = nn.unbox(init_params(program, routing_state))
         opt_state = program.optimizer.transformation.init(params)
         return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
 
@@ -147,8 +152,8 @@ def create_state(program: Program, routing_state: Any) -> TrainState:
     return jax.jit(create, out_shardings=shardings)()
 
 
-def _init_params(program: Program, routing_state):
-    """The decoder's boxed parameters; only shapes of the arguments matter."""
+def init_params(program: Program, routing_state):
+    """The decoder's boxed parameters from `train.seed`; only shapes of the routing state matter."""
     config = program.config
     rows = micro_groups(config) * config.data.group_rows
     zero_BS = jnp.zeros((rows, config.data.sequence), jnp.int32)
@@ -173,46 +178,45 @@ def _noise(config: Config, step, group_G) -> dict[str, Any]:
 # Forward --------------------------------------------------------------------------------------------------------------
 
 
-def _forward(program: Program, params, batch: Batch, step, group_G, routing_state, train: bool):
-    """(total nats with z-loss, Sums, DecoderOutput) of a microbatch."""
-    config = program.config
+def run_decoder(program: Program, params, batch: Batch, step, group_G, routing_state, train: bool, **asked):
+    """The DecoderOutput of a microbatch, whose routing groups are those of `group_G` within the update.
+
+    `asked` is handed to the decoder, such as return_selections=True.
+    """
     modality_V = jnp.asarray(program.modality_V, jnp.int32)
-    output = program.decoder.apply(
+    return program.decoder.apply(
         {"params": params},
         batch.token_BS,
         batch.segment_BS,
         batch.position_BS,
         jnp.take(modality_V, batch.token_BS),
-        **_noise(config, step, group_G),
+        **_noise(program.config, step, group_G),
         routing_state=routing_state,
         train=train,
+        **asked,
     )
+
+
+def target_modality(program: Program, batch: Batch):
+    """Modality of every target, int32 (B, S)."""
+    return jnp.take(jnp.asarray(program.modality_V, jnp.int32), batch.target_BS)
+
+
+def _forward(program: Program, params, batch: Batch, step, group_G, routing_state):
+    """(total nats with z-loss, Sums by modality, DecoderOutput) of a microbatch."""
+    config = program.config
+    output = run_decoder(program, params, batch, step, group_G, routing_state, True)
     total, sums = objective.cross_entropy(
         output.hidden_BSD,
         params["unembedding"]["kernel_DV"],
         batch.target_BS,
         batch.weight_BS,
-        modality_V,
-        modalities=len(config.data.modalities),
+        target_modality(program, batch),
+        kinds=len(config.data.modalities),
         chunk=config.train.loss_chunk,
-        z_loss=config.train.z_loss if train else 0.0,
+        z_loss=config.train.z_loss,
     )
     return total, sums, output
-
-
-def make_eval_step(program: Program) -> Callable:
-    """Compiled (params, routing_state, batch, first_group) -> Sums, under training routing without noise.
-
-    `first_group` is the global index of the batch's first routing group, so that how rows are split into batches
-    changes nothing.
-    """
-
-    def eval_step(params, routing_state, batch: Batch, first_group) -> objective.Sums:
-        groups = batch.token_BS.shape[0] // program.config.data.group_rows
-        group_G = first_group + jnp.arange(groups)
-        return _forward(program, params, batch, jnp.int32(0), group_G, routing_state, False)[1]
-
-    return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
 
 
 # The update -----------------------------------------------------------------------------------------------------------
@@ -225,12 +229,12 @@ def make_train_step(program: Program) -> Callable:
         grads, sums, routed, routing_state = _gradient(program, state, batch)
         grad_norm, auxiliary_norm = norm_of(grads, "model"), norm_of(grads, "auxiliary")
         taken_M3, predicted_M4, routing_losses = routed
-        losses = (sums.cross_entropy_M, routing_losses)
+        losses = (sums.cross_entropy_J, routing_losses)
         finite = jnp.isfinite(grad_norm + auxiliary_norm) & jnp.isfinite(
             sum(jnp.sum(x) for x in jax.tree.leaves(losses))
         )
         new_state = update(program, state, grads, routing_state, finite)
-        tokens_M = _tokens_by_modality(program, batch)
+        tokens_M = tokens_by_modality(program, batch)
         report = StepReport(
             sums, tokens_M, taken_M3, predicted_M4, grad_norm, router_norm(grads), routing_losses, finite
         )
@@ -241,14 +245,18 @@ def make_train_step(program: Program) -> Callable:
 
 def compile_step(program: Program, state: TrainState) -> Callable:
     """The training step, compiled for `state` and the config's batch; it donates the state."""
+    shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
+    step = jax.jit(make_train_step(program), donate_argnums=0, out_shardings=shardings)
+    return step.lower(state, abstract_batch(program)).compile()
+
+
+def abstract_batch(program: Program) -> Batch:
+    """Shapes, types and shardings of an update's batch."""
     config = program.config
     shape = (config.train.batch_rows, config.data.sequence)
     rows = sharding.rows(program.mesh)
     types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in types))
-    shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
-    step = jax.jit(make_train_step(program), donate_argnums=0, out_shardings=shardings)
-    return step.lower(state, batch).compile()
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in types))
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
@@ -267,7 +275,7 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
     weight = jnp.sum(batch.weight_BS)
 
     def objective_of(params, micro: Batch, group_G):
-        total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state, True)
+        total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state)
         routing_losses = jax.tree.map(lambda x: x / accumulate, output.losses)
         value = total / weight + sum(routing_losses.values(), jnp.float32(0))
         taken_M3, predicted_M4 = (jnp.sum(x, axis=0) for x in (output.report.taken_LM3, output.report.predicted_LM4))
@@ -275,20 +283,26 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
         routing_state = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.int32)), output.routing_state)
         return value, (sums, (taken_M3, predicted_M4, routing_losses), routing_state)
 
-    differentiate = jax.grad(objective_of, has_aux=True)
+    differentiate = functools.partial(jax.grad(objective_of, has_aux=True), state.params)
+    grads, (sums, routed, routing_state) = over_microbatches(program, differentiate, batch)
+    return grads, sums, routed, _mean_state(routing_state, accumulate, state.routing_state)
+
+
+def over_microbatches(program: Program, function: Callable, batch: Batch):
+    """The sum of function(microbatch, group_G), a tree of arrays, over the microbatches of an update."""
+    accumulate = program.config.train.accumulate
     group_G = jnp.arange(micro_groups(program.config) * accumulate)
     if accumulate == 1:
-        grads, (sums, routed, routing_state) = differentiate(state.params, batch, group_G)
-        return grads, sums, routed, _mean_state(routing_state, 1, state.routing_state)
+        return function(batch, group_G)
 
     def one(carry, micro):
-        return jax.tree.map(jnp.add, carry, differentiate(state.params, *micro)), None
+        return jax.tree.map(jnp.add, carry, function(*micro)), None
 
     micros = _microbatches(program, (batch, group_G))
     first = jax.tree.map(lambda x: x[0], micros)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, state.params, *first))
-    (grads, (sums, routed, routing_state)), _ = jax.lax.scan(one, zeros, micros)
-    return grads, sums, routed, _mean_state(routing_state, accumulate, state.routing_state)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first))
+    total, _ = jax.lax.scan(one, zeros, micros)
+    return total
 
 
 def _mean_state(total, accumulate: int, before):
@@ -327,7 +341,7 @@ def update(program: Program, state: TrainState, grads, routing_state, finite) ->
     return TrainState(state.step + 1, *new)
 
 
-def _tokens_by_modality(program: Program, batch: Batch):
+def tokens_by_modality(program: Program, batch: Batch):
     """Real tokens of a batch by modality, int32 (M,)."""
     modality_BS = jnp.take(jnp.asarray(program.modality_V, jnp.int32), batch.token_BS)
     is_modality_MBS = modality_BS == jnp.arange(len(program.config.data.modalities))[:, None, None]

@@ -26,12 +26,15 @@ class View:
     def write(self, record: dict[str, Any]) -> None:
         """Shows a record."""
         match record["kind"]:
-            case "train" if self._progress is not None:
+            case "train" | "routers" if self._progress is not None:
                 self._progress.update(self._task, completed=record["step"], description=self._rates(record))
-            case "train":
+            case "train" | "routers":
                 self.say(f"step {record['step']}/{self._total}  {self._rates(record)}")
             case "eval":
-                self.say(f"step {record['step']}  {record['eval_set']} ({record['routing']})  {losses(record)}")
+                causal = likelihood(record, record.get("gap_percent"))
+                self.say(f"step {record['step']}  {record['eval_set']} ({record['routing']})  {losses(record)}{causal}")
+            case "routers_eval":
+                self.say(f"step {record['step']}  {record['eval_set']}  {predictions(record)}")
             case _:
                 self.say(f"step {record['step']}  {record['event']}")
 
@@ -50,14 +53,41 @@ class View:
 
     def _rates(self, record: dict[str, Any]) -> str:
         left = datetime.timedelta(seconds=round((self._total - record["step"]) * record["step_seconds"]))
-        mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
-        return f"{losses(record)}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
+        mfu = "" if record.get("mfu") is None else f"  MFU {record['mfu']:.1%}"
+        said = predictions(record) if record["kind"] == "routers" else losses(record)
+        return f"{said}  {record['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
 
 
-def losses(record: dict[str, Any]) -> str:
-    """`loss 4.123  text 5.001  image 3.456` of a record or of a dictionary of losses."""
+def losses(record: dict[str, Any], conditions: bool = False) -> str:
+    """`loss 4.123  text 5.001  image 3.456` of a record or of a dictionary of losses.
+
+    Args:
+      conditions: also the losses under conditions (`kinds.Kinds`) that there are.
+    """
     parts = []
     for name, value in record.items():
-        if name == "loss" or name.startswith("loss_"):
+        under_condition = "_given_" in name or name == "loss_interleaved"
+        if (name == "loss" or name.startswith("loss_")) and not under_condition:
             parts.append(f"{name.removeprefix('loss_')} {'-' if value is None else f'{value:.4f}'}")
+        elif conditions and name.startswith("loss_") and value is not None:
+            parts.append(f"{name.removeprefix('loss_').replace('_', ' ')} {value:.4f}")
     return "  ".join(parts)
+
+
+def predictions(record: dict[str, Any]) -> str:
+    """`loss 0.1234  text precision 91.2% recall 90.1%` of a record of auxiliary routers; single layers are left out."""
+    parts = [losses({"loss": record["loss"]})]
+    for name in record:
+        modality = name.removeprefix("precision_")
+        if modality != name and "_layer_" not in modality:
+            both = [record[f"{kind}_{modality}"] for kind in ("precision", "recall")]
+            shown = ["-" if value is None else f"{value:.1%}" for value in both]
+            parts.append(f"{modality} precision {shown[0]} recall {shown[1]}")
+    return "  ".join(parts)
+
+
+def likelihood(record: dict[str, Any], gap: float | None) -> str:
+    """What only figures of a causal routing have: perplexity, and how far the loss lies from that under choice."""
+    perplexity = record.get("perplexity")
+    text = "" if perplexity is None else f"  perplexity {perplexity:.3f}"
+    return text if gap is None else f"{text}  gap {gap:+.2f}%"

@@ -1,0 +1,293 @@
+"""Running thresholds, selections that a token decides by itself, and thresholds as the training rule."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from test_loop import changed_batches, records
+from tiny import tiny
+
+import moma_jax
+from moma_jax import sharding
+from moma_jax.data.stream import open_stream
+from moma_jax.model.causal import ByPrediction, ByThreshold, Choice, ThresholdTraining, follow, take_passing
+from moma_jax.model.routing import Quota, Score, expert_choice
+from moma_jax.training.step import compile_step, create_state, first_routing_state, make_program, put, run_decoder
+from moma_jax.vocab import contiguous
+
+ROWS, SEQUENCE, EXPERTS = 3, 8, 2
+TOKENS = ROWS * SEQUENCE
+QUOTA = Quota(TOKENS, Fraction(1, EXPERTS))
+
+
+def fresh(threshold=0.0, updates=0.0):
+    """A state of one layer."""
+    zero_E = np.zeros(EXPERTS, np.float32)
+    return {"threshold_E": zero_E + threshold, "updates": np.float32(updates), "load_E": zero_E, "dropped_E": zero_E}
+
+
+def drawn(rng, noise=0.0, eligible=0.7):
+    """A Score with noise in logit and rank, and who is eligible."""
+    plain_TE = rng.normal(0, 2, (TOKENS, EXPERTS)).astype(np.float32)
+    logit_TE = plain_TE + rng.normal(0, 1, plain_TE.shape).astype(np.float32) * np.float32(noise)
+    rank_TE = logit_TE + rng.random(plain_TE.shape).astype(np.float32) * np.float32(1e-3)
+    return Score(jnp.asarray(logit_TE), jnp.asarray(rank_TE), jnp.asarray(plain_TE)), rng.random(TOKENS) < eligible
+
+
+def slots_by_loop(passes_TE, slots):
+    """Each expert's tokens in the order of their positions, of several rows row by row; the latest are dropped."""
+    taken = []
+    for e in range(passes_TE.shape[1]):
+        tokens = [r * SEQUENCE + s for s in range(SEQUENCE) for r in range(ROWS) if passes_TE[r * SEQUENCE + s, e]]
+        taken.append(tokens[:slots])
+    return taken
+
+
+def filled(selection):
+    """Tokens of each expert's filled slots, in the order of slots."""
+    return [i[f].tolist() for i, f in zip(*map(np.asarray, (selection.index_EC, selection.filled_EC)), strict=True)]
+
+
+# Thresholds that follow -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_thresholds_follow_the_lowest_logit_that_expert_choice_takes(noise):
+    rng, decay = np.random.default_rng(0), 0.75
+    select, state = jax.jit(Choice(decay, noise > 0), static_argnums=2), fresh()
+    right_E = np.zeros(EXPERTS)
+    for update in range(8):
+        score, eligible_T = drawn(rng, noise, eligible=0.0 if update == 3 else 0.7)
+        selection, after, losses = select(score, eligible_T, QUOTA, state, None)
+        assert filled(selection) == filled(expert_choice(score, eligible_T, QUOTA, None, None)[0]) and losses == {}
+        plain_TE, k = np.asarray(score.plain_TE), math.ceil(eligible_T.sum() / EXPERTS)
+        passed_E = ((plain_TE >= state["threshold_E"]) & eligible_T[:, None]).sum(0)
+        for e in range(EXPERTS if k else 0):
+            by = plain_TE if noise else np.asarray(score.rank_TE)  # jitter may decide, but its score does not count
+            lowest = plain_TE[oracles.chosen(by[:, e], eligible_T, Fraction(1, EXPERTS)), e].min()
+            weight = max(1 / (update + 1), 1 - decay)
+            right_E[e] += weight * (lowest - right_E[e])
+        np.testing.assert_allclose(after["threshold_E"], right_E, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(after["load_E"], passed_E / max(k, 1), rtol=1e-6)
+        assert after["updates"] == update + 1 and not np.any(after["dropped_E"])
+        state = after
+
+
+def test_an_empty_modality_moves_no_threshold():
+    score, _ = drawn(np.random.default_rng(0))
+    nobody_T = np.zeros(TOKENS, bool)
+    taken = expert_choice(score, nobody_T, QUOTA, None, None)[0]
+    state = follow(fresh(threshold=1.5, updates=4), score, nobody_T, taken, 0.9)
+    assert state["threshold_E"].tolist() == [1.5, 1.5] and state["load_E"].tolist() == [0, 0]
+    assert state["updates"] == 5
+
+
+# Selections -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [TOKENS, 5, 1])
+def test_whoever_passes_is_taken_in_the_order_of_positions(slots):
+    rng = np.random.default_rng(slots)
+    passes_TE, logit_TE = rng.random((TOKENS, EXPERTS)) < 0.5, rng.normal(size=(TOKENS, EXPERTS)).astype(np.float32)
+    selection = take_passing(jnp.asarray(passes_TE), jnp.asarray(logit_TE), ROWS, slots)
+    assert selection.index_EC.shape == (EXPERTS, slots)
+    right = slots_by_loop(passes_TE, slots)
+    assert filled(selection) == right
+    for e, tokens in enumerate(right):
+        np.testing.assert_allclose(selection.gate_EC[e, : len(tokens)], oracles.sigmoid(logit_TE[tokens, e]), rtol=1e-5)
+        np.testing.assert_array_equal(selection.gate_EC[e, len(tokens) :], 0)
+
+
+def test_nobody_passes_and_everybody_does():
+    logit_TE = jnp.zeros((TOKENS, EXPERTS))
+    nobody = take_passing(logit_TE > 0, logit_TE, ROWS, 4)
+    assert not nobody.filled_EC.any() and not nobody.gate_EC.any() and (nobody.index_EC == 0).all()
+    everybody = take_passing(logit_TE == 0, logit_TE, ROWS, TOKENS)
+    assert everybody.filled_EC.all() and filled(everybody)[0][:4] == [0, SEQUENCE, 2 * SEQUENCE, 1]
+
+
+def test_a_threshold_that_is_reached_and_a_prediction_above_zero_let_pass():
+    score, eligible_T = drawn(np.random.default_rng(1))
+    predicted_TE = np.random.default_rng(2).normal(size=(TOKENS, EXPERTS)).astype(np.float32)
+    predicted_TE[0] = 0
+    score = score._replace(predicted_TE=jnp.asarray(predicted_TE))
+    state = fresh(threshold=score.plain_TE[3, 0], updates=1)
+    eligible_T[[0, 3]] = True
+    by_threshold, same, _ = ByThreshold(ROWS)(score, eligible_T, QUOTA, state, None)
+    passes_TE = (np.asarray(score.plain_TE) >= state["threshold_E"]) & eligible_T[:, None]
+    assert filled(by_threshold) == slots_by_loop(passes_TE, TOKENS) and passes_TE[3, 0] and same is state
+    by_prediction, _, _ = ByPrediction(ROWS)(score, eligible_T, QUOTA, None, None)
+    assert filled(by_prediction) == slots_by_loop((predicted_TE > 0) & eligible_T[:, None], TOKENS)
+    assert by_threshold.index_EC.shape == (EXPERTS, TOKENS), "every token has a slot"
+
+
+# As the training rule -------------------------------------------------------------------------------------------------
+
+RULE = ThresholdTraining(ROWS, 3, 1.25, Choice(0.9, False))
+
+
+def test_the_warm_up_is_expert_choice():
+    score, eligible_T = drawn(np.random.default_rng(3))
+    for updates in (0, 2):
+        selection, state, _ = RULE(score, eligible_T, QUOTA, fresh(threshold=9, updates=updates), None)
+        chosen, followed, _ = Choice(0.9, False)(score, eligible_T, QUOTA, fresh(threshold=9, updates=updates), None)
+        assert filled(selection) == filled(chosen) and selection.index_EC.shape == (EXPERTS, 15)
+        jax.tree.map(np.testing.assert_array_equal, state, followed)
+    selection, _, _ = RULE(score, eligible_T, QUOTA, fresh(threshold=9, updates=3), None)
+    assert not selection.filled_EC.any()
+
+
+def test_on_overflow_the_latest_positions_are_dropped_whatever_their_score():
+    rng = np.random.default_rng(4)
+    score, _ = drawn(rng)
+    everyone_T, state = np.ones(TOKENS, bool), fresh(threshold=-9, updates=3)
+    kept, after, _ = RULE(score, everyone_T, QUOTA, state, None)
+    first = sorted(range(TOKENS), key=lambda t: (t % SEQUENCE, t))[:15]
+    assert filled(kept) == [first, first]
+    np.testing.assert_allclose(after["dropped_E"], 1 - 15 / TOKENS, rtol=1e-6)
+    shuffled = Score(*(x_TE[::-1] for x_TE in score[:3]))
+    assert filled(RULE(shuffled, everyone_T, QUOTA, state, None)[0]) == filled(kept)
+    few_T = np.arange(TOKENS) < 10
+    assert not np.any(RULE(score, few_T, QUOTA, state, None)[1]["dropped_E"])
+
+
+def test_slots_are_never_more_than_tokens():
+    score, eligible_T = drawn(np.random.default_rng(5))
+    wide = dataclasses.replace(RULE, slack=100.0)
+    assert wide(score, eligible_T, QUOTA, fresh(), None)[0].index_EC.shape == (EXPERTS, TOKENS)
+
+
+def test_a_starved_expert_recovers():
+    """Its threshold sinks though it takes nothing: it follows what the expert would choose."""
+
+    def update(state, key):
+        plain_TE = jax.random.normal(key, (TOKENS, EXPERTS))
+        selection, state, _ = RULE(Score(plain_TE, plain_TE, plain_TE), jnp.ones(TOKENS, bool), QUOTA, state, None)
+        return state, selection.filled_EC.sum(1)
+
+    state = fresh(updates=50)
+    state["threshold_E"] = np.array([100.0, 0.0], np.float32)
+    _, taken_NE = jax.lax.scan(update, jax.tree.map(jnp.asarray, state), jax.random.split(jax.random.key(0), 150))
+    taken_NE = np.asarray(taken_NE)
+    assert not taken_NE[:30, 0].any(), "starved"
+    share = TOKENS / EXPERTS
+    np.testing.assert_allclose(taken_NE[100:].mean(0), share, rtol=0.1)
+    assert taken_NE.max() <= 1.25 * share
+
+
+# In training ----------------------------------------------------------------------------------------------------------
+
+THRESHOLD = {"model_routing": "threshold", "model_routing_warmup": 2, "model_threshold_decay": 0.8}
+
+
+def test_a_starved_expert_recovers_in_the_whole_model():
+    config = tiny(train_steps=60, **THRESHOLD)
+    program = make_program(config, contiguous(config.data.modalities))
+    batches, loads = iter(open_stream(config)), []
+    with sharding.use_mesh(program.mesh):
+        state = create_state(program, first_routing_state(config, None))
+        high = jax.tree.map(lambda x: x, state.routing_state)
+        high["text"]["threshold_E"] = high["text"]["threshold_E"].at[0, 1].set(40.0)
+        high = {name: group | {"updates": group["updates"] + 30} for name, group in high.items()}
+        state = dataclasses.replace(state, routing_state=high)
+        step = compile_step(program, state)
+        for _ in range(50):
+            state, report = step(state, put(next(batches).batch, program.mesh))
+            loads.append(np.asarray(state.routing_state["text"]["load_E"])[0, 1])
+            assert report.finite
+    assert not any(loads[:5])
+    assert np.mean(loads[-20:]) == pytest.approx(1, abs=0.25)
+
+
+def test_a_run_by_thresholds_goes_on_exactly(tmp_path, monkeypatch):
+    """Stopped after the warm-up, with thresholds in the checkpoint that decide what comes."""
+
+    def send(number, batch):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    fields = {**THRESHOLD, "model_routing_slack": 1.0}
+    whole, parts = tiny(tmp_path / "whole", **fields), tiny(tmp_path / "parts", **fields)
+    moma_jax.train(whole, quiet=True)
+    with monkeypatch.context() as patch:
+        changed_batches(patch, send)
+        with pytest.raises(SystemExit):
+            moma_jax.train(parts, quiet=True)
+    moma_jax.train(parts, quiet=True)
+    assert records(parts.run.dir) == records(whole.run.dir)
+    one, two = (moma_jax.load(config.run.dir) for config in (parts, whole))
+    jax.tree.map(np.testing.assert_array_equal, (one.params, one.routing_state), (two.params, two.routing_state))
+    for state in one.routing_state.values():
+        assert (np.asarray(state["updates"]) == 6).all() and np.asarray(state["threshold_E"]).all()
+    dropped = [r["dropped_text"] for r in records(whole.run.dir) if r["kind"] == "train"]
+    assert dropped[0] == 0 and max(dropped) > 0, "no slack: what passes beyond its share is dropped, and counted"
+    assert "threshold" in one.routings
+
+
+def on_devices(number):
+    """Starts this file as a program that sees so many virtual devices."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
+        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path)]),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, __file__], env=environment, text=True, cwd=Path(__file__).parent, **pipes)
+
+
+def measured(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def test_eight_devices_select_as_one():
+    one, eight = map(measured, [on_devices(1), on_devices(8)])
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    assert one["selections"] == eight["selections"] and sum(map(len, one["selections"])) > 0
+    np.testing.assert_allclose(eight["thresholds"], one["thresholds"], rtol=1e-5)
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+
+
+def main():
+    config = tiny(train_batch_rows=16, train_loss_chunk=16, **THRESHOLD)
+    program = make_program(config, contiguous(config.data.modalities))
+    batches, losses = iter(open_stream(config)), []
+    with sharding.use_mesh(program.mesh):
+        state = create_state(program, first_routing_state(config, None))
+        step = compile_step(program, state)
+        for _ in range(4):
+            state, report = step(state, put(next(batches).batch, program.mesh))
+            losses.append(float(report.sums.cross_entropy_J.sum()))
+        groups = jnp.arange(config.train.batch_rows // config.data.group_rows)
+
+        @jax.jit
+        def select(params, routing_state, batch):
+            arguments = (batch, jnp.int32(0), groups, routing_state, False)
+            return run_decoder(program, params, *arguments, return_selections=True).selections
+
+        given = state.routing_state  # the warm-up is over
+        selections = jax.device_get(select(state.params, given, put(next(batches).batch, program.mesh)))
+    chosen = [x[s.filled_EC].tolist() for s in selections.values() for x in [s.index_EC]]
+    thresholds = [np.asarray(group["threshold_E"]).ravel().tolist() for group in given.values()]
+    print(
+        json.dumps(
+            {"devices": program.mesh.size, "selections": chosen, "thresholds": sum(thresholds, []), "losses": losses}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
