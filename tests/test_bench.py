@@ -177,3 +177,38 @@ def test_passes_in_a_loop_take_the_value_as_cotangent():
     value, (gradient,) = differentiated(lambda x, _: x**2, (jnp.arange(3.0),), times=3)()
     np.testing.assert_allclose(value, [0, 1, 4])
     np.testing.assert_allclose(gradient, [0, 2, 16])
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """One small `bench_generate` for all tests of it."""
+    return bench.bench_generate(tiny(), ("dense", "2t2i+1x"), batch=(1, 4), prompt=8, tokens=6, repeats=2)
+
+
+def test_generate_compares_with_dense(generated):
+    assert list(generated["rows"]) == [1, 4] and generated["bandwidth"] > 0
+    for variants in generated["rows"].values():
+        dense, routed = variants["dense"], variants["2t2i+1x"]
+        assert dense["relative_to_dense"] == 1
+        speeds = routed["decode_tokens_per_second"] / dense["decode_tokens_per_second"]
+        assert routed["relative_to_dense"] == pytest.approx(speeds)
+        assert dense["experts_per_token"] == 1 and 0.2 < routed["experts_per_token"] < 1.9
+        assert min(figure for v in variants.values() for figure in v.values()) >= 0
+    json.dumps(generated)
+    text = bench.format_bench(generated)
+    assert "experts/token" in text and text.count("dense") >= 2
+
+
+def test_generate_counts_the_bytes_of_a_step(generated):
+    config, rows, position = tiny(model_ffn="dense"), 4, 8 + 6 // 2
+    d, hidden, layers = config.model.width, config.model.hidden, config.model.layers
+    weights = layers * (4 * d * d + 4 * d + 2 * d + 3 * d * hidden) + d + d * config.vocabulary_size
+    cache = rows * position * 2 * layers * d
+    assert generated["rows"][4]["dense"]["bytes_per_step"] == 4 * (weights + cache)
+
+
+def test_generate_refuses_modalities_that_it_cannot_write():
+    config = tiny()
+    alone = dataclasses.replace(config.data, modalities=(dataclasses.replace(config.data.modalities[0], quota=1.0),))
+    with pytest.raises(InputError, match="bench generate writes text and one modality with spans"):
+        bench.bench_generate(dataclasses.replace(config, data=alone), ("dense",), batch=(1,))

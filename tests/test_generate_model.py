@@ -8,6 +8,7 @@ from tiny import tiny
 from moma_jax import load
 from moma_jax.errors import InputError
 from moma_jax.generate import Guidance, Sampling, generate_ids
+from moma_jax.generate.run import causal_routing
 from moma_jax.training.loop import train
 
 GREEDY = Sampling(temperature=0.0)
@@ -88,8 +89,12 @@ def test_a_row_alone_writes_the_same(loaded):
 def test_routings_that_a_run_lacks(tmp_path):
     config = tiny(tmp_path, train_steps=1)
     train(config, quiet=True)
+    model = load(config.run.dir)
     with pytest.raises(InputError, match="moma fit-routers"):
-        generate_ids(load(config.run.dir), [[0]])
+        generate_ids(model, [[0]], routing="causal")
+    assert causal_routing(model) == "threshold", "what it has is taken where none is named"
+    own, named = (generate_ids(model, PROMPTS, seed=1, **routing) for routing in ({}, {"routing": "threshold"}))
+    assert [o.ids.tolist() for o in own] == [o.ids.tolist() for o in named]
     with pytest.raises(InputError, match="'best' is none of"):
         generate_ids(load(config.run.dir), [[0]], routing="best")
 

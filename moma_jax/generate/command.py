@@ -20,7 +20,7 @@ from moma_jax.data.directory import Directory
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
 from moma_jax.generate.output import Output, enlarged, half_blocks
-from moma_jax.generate.run import generate
+from moma_jax.generate.run import causal_routing, generate
 from moma_jax.generate.sampling import Guidance, Sampling
 from moma_jax.training.load import load
 from moma_jax.training.run_dir import commit, versions
@@ -56,8 +56,8 @@ class Generate:
     """Mode image: pictures to draw."""
     samples: int = 1
     """Times that each prompt is written on."""
-    routing: Literal["causal", "threshold"] = "causal"
-    """Auxiliary routers, or running thresholds; the same for a model without routers."""
+    routing: Literal["causal", "threshold"] | None = None
+    """Auxiliary routers, or running thresholds; the first of them that the run has where None."""
     max_tokens: int | None = None
     """Tokens to write at most; as many as the context holds (mode image: as the pictures need) where None."""
     stop: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def run(options: Generate) -> dict[str, Any]:
     terminal = _Terminal(stream=len(prompts) == 1)
     settings = {
         "mode": options.mode,
-        "routing": options.routing,
+        "routing": options.routing or causal_routing(loaded),
         "max_tokens": options.max_tokens,
         "images": options.pictures,
         "seed": options.seed,
@@ -112,7 +112,7 @@ def run(options: Generate) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "run": options.run,
         "step": loaded.step,
-        "routing": options.routing,
+        "routing": settings["routing"],
         "seed": options.seed,
         "settings": named,
         "versions": versions(),

@@ -41,7 +41,7 @@ class Settings:
 
     Attributes:
       mode: "free": text and pictures as the model decides; "text": text alone; "image": `images` pictures, next.
-      routing: "causal" (auxiliary routers) or "threshold"; both are the same for a model without routers.
+      routing: "causal" (auxiliary routers) or "threshold"; None: the first of them that the run has.
       max_tokens: tokens to write at most; None: what the pictures need in mode image, else what the context holds.
       seed: of the first row; row i has seed + i.
       text, image: sampling outside and inside spans of codes.
@@ -51,7 +51,7 @@ class Settings:
     """
 
     mode: str = "free"
-    routing: str = "causal"
+    routing: str | None = None
     max_tokens: int | None = None
     images: int = 1
     seed: int = 0
@@ -139,6 +139,15 @@ def generator_of(loaded: Loaded) -> Generator:
     return vars(loaded).setdefault("_generator", Generator(loaded))
 
 
+def causal_routing(loaded: Loaded) -> str:
+    """The first causal routing that the run has; InputError where it has none."""
+    for name in ("causal", "threshold"):
+        if name in loaded.routings:
+            return name
+    loaded.under("causal")  # says what is lacking
+    raise AssertionError("a model that lacks a routing says so")
+
+
 def model_of(loaded: Loaded, routing: str) -> Model:
     """The loaded model as one that writes, under a causal routing."""
     from moma_jax.model import decode
@@ -223,7 +232,7 @@ class Generator:
         jobs = [self._job(i, id_N, settings) for i, id_N in enumerate(rows)]
         if speaks:
             jobs = [self._read(i, job, settings.stop, on_text, on_image) for i, job in enumerate(jobs)]
-        writer = self._writer(settings.routing)
+        writer = self._writer(settings.routing or causal_routing(self._loaded))
         draw = draw_of(settings.text, settings.image, settings.guidance, vocabulary.size)
         for start in range(0, len(jobs), settings.batch):
             self._run_batch(writer, jobs[start : start + settings.batch], rules, draw)

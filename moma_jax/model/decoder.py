@@ -313,6 +313,12 @@ def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:
     return Decoder(config.model, config.data.modalities, config.quotas, config.data.group_rows, select)
 
 
+def choice_decoder(decoder: Decoder) -> Decoder:
+    """A training decoder under expert choice: where thresholds are the rule, that of their warm-up."""
+    select = decoder.select
+    return decoder.clone(select=select.choice) if isinstance(select, causal.ThresholdTraining) else decoder
+
+
 def causal_decoder(config: Config, routing: str) -> Decoder:
     """The decoder under a causal routing, "causal" or "threshold", without gradient.
 

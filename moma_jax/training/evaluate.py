@@ -23,7 +23,7 @@ from moma_jax.cost import total_steps
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.model.causal import ROUTINGS
-from moma_jax.model.decoder import causal_decoder
+from moma_jax.model.decoder import causal_decoder, choice_decoder
 from moma_jax.training import objective
 from moma_jax.training.kinds import Kinds
 from moma_jax.training.load import load
@@ -109,7 +109,8 @@ def scheduled(program: Program, routing_state: Any) -> dict[str, Any]:
     # Without routers all are the same, so one is enough.
     every = tuple(name for name in ROUTINGS if has[name]) if groups else ("choice",)
     names = config.train.eval_routings or every
-    return {name: program.decoder if name == "choice" else causal_decoder(config, name) for name in names}
+    choice = choice_decoder(program.decoder)
+    return {name: choice if name == "choice" else causal_decoder(config, name) for name in names}
 
 
 # Under several routings -----------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from moma_jax.config import Config, MeshConfig
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
 from moma_jax.model.auxiliary import SUFFIX
-from moma_jax.model.causal import ROUTINGS, ThresholdTraining
-from moma_jax.model.decoder import Decoder, causal_decoder
+from moma_jax.model.causal import ROUTINGS
+from moma_jax.model.decoder import Decoder, causal_decoder, choice_decoder
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.resume import require_select
 from moma_jax.training.run_dir import RunDir
@@ -69,10 +69,7 @@ class Loaded:
         """
         if (reason := self._lacks(routing)) is not None:
             raise InputError(f"routing: {reason}")
-        if routing != "choice":
-            return causal_decoder(self.config, routing)
-        select = self.decoder.select  # where thresholds are the training rule, choice is that of its warm-up
-        return self.decoder.clone(select=select.choice if isinstance(select, ThresholdTraining) else select)
+        return choice_decoder(self.decoder) if routing == "choice" else causal_decoder(self.config, routing)
 
     def generate(self, prompts: Sequence[Any], **settings: Any) -> list[Output]:
         """Writes on after each prompt; see `moma_jax.generate.generate` for prompts and settings."""
