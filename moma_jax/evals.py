@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, RunError
 from moma_jax.generate import Sampling, generate_ids
 from moma_jax.generate.prompts import language_of
 from moma_jax.recipes import parse
@@ -93,6 +93,8 @@ def wish_of(settings: dict[str, Any], sequence: int) -> Wish:
     temperature = float(left.pop("temperature", 1.0 if left.get("do_sample") else 0.0))
     sampled, seed = left.pop("do_sample", temperature > 0), int(left.pop("seed", 0))
     bounds = {name: kind(left.pop(name)) for name, kind in (("top_p", float), ("top_k", int)) if name in left}
+    if left.get("num_beams") == 1:
+        del left["num_beams"]  # no beam search: what is done here
     if left:
         raise InputError(
             f"generate_until: generation_kwargs.{min(left)} is not known to moma_jax; remove it from the task"
@@ -273,7 +275,7 @@ class Options:
     run: tyro.conf.Positional[str]
     """Run directory."""
     tasks: tuple[str, ...]
-    """Names of tasks, "paper" for the paper's eight, or folders of task files."""
+    """Names of tasks, also joined by commas; "paper" for the paper's eight; or folders of task files."""
     routing: str = "causal"
     """causal (auxiliary routers) or threshold."""
     batch_size: int = 8
@@ -287,30 +289,56 @@ class Options:
     samples: bool = False
     """Write every document's answers to --out too."""
     out: str | None = None
-    """File for the results, JSON."""
+    """New file for the results, JSON."""
 
 
 def main(words: list[str] | None = None) -> None:
-    """`python -m moma_jax.evals`: exits with 2 and one line where the input is at fault."""
+    """`python -m moma_jax.evals`: exits with 2 and one line where the input is at fault, with 1 where the run is."""
     try:
-        options = parse(Options, None, sys.argv[1:] if words is None else words, "python -m moma_jax.evals")
-        if options.out is not None and not Path(options.out).parent.is_dir():
-            raise InputError(f"--out: {options.out}: no such folder; make it first")
-        model = MomaLM(options.run, options.routing, options.batch_size, options.step)
-        results = evaluate_tasks(
-            model,
-            options.tasks,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            log_samples=options.samples,
-        )
+        _run(parse(Options, None, sys.argv[1:] if words is None else words, "python -m moma_jax.evals"))
     except InputError as error:
-        print(f"moma: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    print(make_table(results))
-    if options.out is not None:
+        _exit(error, 2)
+    except RunError as error:
+        _exit(error, 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except (ValueError, RuntimeError) as error:  # what the harness says of its tasks and their data
+        _exit(f"{type(error).__name__}: {error}", 1)
+
+
+def _exit(message: object, code: int) -> None:
+    print(f"moma: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run(options: Options) -> None:
+    """Evaluates, writes --out whole or not at all, prints."""
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        _require_free(out)
+    tasks = [name for task in options.tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
+    model = MomaLM(options.run, options.routing, options.batch_size, options.step)
+    limits = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.samples}
+    results = evaluate_tasks(model, tasks, **limits)
+    if out is not None:
         content = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
-        Path(options.out).write_text(content + "\n", encoding="utf-8")
+        partial = out.with_name(f".{out.name}.writing")
+        try:
+            partial.write_text(content + "\n", encoding="utf-8")
+            partial.replace(out)
+        except OSError as error:
+            raise InputError(f"--out: {out}: cannot be written: {error.strerror}") from error
+    print(make_table(results))
+
+
+def _require_free(out: Path) -> None:
+    """InputError where the results cannot be written."""
+    if not out.parent.is_dir():
+        raise InputError(f"--out: {out}: no such folder; make it first")
+    if out.exists():
+        raise InputError(f"--out: {out} is {'a folder' if out.is_dir() else 'there already'}; name a new file")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out: {out.parent} cannot be written to; choose another folder")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from moma_jax.vocab import contiguous
 
 MODALITY_V = contiguous(MODALITIES).modality_V
 SEQUENCE, TOLERANCE = 16, 1e-4
-VARIANTS = ("dense", "4x", "1t1i", "2t2i", "2t2i+1x")
+VARIANTS = ("dense", "8x", "1t1i", "4t4i", "4t4i+1x")
 
 
 def model_of(ffn, norm="swin"):
@@ -26,10 +26,11 @@ def model_of(ffn, norm="swin"):
     key = jax.random.key(7)
 
     def drawn(path, leaf):
-        return jax.random.normal(key, leaf.shape) if "out_AE" in jax.tree_util.keystr(path) else leaf
+        # SiLU's outputs are positive on average, so this mean makes tokens of no, one and several experts.
+        return jax.random.normal(key, leaf.shape) - 0.6 if "out_AE" in jax.tree_util.keystr(path) else leaf
 
     params = jax.tree_util.tree_map_with_path(drawn, state.params)
-    routing_state = jax.tree.map(lambda x: 0.3 * jax.random.normal(key, x.shape), state.routing_state)
+    routing_state = jax.tree.map(lambda x: 0.7 + 0.3 * jax.random.normal(key, x.shape), state.routing_state)
     return config, params, routing_state
 
 
@@ -80,7 +81,7 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
     token_BS = rows_of(1, 4)
     expected_BSD, taken_3 = forced(model, routing, token_BS)
     if ffn not in ("dense", "1t1i"):
-        assert np.all(taken_3[1:] > 0)  # tokens of one and of several experts both occur
+        assert np.all(taken_3 > 0)  # tokens of no, one and several experts all occur
     rows = [row[:length] for row, length in zip(token_BS, (16, 9, 1, 13), strict=True)]
     for splits in ([1] * 16, [16], [9, *[1] * 7], [3, 1, 8, 1, 3]):
         for row, hidden_SD, expected_SD in zip(rows, cached(model, routing, rows, splits), expected_BSD, strict=True):

@@ -19,9 +19,9 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (e
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from moma_jax import load, prepare, train  # noqa: E402
+from moma_jax import evals, load, prepare, train  # noqa: E402
 from moma_jax.config import Modality, PrepareConfig, StoreConfig  # noqa: E402
-from moma_jax.errors import InputError  # noqa: E402
+from moma_jax.errors import InputError, RunError  # noqa: E402
 from moma_jax.evals import PAPER_TASKS, MomaLM, Wish, evaluate_tasks, main, wish_of  # noqa: E402
 from moma_jax.generate import Sampling  # noqa: E402
 from moma_jax.generate.prompts import writable_text  # noqa: E402
@@ -157,6 +157,7 @@ def test_what_tasks_want_generated():
     greedy = {"until": ["\n", "", "."], "max_gen_toks": 5, "do_sample": False, "temperature": 0.7}
     assert wish_of(greedy, 32) == Wish(("\n", "."), 5, Sampling(0.0))
     drawn = {"max_new_tokens": 7, "do_sample": True, "top_p": 0.9, "seed": 3}
+    assert wish_of({"num_beams": 1}, 32) == wish_of({}, 32), "one beam is no beam search"
     assert wish_of(drawn, 32) == Wish((), 7, Sampling(1.0, top_p=0.9), 3)
     for settings, message in [
         ({"num_beams": 4}, "num_beams is not known"),
@@ -265,9 +266,52 @@ def test_the_command_writes_what_it_prints(run, tasks, tmp_path, capsys):
     (folder / "choice.yaml").write_text((tasks[0] / "multiple_choice.yaml").read_text())
     main([run, "--tasks", str(folder), "--out", str(out), "--limit", "2"])
     written = json.loads(out.read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "tasks"]
     assert "tiny_multiple_choice" in capsys.readouterr().out
     assert written["n-samples"]["tiny_multiple_choice"]["effective"] == 2
     assert written["config"]["run"] == run and written["config"]["routing"] == "causal"
+
+
+def test_results_that_are_there_are_not_overwritten(tmp_path, monkeypatch, capsys):
+    (tmp_path / "old.json").write_text("mine")
+    monkeypatch.setattr(evals, "MomaLM", lambda *rest: pytest.fail("the model was loaded"))
+    for out, message in (("old.json", "is there already"), ("", "is a folder")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["RUN", "--tasks", "piqa", "--out", str(tmp_path / out)])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "old.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tasks_may_be_joined_by_commas(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(evals, "MomaLM", lambda *rest: None)
+    monkeypatch.setattr(evals, "evaluate_tasks", lambda model, tasks, **options: seen.append(tasks))
+    monkeypatch.setattr(evals, "make_table", str)
+    main(["RUN", "--tasks", "piqa,boolq", "a,b", "paper"])
+    assert seen == [["piqa", "boolq", "a,b", "paper"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RunError("not finite"), 1, "moma: not finite"),
+        (KeyboardInterrupt(), 130, "moma: interrupted"),
+        (ValueError("two\nlines"), 1, "moma: ValueError: two lines"),
+        (RuntimeError("no data"), 1, "moma: RuntimeError: no data"),
+    ],
+)
+def test_what_goes_wrong_later_is_one_line_too(tmp_path, monkeypatch, capsys, error, code, message):
+    def fail(*rest, **options):
+        raise error
+
+    monkeypatch.setattr(evals, "MomaLM", lambda *rest: None)
+    monkeypatch.setattr(evals, "evaluate_tasks", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main(["RUN", "--tasks", "piqa", "--out", str(tmp_path / "out.json")])
+    assert stopped.value.code == code and capsys.readouterr().err == message + "\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

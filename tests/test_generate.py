@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scripted
 import tiny  # noqa: F401  (the tests' compilation cache)
+from PIL import Image
 
 from moma_jax.config import Config, DataConfig, Modality, PrepareConfig, StoreConfig
 from moma_jax.data.documents import Codes
@@ -45,7 +46,7 @@ def loaded(store, monkeypatch):
         hashes=opened.codecs.hashes,
         model=scripted.make(opened.vocabulary.size),
     )
-    monkeypatch.setattr(run_module, "model_of", lambda loaded, routing: loaded.model)
+    monkeypatch.setattr(run_module.Generator, "model", lambda self, routing: self._loaded.model)
     return standin
 
 
@@ -155,6 +156,28 @@ def test_every_token_is_drawn_anew(loaded):
     assert len({token for _, token in drawn}) > 20 and len(drawn) > 40
 
 
+def test_one_piece_is_a_prompt_too(loaded, tmp_path):
+    Image.fromarray(picture(1)).save(tmp_path / "a.png")
+    code_N = encode_prompt([picture(1)], language_of(loaded))[2:-1] - loaded.vocabulary.modalities[1].ranges[0][0]
+    pieces = [picture(1), Image.fromarray(picture(1)), tmp_path / "a.png", Codes("image", code_N.tolist())]
+    lists = generate(loaded, [[piece] for piece in pieces], max_tokens=5)
+    alone = generate(loaded, pieces, max_tokens=5)
+    assert [o.ids.tolist() for o in alone] == [o.ids.tolist() for o in lists]
+    assert {o.prompt_tokens for o in alone} == {19}
+
+
+def test_guides_are_read_only_where_codes_may_come(loaded, monkeypatch):
+    read, seen = writing_module.Writer.read, []
+    monkeypatch.setattr(
+        writing_module.Writer, "read", lambda self, rows, *rest: seen.append(1) or read(self, rows, *rest)
+    )
+    settings = {"mode": "text", "max_tokens": 20, "guidance": Guidance()}
+    generate(loaded, ["a"], **settings)
+    assert len(seen) == 1
+    generate_ids(loaded, [encode_prompt([picture(1)], language_of(loaded))[:8]], **settings)
+    assert len(seen) == 3, "an open picture is finished, with guidance"
+
+
 def test_modes_and_lengths(loaded):
     (text,) = generate(loaded, ["a"], mode="text", max_tokens=20)
     assert not text.images and len(text.ids) <= 20 and (text.stopped == "end" or len(text.ids) == 20)
@@ -262,6 +285,22 @@ def test_text_and_pictures_are_told_as_they_come(loaded):
         ([[""]], {}, "maps '' to nothing"),
         ([["\ud800"]], {}, "to nothing"),
         ([[3]], {}, "prompt 0, part 0: int is no text"),
+        ([None], {}, "prompt 0: NoneType is no prompt"),
+        ([[Codes("image", None)]], {}, "prompt 0, part 0: codes of image: object"),
+        ([[Path("/")]], {}, "is no regular file; give a picture's file"),
+        ([[Path("a\0.png")]], {}, "cannot be read: embedded null byte"),
+        ([[Image.new("RGB", (0, 0))]], {}, "prompt 0, part 0: "),
+        (["a"], {"guidance": 3.0}, r"guidance: 3.0 is no Guidance; give guidance=Guidance\("),
+        (["a"], {"guidance": Guidance("3")}, "guidance.text: '3' is not a number"),
+        (["a"], {"text": 0.5}, r"text: 0.5 is no Sampling; give text=Sampling\("),
+        (["a"], {"text": Sampling("0.5")}, "text.temperature: '0.5' is not a number"),
+        (["a"], {"image": Sampling(top_k=2.5)}, "image.top_k: 2.5 is not a whole number"),
+        (["a"], {"seed": 1.5}, "seed: 1.5 is not a whole number"),
+        (["a"], {"images": "2"}, "images: '2' is not a whole number"),
+        (["a"], {"images": None}, "images: None is not a whole number"),
+        (["a"], {"max_tokens": 2.5}, "max_tokens: 2.5 is not a whole number"),
+        (["a"], {"stop": None}, "stop: give a tuple"),
+        (["a"], {"mode": "image", "images": 2**31}, "of pictures do not fit the context"),
         ([[Path("nowhere.png")]], {}, "nowhere.png: cannot be read: No such file"),
         ([[np.zeros((4, 4))]], {}, "prompt 0, part 0: pixels of shape"),
         ([[Codes("image", np.zeros(3, int))]], {}, "prompt 0: 3 codes of image, not 16"),
@@ -271,6 +310,13 @@ def test_bad_input_is_one_line(loaded, prompts, settings, message):
     with pytest.raises(InputError, match=message) as caught:
         generate(loaded, prompts, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_huge_file_is_not_read(loaded, tmp_path):
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**28 + 1)  # a hole: it takes no room on the disk
+    with pytest.raises(InputError, match="huge.png: 268435457 bytes, more than 268435456; give a smaller picture"):
+        generate(loaded, [tmp_path / "huge.png"])
 
 
 def test_a_broken_picture_is_named(loaded, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from test_generate import loaded, picture, store  # noqa: F401  (fixtures)
 
 from moma_jax import recipes
+from moma_jax.data.directory import Directory
+from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
 from moma_jax.generate import command
 from moma_jax.generate.command import Generate, arranged
@@ -119,9 +122,17 @@ def test_a_terminal_shows_pictures_and_is_not_steered(moma, loaded, monkeypatch,
         (["--prompt", "a", "--routing", "threshold"], "has no threshold"),
         (["--prompt", "a", "--mode", "draw"], "draw"),
         (["--prompt", "a", "--text.temperature", -1], "text.temperature: -1"),
-        (["--prompt", "a", "--picture.top-p", 0], "image.top_p: 0"),
-        (["--prompt", "a", "--max-tokens", 0], "max_tokens: 0"),
+        (["--prompt", "a", "--picture.top-p", 0], "--picture.top-p: 0"),
+        (["--prompt", "a", "--max-tokens", 0], "--max-tokens: 0"),
         (["--prompt", "a", "--samples", 0], "--samples"),
+        (["--prompt", "--mode", "text"], "--prompt: no text after it"),
+        (["--prompt", "a", "--image", "."], ".: is no regular file"),
+        (["--prompt", "a", "--scale", 0], "--scale: 0 is not from 1"),
+        (["--prompt", "a", "--scale", 8193], "--scale: 8193 is not from 1"),
+        (["--prompt", "a", "--scale", 2049], "--scale: 2049 is too much; 2048 is the most"),
+        (["--prompt", "a", "--mode", "image", "--pictures", 0], "--pictures: 0"),
+        (["--prompt", "a", "--mode", "image", "--pictures", 2**31], "of pictures do not fit the context"),
+        (["--prompt", "a", "--guidance.text", "nan"], "--guidance.text: nan"),
         (["--prompt", "a", "--temprature", 1], "--temprature"),
     ],
 )
@@ -147,14 +158,82 @@ def test_what_is_in_the_directory_is_never_touched(moma, tmp_path):
 
 
 def test_an_object_store_takes_the_files_too(moma):
-    from moma_jax.data.directory import Directory
-
     record = moma("--prompt", "a", "--mode", "image", "--out", "memory://generated/out")
     directory = Directory("memory://generated/out")
     assert directory.read_json("generation.json")["files"] == record["files"] == ["000-0.png"]
     assert directory.read("000-0.png").startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="holds generation.json"):
+    with pytest.raises(InputError, match="holds 000-0.png"):
         moma("--prompt", "a", "--out", "memory://generated/out")
+
+
+def test_what_lies_in_an_object_store_is_never_touched(moma):
+    run, beside = Directory("memory://kept/runs/x"), Directory("memory://kept/runs/xy")
+    run.write("checkpoints/100/params", b"precious")
+    beside.write("config.json", b"{}")
+    with pytest.raises(InputError, match="holds checkpoints/100/params; choose a new directory"):
+        moma("--prompt", "a", "--mode", "image", "--out", "memory://kept/runs/x/")
+    assert run.read("checkpoints/100/params") == b"precious" and run.read("generation.json") is None
+    for root in ("memory://kept", "gs://bucket", "s3://bucket/"):
+        with pytest.raises(InputError, match="is a whole bucket"):
+            moma("--prompt", "a", "--out", root)
+
+
+def test_directories_that_cannot_be_renamed_are_written_into(moma, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "here").mkdir()
+    moma("--prompt", "a", "--mode", "image", "--out", "link")
+    monkeypatch.chdir(tmp_path / "here")
+    moma("--prompt", "a", "--mode", "image", "--out", ".")
+    for folder in ("real", "here"):
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == ["000-0.png", "generation.json"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_path, monkeypatch):  # noqa: F811
+    def intrude(run, step=None):
+        assert (tmp_path / "out" / ".writing").exists()
+        with pytest.raises(InputError, match="out is being written, or was left unfinished"), command._held("out"):
+            pass
+        (tmp_path / "out" / "000-0.png").write_bytes(b"mine")
+        return loaded
+
+    monkeypatch.setattr(command, "load", intrude)
+    with pytest.raises(InputError, match="out/000-0.png has come meanwhile"):
+        moma("--prompt", "a", "--mode", "image", "--out", "out")
+    assert [(p.name, p.read_bytes()) for p in (tmp_path / "out").iterdir()] == [("000-0.png", b"mine")]
+
+
+def test_a_closed_pipe_is_no_reason_to_lose_what_was_made(moma, loaded, monkeypatch, tmp_path):  # noqa: F811
+    write_letters(loaded, "abcd")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        record = moma("--prompt", "d", "--mode", "text", "--max-tokens", 70, "--out", "out")
+    assert record["outputs"][0]["text"] == ("abcd" * 18)[:70]
+    assert json.loads((tmp_path / "out" / "generation.json").read_text())["outputs"] == record["outputs"]
+
+
+def test_options_given_again_add_up(moma, tmp_path):
+    for seed in (1, 2):
+        Image.fromarray(picture(seed)).save(tmp_path / f"{seed}.png")
+    words = ["--prompt", "a <image>", "b", "--prompt", "c <image>", "--image", "1.png", "--image", "2.png"]
+    record = moma(*words, "--mode", "text", "--max-tokens", 2, "--stop", "x", "--stop", "y", "z", "--out", "out")
+    first, second, third = ([*part.values()][0] for row in record["outputs"] for part in row["prompt"][-1:])
+    assert (first, second, third) == ("1.png", "b", "2.png")
+    assert record["settings"]["stop"] == ("x", "y", "z")
+
+
+def test_a_pipe_has_a_new_line_where_a_picture_stood(monkeypatch, capsys):
+    terminal = command._Terminal(stream=True)
+    for show in ("a red", Image.new("RGB", (4, 4)), "and", Codes("sound", np.arange(3)), "blue"):
+        terminal.text(show) if isinstance(show, str) else terminal.picture(show)
+    terminal.finish([])
+    assert capsys.readouterr().out == "a red\nand\nblue\n"
+    terminal._tty = True
+    terminal.text("a\u202eb\u2066c\x1b\u200d\n")
+    assert capsys.readouterr().out == "a\ufffdb\ufffdc\ufffd\u200d\n"
 
 
 def test_every_option_is_explained(capsys):

@@ -8,7 +8,7 @@ from tiny import tiny
 from moma_jax import load
 from moma_jax.errors import InputError
 from moma_jax.generate import Guidance, Sampling, generate_ids
-from moma_jax.generate.run import causal_routing
+from moma_jax.generate.run import causal_routing, generator_of
 from moma_jax.training.loop import train
 
 GREEDY = Sampling(temperature=0.0)
@@ -77,6 +77,13 @@ def test_guided_codes_are_the_best_of_three_forward_passes(loaded, routing):
         assert np.all(chosen >= mixed.max(-1) - 1e-3)
     plain = generate_ids(loaded, PROMPTS, routing=routing, mode="image", image=GREEDY)
     assert any(a.ids.tolist() != b.ids.tolist() for a, b in zip(plain, outputs, strict=True)), "guidance does something"
+
+
+def test_both_routings_read_the_same_weights(loaded):
+    for routing in ("causal", "threshold"):
+        generate_ids(loaded, [[0]], routing=routing, max_tokens=2)
+    first, second = (writer._model.weights for writer in generator_of(loaded)._writers.values())
+    assert first is second
 
 
 def test_a_row_alone_writes_the_same(loaded):

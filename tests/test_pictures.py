@@ -15,6 +15,7 @@ from moma_jax.config import Config, DataConfig, ModelConfig, PrepareConfig, Stor
 from moma_jax.data import scenes
 from moma_jax.data.prepare import prepare
 from moma_jax.data.scene_check import Count, Score
+from moma_jax.errors import InputError
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "results" / "pictures.py"
 spec = importlib.util.spec_from_file_location("pictures", SCRIPT)
@@ -45,10 +46,16 @@ def truth():
 class Model:
     """Knows every answer under causal routing, and answers nothing under threshold routing."""
 
+    routings = ("causal", "threshold")
+
     def __init__(self, truth):
         self.picture = truth
         self.caption = {pixels.tobytes(): text for text, pixels in truth.items()}
         self.calls = []
+
+    def under(self, routing):
+        if routing not in self.routings:
+            raise InputError(f"routing: no {routing}")
 
     def generate(self, prompts, *, mode, routing, seed, **options):
         self.calls.append((mode, routing, len(prompts), seed, options))
@@ -105,10 +112,29 @@ def test_a_model_that_knows_is_right_one_that_is_silent_is_wrong(run, truth, tmp
     assert again.endswith("\n## What it says\n\nMuch.\n") and again.count("## ") == written.count("## ") + 1
 
 
-def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys):
+def test_no_guidance_is_not_guidance_of_0(run, truth):
+    home, config = run
+    for words, written in (([], "guidance off;"), (["--guidance", "0"], "guidance 0.0;")):
+        lines = pictures.facts_of(pictures.parse([str(home), *words]), config, SUMMARY, {}, "cpu")
+        assert written in "".join(lines)
+
+
+def test_what_lacks_is_said_before_anything_is_generated(run, truth, tmp_path, monkeypatch, capsys):
+    home, config = run
+    model = Model(truth)
+    model.routings = ("causal",)
+    monkeypatch.setattr(moma_jax, "recipe", lambda path: config, raising=False)
+    monkeypatch.setattr(moma_jax, "load", lambda path: model, raising=False)
+    words = ["--count", "12", "--out", str(tmp_path / "out"), "--routing", "causal", "threshold"]
+    assert pictures.main([str(home), *words]) == 2 and "no threshold" in capsys.readouterr().err
+    assert pictures.main([str(tmp_path), *words]) == 2 and "no summary.json here" in capsys.readouterr().err
+    assert not model.calls and not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_line(run, truth, tmp_path, monkeypatch, capsys):
     home, config = run
     monkeypatch.setattr(moma_jax, "recipe", lambda path: config, raising=False)
-    monkeypatch.setattr(moma_jax, "load", lambda path: None, raising=False)
+    monkeypatch.setattr(moma_jax, "load", lambda path: Model(truth), raising=False)
     assert pictures.main([str(home), "--count", "500", "--out", str(tmp_path)]) == 2
     assert "hold out" in capsys.readouterr().err and not list(tmp_path.iterdir())
     for words in (

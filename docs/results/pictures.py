@@ -31,7 +31,7 @@ import moma_jax
 from moma_jax.config import Config
 from moma_jax.data.scene_check import Reading, Score, read_caption, read_picture, score_caption, score_picture
 from moma_jax.data.store import KINDS, Store, open_store
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, RunError
 from moma_jax.generate import Guidance, Sampling
 from moma_jax.training import run_dir
 
@@ -213,9 +213,19 @@ def report(tables: tuple[dict, dict], examples: list[tuple[str, str]], facts: li
     )
 
 
-def facts_of(settings: argparse.Namespace, config: Config, results: dict[str, Result], device: str) -> list[str]:
+def summary_of(run: str) -> dict[str, Any]:
+    """summary.json of a run; raises InputError where it is not finished."""
+    summary = run_dir.RunDir(run).read_json("summary.json")
+    if summary is None:
+        raise InputError(f"{run}: no summary.json here; train the run to its end first")
+    return summary
+
+
+def facts_of(
+    settings: argparse.Namespace, config: Config, summary: dict[str, Any], results: dict[str, Result], device: str
+) -> list[str]:
     """Lines on the run, the settings and the machine."""
-    summary = json.loads((Path(settings.run) / "summary.json").read_text())
+    guidance = "off" if settings.guidance is None else settings.guidance
     seconds = ", ".join(f"{result.seconds:.0f} s ({name})" for name, result in results.items())
     options = {mode: dict(getattr(settings, mode)) or "defaults" for mode in ("image", "text")}
     versions = ", ".join(f"{name} {version}" for name, version in run_dir.versions().items())
@@ -225,7 +235,7 @@ def facts_of(settings: argparse.Namespace, config: Config, results: dict[str, Re
         f"  {summary['wall_seconds']:,.0f} s of training; commit {summary['commit']}.",
         f"- {settings.count} held-out captions and {settings.count} held-out pictures, seed {settings.seed}, "
         f"batches of {settings.batch};",
-        f"  sampling of pictures: {options['image']}, guidance {settings.guidance or 'off'}; of captions: "
+        f"  sampling of pictures: {options['image']}, guidance {guidance}; of captions: "
         f"{options['text']}. Generation took {seconds}.",
         f"- Machine: {device}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()};",
         f"  {versions}; commit {run_dir.commit()}.",
@@ -298,6 +308,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def evaluate(model: Any, config: Config, settings: argparse.Namespace, device: str) -> str:
     """Generates, scores, draws and writes; returns pictures.md's text."""
+    summary = summary_of(settings.run)
+    for name in settings.routing:
+        model.under(name)  # refuses a routing that the run does not have, before hours of the other
     text_first = held_out_pairs(config, "text-first", settings.count, settings.seed)
     image_first = held_out_pairs(config, "image-first", settings.count, settings.seed)
     if not all(read_caption(pair.text).named for pair in text_first + image_first):
@@ -306,7 +319,7 @@ def evaluate(model: Any, config: Config, settings: argparse.Namespace, device: s
     tables = rows(text_first, image_first, results, settings.seed)
     first = settings.routing[0]
     examples = [(pair.text, written) for pair, written in zip(image_first, results[first].captions, strict=True)][:8]
-    text = report(tables, examples, facts_of(settings, config, results, device))
+    text = report(tables, examples, facts_of(settings, config, summary, results, device))
     settings.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(text_first, results[first].pictures, settings.out / "pictures.png", first)
     write(settings.out, text)
@@ -314,7 +327,7 @@ def evaluate(model: Any, config: Config, settings: argparse.Namespace, device: s
 
 
 def main(words: list[str] | None = None) -> int:
-    """The command; 2 on bad input."""
+    """The command; 2 on bad input, 1 where the run fails."""
     settings = parse(words)
     try:
         import jax
@@ -324,6 +337,9 @@ def main(words: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

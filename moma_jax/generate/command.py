@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import itertools
+import json
 import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tensorstore as ts
 import tyro
 from PIL import Image
 
-from moma_jax.data.directory import Directory
+from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
 from moma_jax.generate.output import Output, enlarged, half_blocks
-from moma_jax.generate.run import causal_routing, generate
+from moma_jax.generate.run import causal_routing, generate, generator_of, settings_of
 from moma_jax.generate.sampling import Guidance, Sampling
 from moma_jax.training.load import load
 from moma_jax.training.run_dir import commit, versions
@@ -29,8 +33,19 @@ FORMAT_VERSION = 1
 MARK = "<image>"
 """Where a picture stands in --prompt."""
 RECORD = "generation.json"
+HELD = ".writing"
+"""A file that is in the directory while a process writes there."""
 MOST_COLUMNS = 64
 """Characters that a picture is wide in the terminal, at most."""
+MOST_SIDE = 8192
+"""Pixels of a side of a picture file, at most."""
+OPTIONS = {"images": "pictures", "image": "picture"}
+"""Settings whose options have other names."""
+STEERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""Bidirectional classes of the characters that turn the order of what follows."""
+
+Repeated = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+"""Words of an option that may be given several times, with any number of words each time."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +61,9 @@ class Generate:
     """Run directory."""
     out: str
     """Directory of the pictures and the record, new or empty: local, gs:// or s3://."""
-    prompt: tuple[str, ...] = ("",)
-    """What to write on after; nothing: the beginning of a document. White space next to <image> is dropped."""
-    image: tuple[str, ...] = ()
+    prompt: Repeated = ()
+    """What to write on after; left out: the beginning of a document. White space next to <image> is dropped."""
+    image: Repeated = ()
     """Picture files for the prompts."""
     mode: Literal["free", "text", "image"] = "free"
     """free: text and pictures as the model decides; text: text alone; image: --pictures pictures, next."""
@@ -60,7 +75,7 @@ class Generate:
     """Auxiliary routers, or running thresholds; the first of them that the run has where None."""
     max_tokens: int | None = None
     """Tokens to write at most; as many as the context holds (mode image: as the pictures need) where None."""
-    stop: tuple[str, ...] = ()
+    stop: Repeated = ()
     """Texts that end the writing; they are left out."""
     seed: int = 0
     """Seed of the first row; the next have the next ones."""
@@ -73,7 +88,7 @@ class Generate:
     step: int | None = None
     """Which checkpoint; the newest where None."""
     scale: int | None = None
-    """Enlargement of the picture files; to at least 128 pixels a side where None."""
+    """Enlargement of the picture files, to 8192 pixels a side at most; to at least 128 where None."""
 
 
 def run(options: Generate) -> dict[str, Any]:
@@ -81,44 +96,69 @@ def run(options: Generate) -> dict[str, Any]:
 
     Raises:
       InputError: the run, the prompts or the directory do not allow it; nothing was written.
+      RunError: the model's logits are not finite; nothing was written.
     """
-    if options.samples < 1 or (options.scale is not None and options.scale < 1):
-        raise InputError("--samples and --scale: give 1 or more")
-    prompts = [prompt for prompt in arranged(options.prompt, options.image) for _ in range(options.samples)]
-    _require_free(options.out)
-    loaded = load(options.run, step=options.step)
-    terminal = _Terminal(stream=len(prompts) == 1)
+    if options.samples < 1:
+        raise InputError("--samples: give 1 or more")
+    if options.scale is not None and not 1 <= options.scale <= MOST_SIDE:
+        raise InputError(f"--scale: {options.scale} is not from 1 to {MOST_SIDE}")
+    texts = list(itertools.chain(*options.prompt)) if options.prompt else [""]
+    if not texts:
+        raise InputError("--prompt: no text after it; give one, or leave --prompt out to begin a document")
+    rows = arranged(texts, list(itertools.chain(*options.image)))
+    prompts = [prompt for prompt in rows for _ in range(options.samples)]
     settings = {
         "mode": options.mode,
-        "routing": options.routing or causal_routing(loaded),
+        "routing": options.routing,
         "max_tokens": options.max_tokens,
         "images": options.pictures,
         "seed": options.seed,
         "text": options.text,
         "image": options.picture,
         "guidance": options.guidance,
-        "stop": options.stop,
+        "stop": tuple(itertools.chain(*options.stop)),
     }
-    outputs = generate(
-        loaded,
-        prompts,
-        on_text=lambda _, text: terminal.text(text),
-        on_image=lambda _, picture: terminal.picture(picture),
-        **settings,
-    )
-    terminal.finish(outputs)
-    named = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in settings.items()}
-    record = {
+    with _complaints_of_options(settings), _held(options.out) as home:
+        settings_of(settings)  # complains before a model is loaded
+        loaded = load(options.run, step=options.step)
+        settings["routing"] = options.routing or causal_routing(loaded)
+        codec = generator_of(loaded).language.image
+        if options.scale is not None and codec is not None and options.scale * codec.side > MOST_SIDE:
+            raise InputError(
+                f"--scale: {options.scale} is too much; {MOST_SIDE // codec.side} is the most for this run"
+            )
+        terminal = _Terminal(stream=len(prompts) == 1)
+        told = {"on_text": lambda _, text: terminal.text(text), "on_image": lambda _, it: terminal.picture(it)}
+        outputs = generate(loaded, prompts, **told, **settings)
+        terminal.finish(outputs)
+        return write(home, prompts, outputs, _origin(options.run, loaded.step, settings), options.scale)
+
+
+def _origin(run: str, step: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record's part on how the outputs came about."""
+    return {
         "format_version": FORMAT_VERSION,
-        "run": options.run,
-        "step": loaded.step,
+        "run": run,
+        "step": step,
         "routing": settings["routing"],
-        "seed": options.seed,
-        "settings": named,
+        "seed": settings["seed"],
+        "settings": {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in settings.items()},
         "versions": versions(),
         "commit": commit(),
     }
-    return write(options.out, prompts, outputs, record, options.scale)
+
+
+@contextlib.contextmanager
+def _complaints_of_options(settings: dict[str, Any]) -> Iterator[None]:
+    """InputErrors about one of the settings name the command's option."""
+    try:
+        yield
+    except InputError as error:
+        name, colon, rest = str(error).partition(":")
+        setting, dot, part = name.partition(".")
+        if setting not in settings:
+            raise
+        raise InputError(f"--{OPTIONS.get(setting, setting)}{dot}{part}".replace("_", "-") + colon + rest) from error
 
 
 def arranged(prompts: Sequence[str], images: Sequence[str]) -> list[list[str | Path]]:
@@ -163,9 +203,11 @@ class _Terminal:
             self._print(text)
 
     def picture(self, picture: Image.Image | Codes) -> None:
-        """Shows a picture, where there is a terminal."""
-        if self._stream and self._tty and isinstance(picture, Image.Image):
-            self._print(("" if self._at_start else "\n") + half_blocks(picture, self._columns) + "\n", plain=False)
+        """Shows a picture, where there is a terminal; elsewhere a new line says that something stood there."""
+        if self._stream:
+            self._end_line()
+            if self._tty and isinstance(picture, Image.Image):
+                self._print(half_blocks(picture, self._columns) + "\n", plain=False)
 
     def finish(self, outputs: list[Output]) -> None:
         """Shows what was not yet, and ends the line."""
@@ -185,48 +227,96 @@ class _Terminal:
     def _print(self, text: str, plain: bool = True) -> None:
         """Writes at once. A model may write what would steer the terminal: such characters are replaced there."""
         if plain and self._tty:
-            text = "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-        sys.stdout.write(text)
-        sys.stdout.flush()
+            text = "".join("\ufffd" if _steers(c) else c for c in text)
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has what it wanted; the files are still to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self._at_start = text.endswith("\n") if text else self._at_start
+
+
+def _steers(character: str) -> bool:
+    """Whether a character does something to a terminal other than show itself."""
+    control = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    return control or unicodedata.bidirectional(character) in STEERING
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _require_free(out: str) -> None:
-    """InputError where `out` cannot become a directory of ours; nothing there is ever overwritten."""
-    directory = Directory(out)
-    if directory.local is None:
-        if directory.read(RECORD) is not None:
-            raise InputError(f"--out: {out} holds {RECORD}; choose a new directory")
+@contextlib.contextmanager
+def _held(out: str) -> Iterator[Directory]:
+    """The new or empty directory `out`. On a local disk it is made, and held against other processes until the end;
+    where nothing came to lie in it, what was made is removed again.
+
+    Raises:
+      InputError: something lies there, or it cannot be written.
+    """
+    home = Directory(out)
+    if home.local is None:
+        if (name := _first_key(out)) is not None:
+            raise InputError(f"--out: {out} holds {name}; choose a new directory")
+        yield home
         return
-    path = Path(directory.local)
-    if path.is_dir():
-        if held := sorted(entry.name for entry in path.iterdir()):
+    path, mine = Path(home.local), False
+    missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / HELD).open("x").close()
+            mine = True
+            held = sorted(entry.name for entry in path.iterdir() if entry.name != HELD)
+        except FileExistsError as error:
+            what = f"is being written, or was left unfinished ({HELD})" if path.is_dir() else "is a file"
+            raise InputError(f"--out: {out} {what}; choose a new directory") from error
+        except OSError as error:
+            raise InputError(f"--out: {out} cannot be written to ({error.strerror}); choose another one") from error
+        if held:
             raise InputError(f"--out: {out} holds {held[0]}; choose a new directory")
-    elif path.exists():
-        raise InputError(f"--out: {out} is a file; choose a new directory")
-    parent = next(parent for parent in path.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out: {parent} cannot be written to; choose another directory")
+        yield home
+    finally:
+        with contextlib.suppress(OSError):  # a directory with something in it cannot be removed, and shall not
+            if mine:
+                (path / HELD).unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
+
+
+def _first_key(out: str) -> str | None:
+    """What lies below a place in an object store; None where nothing does."""
+    scheme, _, rest = out.partition("://")
+    parent, _, name = rest.strip("/").rpartition("/")
+    if not parent:
+        raise InputError(f"--out: {out} is a whole bucket; name a directory in it")
+    try:
+        store = ts.KvStore.open(Directory(f"{scheme}://{parent}").kvstore(name), context=CONTEXT).result()
+        return min((key.decode(errors="replace") for key in store.list().result()), default=None)
+    except ValueError as error:
+        raise InputError(f"--out: {out}: {first_line(error)}") from error
 
 
 def write(
-    out: str, prompts: list[list[str | Path]], outputs: list[Output], record: dict[str, Any], scale: int | None
+    home: Directory, prompts: list[list[str | Path]], outputs: list[Output], record: dict[str, Any], scale: int | None
 ) -> dict[str, Any]:
-    """Writes the pictures and the record into the new directory `out`, whole or not at all; returns the record."""
-    home = Directory(out)
-    parent, _, name = (home.local or home.path.rstrip("/")).rpartition("/")
-    staged = Directory(parent or "/").stage(name)
-    directory, files = Directory(f"{parent}/{staged.name}"), []
+    """Writes the pictures, and the record last: a directory without it is unfinished; returns the record.
+
+    Raises:
+      InputError: a file cannot be written, or one of its name has come meanwhile.
+    """
+    files: list[str] = []
+
+    def put(name: str, content: bytes) -> None:
+        if home.read(name) is not None:
+            raise InputError(f"--out: {home.path.rstrip('/')}/{name} has come meanwhile; choose a new directory")
+        home.write(name, content)
 
     def save(number: int) -> Callable[[Image.Image], str]:
         def save_one(picture: Image.Image) -> str:
             buffer = io.BytesIO()
             enlarged(picture, scale).save(buffer, "PNG")
             files.append(f"{number:03}-{sum(f.startswith(f'{number:03}-') for f in files)}.png")
-            directory.write(files[-1], buffer.getvalue())
+            put(files[-1], buffer.getvalue())
             return files[-1]
 
         return save_one
@@ -244,9 +334,10 @@ def write(
         for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
     record = {**record, "outputs": rows, "files": files}
-    staged.publish(RECORD, record)
-    for file in (*files, RECORD):
-        print(f"{out.rstrip('/')}/{file}", file=sys.stderr)
+    put(RECORD, (json.dumps(record, sort_keys=True, indent=1) + "\n").encode())
+    with contextlib.suppress(BrokenPipeError):
+        for file in (*files, RECORD):
+            print(f"{home.path.rstrip('/')}/{file}", file=sys.stderr)
     return record
 
 

@@ -121,7 +121,7 @@ def make_rules(vocabulary: Vocabulary, text_ids: Iterable[int], mode: str, image
         np.int32(vocabulary.end_document),
         np.int32(vocabulary.pad),
         np.int32(drawn if mode == "image" else -1),
-        np.int32(images),
+        np.int32(min(images, np.iinfo(np.int32).max)),  # no context has room for more
     )
 
 

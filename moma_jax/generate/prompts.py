@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from moma_jax.vocab import Vocabulary
 
 Piece = str | Path | Image.Image | np.ndarray | Codes
 """A part of a prompt: text, a picture's file, a picture, pixels (height, width, 3) uint8, or ready codes."""
+MOST_BYTES = 1 << 28
+"""Size of the largest picture file that is read."""
 
 
 class Language(NamedTuple):
@@ -61,18 +64,20 @@ def writable_text(vocabulary: Vocabulary, codec: TextCodec | None) -> np.ndarray
     return known[(known >= codec.special_ids) & (known < codec.size)]
 
 
-def encode_prompt(prompt: str | Sequence[Piece], language: Language, name: str = "prompt") -> np.ndarray:
+def encode_prompt(prompt: Piece | Sequence[Piece], language: Language, name: str = "prompt") -> np.ndarray:
     """The ids of a prompt, int32, `<s>` first, as the documents of a store have them.
 
     Args:
-      prompt: a text, or parts in reading order. A `str` is always text and a `Path` always a picture's file; texts are
-        encoded one by one. An empty sequence is `<s>` alone.
+      prompt: one part, or parts in reading order. A `str` is always text and a `Path` always a picture's file; texts
+        are encoded one by one. An empty sequence is `<s>` alone.
       name: what the prompt is called in complaints.
 
     Raises:
       InputError: a picture cannot be read, a text has no tokens, or a part is of another type.
     """
-    parts = [prompt] if isinstance(prompt, str) else list(prompt)
+    parts = [prompt] if isinstance(prompt, Piece) else prompt
+    if not isinstance(parts, Sequence):
+        raise InputError(f"{name}: {type(prompt).__name__} is no prompt; give a text, or a list of texts and pictures")
     segments = [_segment(part, language, f"{name}, part {i}") for i, part in enumerate(parts)]
     if not segments:
         return np.array([language.vocabulary.begin_document], np.int32)
@@ -89,8 +94,13 @@ def _segment(part: Piece, language: Language, name: str) -> Text | Picture | Cod
             if not _encodable(part) or not len(language.text.encode(part)):
                 raise InputError(f"{name}: the tokenizer maps {part!r} to nothing; give other text, or leave it out")
             return Text(part)
-        case Codes():
-            return part
+        case Codes(modality, codes):
+            code_N = np.asarray(codes)
+            if code_N.ndim != 1 or not np.issubdtype(code_N.dtype, np.integer):
+                raise InputError(
+                    f"{name}: codes of {modality}: {code_N.dtype} of shape {code_N.shape}; give int32 (N,)"
+                )
+            return Codes(modality, code_N)
         case Path() | Image.Image() | np.ndarray():
             return Picture(_read(part, language, str(part) if isinstance(part, Path) else name))
     raise InputError(f"{name}: {type(part).__name__} is no text, picture, pixels, Path or Codes")
@@ -108,14 +118,27 @@ def _read(picture: Path | Image.Image | np.ndarray, language: Language, name: st
     try:
         match picture:
             case Path():
-                return language.image.read(picture.read_bytes())
+                return language.image.read(_content(picture))
             case Image.Image():
                 return language.image.read(_as_png(picture))
         return language.image.read(picture)
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
-    except BrokenPicture as error:
+    except (BrokenPicture, InputError) as error:
         raise InputError(f"{name}: {error}") from error
+    except Exception as error:  # decoders raise nearly anything on damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: cannot be read: {reason}") from error
+
+
+def _content(path: Path) -> bytes:
+    """A picture file's bytes."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError("is no regular file; give a picture's file")
+    if status.st_size > MOST_BYTES:
+        raise InputError(f"{status.st_size} bytes, more than {MOST_BYTES}; give a smaller picture")
+    return path.read_bytes()
 
 
 def _as_png(picture: Image.Image) -> bytes:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,23 +64,30 @@ class Settings:
 
     def check(self) -> None:
         """Raises InputError where a value cannot be meant."""
-        for name in ("max_tokens", "images", "batch"):
+        for name in ("max_tokens", "images", "batch", "seed"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if not isinstance(value, Integral) and not (name == "max_tokens" and value is None):
+                raise InputError(f"{name}: {value!r} is not a whole number")
+            if name != "seed" and value is not None and value < 1:
                 raise InputError(f"{name}: {value}; give 1 or more")
         if not 0 <= self.seed < SEEDS:
             raise InputError(f"seed: {self.seed} is not from 0 to {SEEDS - 1}")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError("stop: give a tuple of texts, none of them empty")
-        self.text.check("text")
-        self.image.check("image")
+        for name in ("text", "image"):
+            value = getattr(self, name)
+            if not isinstance(value, Sampling):
+                raise InputError(f"{name}: {value!r} is no Sampling; give {name}=Sampling(temperature=...)")
+            value.check(name)
         if self.guidance is not None:
+            if not isinstance(self.guidance, Guidance):
+                raise InputError(f"guidance: {self.guidance!r} is no Guidance; give guidance=Guidance(text=...)")
             self.guidance.check()
 
 
 def generate(
     loaded: Loaded,
-    prompts: Sequence[str | Sequence[Piece]],
+    prompts: Sequence[Piece | Sequence[Piece]],
     *,
     on_text: Callable[[int, str], None] | None = None,
     on_image: Callable[[int, Image.Image | Codes], None] | None = None,
@@ -89,8 +97,8 @@ def generate(
 
     Args:
       loaded: a model, `moma_jax.load(run)`.
-      prompts: each a text, or a list of texts and pictures in any order (PIL.Image, uint8 pixels, or the pathlib.Path
-        of a file; a str is always text). An empty list is the beginning of a document.
+      prompts: each a text, a picture, or a list of texts and pictures in any order (PIL.Image, uint8 pixels, or the
+        pathlib.Path of a file; a str is always text). An empty list is the beginning of a document.
       on_text: called with the row and each new piece of its text as it comes.
       on_image: called with the row and each picture as it comes; codes of other modalities come as Codes.
       settings: fields of `Settings`.
@@ -146,26 +154,6 @@ def causal_routing(loaded: Loaded) -> str:
             return name
     loaded.under("causal")  # says what is lacking
     raise AssertionError("a model that lacks a routing says so")
-
-
-def model_of(loaded: Loaded, routing: str) -> Model:
-    """The loaded model as one that writes, under a causal routing."""
-    from moma_jax.model import decode
-
-    modality_V = loaded.vocabulary.modality_V
-
-    def extend(weights, cache, token_BQ, count_B):
-        layers, routing_state = weights
-        options = {"config": loaded.config, "routing": routing, "routing_state": routing_state}
-        return decode.extend(layers, cache, token_BQ, count_B, vocabulary_modality_V=modality_V, **options)
-
-    weights = (decode.unstack(loaded.params, loaded.config), loaded.routing_state)
-    return Model(
-        weights,
-        lambda rows, positions: decode.new_cache(loaded.config, rows, positions),
-        extend,
-        lambda weights, hidden: decode.logits(weights[0], hidden),
-    )
 
 
 @dataclass
@@ -233,7 +221,9 @@ class Generator:
         if speaks:
             jobs = [self._read(i, job, settings.stop, on_text, on_image) for i, job in enumerate(jobs)]
         writer = self._writer(settings.routing or causal_routing(self._loaded))
-        draw = draw_of(settings.text, settings.image, settings.guidance, vocabulary.size)
+        # Rows of text alone draw no codes, unless their prompt left a span open: then no guides are needed.
+        codes = settings.mode != "text" or any(job.start < len(job.prompt_N) for job in jobs)
+        draw = draw_of(settings.text, settings.image, settings.guidance if codes else None, vocabulary.size)
         for start in range(0, len(jobs), settings.batch):
             self._run_batch(writer, jobs[start : start + settings.batch], rules, draw)
         return [job.output() for job in jobs]
@@ -244,8 +234,33 @@ class Generator:
             raise InputError("routing: choice sees the future, which is not written yet; use causal or threshold")
         self._loaded.under(routing)  # refuses what the run does not have
         if routing not in self._writers:
-            self._writers[routing] = Writer(model_of(self._loaded, routing))
+            self._writers[routing] = Writer(self.model(routing))
         return self._writers[routing]
+
+    @cached_property
+    def _weights(self) -> Any:
+        """What decoding reads, one copy for all routings."""
+        from moma_jax.model import decode
+
+        return decode.unstack(self._loaded.params, self._loaded.config), self._loaded.routing_state
+
+    def model(self, routing: str) -> Model:
+        """The loaded model as one that writes, under a causal routing."""
+        from moma_jax.model import decode
+
+        config, modality_V = self._loaded.config, self._loaded.vocabulary.modality_V
+
+        def extend(weights, cache, token_BQ, count_B):
+            layers, routing_state = weights
+            options = {"config": config, "routing": routing, "routing_state": routing_state}
+            return decode.extend(layers, cache, token_BQ, count_B, vocabulary_modality_V=modality_V, **options)
+
+        return Model(
+            self._weights,
+            lambda rows, positions: decode.new_cache(config, rows, positions),
+            extend,
+            lambda weights, hidden: decode.logits(weights[0], hidden),
+        )
 
     def _job(self, number: int, prompt_N: np.ndarray, settings: Settings) -> Job:
         """One row without a reader, checked: there is room for what is asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,15 @@ class Sampling:
 
     def check(self, name: str) -> None:
         """Raises InputError where a value cannot be meant; `name` says whose it is."""
+        for field in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, field), Real):
+                raise InputError(f"{name}.{field}: {value!r} is not a number")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"{name}.temperature: {self.temperature} is not 0 or more; 0 takes the best token")
         if not 0 < self.top_p <= 1:
             raise InputError(f"{name}.top_p: {self.top_p} is not over 0 and at most 1; 1 keeps every token")
+        if self.top_k is not None and not isinstance(self.top_k, Integral):
+            raise InputError(f"{name}.top_k: {self.top_k!r} is not a whole number; give 1 or more, or leave it out")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"{name}.top_k: {self.top_k} tokens leave none; give 1 or more, or leave it out")
 
@@ -53,8 +59,9 @@ class Guidance:
     def check(self) -> None:
         """Raises InputError where a scale is not a number."""
         for name in ("text", "image"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"guidance.{name}: {getattr(self, name)} is not a number; 1 means no guidance")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise InputError(f"guidance.{name}: {value!r} is not a number; 1 means no guidance")
 
 
 class Filters(NamedTuple):
