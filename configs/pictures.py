@@ -3,7 +3,8 @@
 Command:   moma train configs/pictures.py
 Data:      `scenes`, pairs of a picture and its caption alone, drawn by this package.
 Hardware:  2 CPU cores.
-Time:      about 20 minutes, preparing included.
+Time:      19 minutes of training.
+Losses:    held out 0.096 (text 0.483, image 0.063) after 5,320 updates; a unigram model has 2.366 (6.233, 2.031).
 Verdict:   docs/results/pictures.md, by `python docs/results/pictures.py runs/pictures`.
 
 It differs from the quickstart in what makes so short a training go far: two documents a row (less attention is masked),

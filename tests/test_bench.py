@@ -207,6 +207,13 @@ def test_generate_counts_the_bytes_of_a_step(generated):
     assert generated["rows"][4]["dense"]["bytes_per_step"] == 4 * (weights + cache)
 
 
+@pytest.mark.parametrize("name", ["prompt", "tokens", "repeats", "batch"])
+def test_generate_refuses_numbers_that_measure_nothing(name):
+    value = (1, 0) if name == "batch" else 0
+    with pytest.raises(InputError, match=f"--{name}: 0; give . or more"):
+        bench.bench_generate(tiny(), ("dense",), **{name: value})
+
+
 def test_generate_refuses_modalities_that_it_cannot_write():
     config = tiny()
     alone = dataclasses.replace(config.data, modalities=(dataclasses.replace(config.data.modalities[0], quota=1.0),))

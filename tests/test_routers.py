@@ -259,11 +259,24 @@ def test_other_settings_and_another_step_are_refused_until_told(capsys, whole, t
     model.close()
     line = refused(capsys, run, *words, "--steps", "30")
     assert "fitted to the model of step 6, and the run is at step 3" in line and "to fit anew" in line
-    with pytest.raises(InputError, match="fitted at step 6, not 3; remove .*routers and fit them again"):
+    with pytest.raises(
+        InputError, match="fitted at step 6, not 3; use that step, or remove .*routers and fit them again"
+    ):
         load(str(run)).under("causal")
     shutil.rmtree(run / "routers")
     assert fit(run, steps=1)["model_step"] == 3
     assert "causal" in load(str(run)).routings
+
+
+def test_routers_of_another_model_are_not_used(whole, capsys, tmp_path):
+    path = tmp_path / "run"
+    moma_jax.train(tiny(path, train_seed=5), quiet=True)
+    shutil.copytree(whole[0] / "routers", path / "routers")
+    assert "causal" not in load(str(path)).routings
+    with pytest.raises(InputError, match="fitted to another model; remove them and fit again: moma fit-routers"):
+        load(str(path)).under("causal")
+    words = ["--steps", "30", "--peak-lr", "0.03", "--end-lr", "0.001", "--warmup-steps", "3"]
+    assert "fitted to another model; remove" in refused(capsys, path, *words)
 
 
 def test_a_stage_that_is_not_complete_is_not_used(whole, tmp_path):

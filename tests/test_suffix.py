@@ -106,7 +106,12 @@ def test_expert_choice_fails_the_same_test(ffn):
 @pytest.fixture(scope="module", params=["choice", "threshold"])
 def trained(request, tmp_path_factory):
     """A model trained for some dozens of updates by expert choice, or by thresholds after a few of it."""
-    fields = {"model_routing": request.param, "model_routing_warmup": 5, "model_auxiliary": True}
+    fields = {
+        "model_routing": request.param,
+        "model_routing_warmup": 5,
+        "model_routing_slack": 1.0,
+        "model_auxiliary": True,
+    }
     config = tiny(tmp_path_factory.mktemp("run"), train_steps=40, train_eval_every=40, train_log_every=20, **fields)
     train(config, quiet=True)
     return load(config.run.dir)
@@ -120,5 +125,8 @@ def test_of_a_trained_model_too(trained):
             decoder, modality_V = trained.under(routing), trained.vocabulary.modality_V
             run = logits_of(decoder, trained.params, trained.routing_state, batch, modality_V)
             found[routing] = broken(run, batch, trained.vocabulary)
+        run = logits_of(trained.decoder, trained.params, trained.routing_state, batch, modality_V)
+        found["training"] = broken(run, batch, trained.vocabulary)
     assert found["causal"] == found["threshold"] == 0
+    assert (found["training"] == 0) == (trained.config.model.routing == "threshold")
     assert found["choice"] > 0, "expert choice looks ahead, whatever the model was trained by"

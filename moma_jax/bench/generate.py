@@ -66,6 +66,10 @@ def bench_generate(
     Raises:
       InputError: the config or a variant contradicts itself, or the modalities are not text and one with spans.
     """
+    least = {"prompt": (prompt, 3), "tokens": (tokens, 1), "repeats": (repeats, 1), "batch": (min(batch, default=0), 1)}
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise InputError(f"--{name}: {value}; give {bound} or more")
     variants = {name: variant_of(config, name) for name in dict.fromkeys(ffn)}
     model = next(iter(variants.values())).config.model
     bandwidth = measure_bandwidth()

@@ -6,7 +6,8 @@ Expert choice ranks a token against later ones. Two rules do not: a token enters
   * whose running threshold its router logit reaches (`ByThreshold`; for text alone: arXiv 2603.11535). Each expert
     keeps an average over updates of the lowest logit, without noise, among the k_e tokens that expert choice takes:
     the score that its top share of its modality exceeds. It lives in the routing state, so in checkpoints, and is
-    averaged over routing groups and devices.
+    averaged over routing groups and devices. A group without the modality votes for what was there, so where many lack
+    it the first updates stay longer near the 0 that they begin with.
 
 Both give each expert a list of slots in the order of positions (of several rows, row by row within a position). Where
 slots run out the latest positions are dropped, never the lowest scores: that would look ahead.
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from moma_jax.config import Config
+from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 from moma_jax.model.routing import Quota, Score, Selection, expert_choice
 
@@ -96,7 +98,7 @@ class ThresholdTraining:
         slots = min(len(eligible_T), math.ceil(quota.slots * self.slack))
         chosen, _, losses = expert_choice(score, eligible_T, quota, None, key)
         chosen = Selection(*(jnp.pad(x_EC, ((0, 0), (0, slots - quota.slots))) for x_EC in chosen))
-        passes_TE = eligible_T[:, None] & (score.plain_TE >= state["threshold_E"])
+        passes_TE = eligible_T[:, None] & passes_threshold(score.plain_TE, state)
         passed = take_passing(passes_TE, score.logit_TE, self.rows, slots)
         warm = state["updates"] < self.warmup
         selection = Selection(*(jnp.where(warm, a, b) for a, b in zip(chosen, passed, strict=True)))
@@ -163,6 +165,8 @@ class ByPrediction:
 
 def passes_threshold(logit_TE, state: State):
     """Tokens and experts whose threshold the token's logit reaches."""
+    if state is None:
+        raise InputError("routing_state: threshold routing needs the model's thresholds; pass its routing_state")
     return logit_TE >= state["threshold_E"]
 
 

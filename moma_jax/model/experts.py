@@ -81,10 +81,8 @@ class FfnOutput(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What is static about routing: groups of experts, their quotas, and who chooses.
-
-    auxiliary: there are auxiliary routers. filled_only: compute filled slots alone, for selections of very unequal
-    size; without gradient.
+    """What is static about routing: groups of experts, their quotas, who chooses; whether there are auxiliary routers;
+    `filled_only`: compute filled slots alone, for selections of very unequal size, without gradient.
     """
 
     groups: tuple[ExpertGroup, ...]
@@ -157,8 +155,8 @@ class Ffn(nn.Module):
             (experts,) = routed.values()
             modality_N = place.modality_GT.reshape(-1)
             taken_M3 = count_taken(jnp.ones_like(modality_N), modality_N, self.rules.modalities)
-            no_pairs_M4 = jnp.zeros((self.rules.modalities, 4), jnp.int32)
-            output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, no_pairs_M4, {})
+            predicted_M4 = jnp.zeros((self.rules.modalities, 4), jnp.int32)
+            output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, predicted_M4, {})
         else:
             output = over_devices(x_GTD, place, drawn, state, routed, rules=self.rules, noise=self.train)
         return output._replace(y_GTD=output.y_GTD + everywhere(x_GTD, always)) if self.shared else output
@@ -275,6 +273,8 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
     predicted_M4 = jnp.zeros((rules.modalities, 4), jnp.int32)
     if rules.auxiliary and not rules.filled_only:
         predictors = {name: experts.auxiliary for name, experts in routed.items()}
+        if auxiliary_lib.LOSS in losses:
+            raise InputError(f"select: its loss {auxiliary_lib.LOSS} is that of model.auxiliary; give it another name")
         judged = auxiliary_lib.judge(x_GTD, place.modality_GT, selections, predictors, rules)
         losses, predicted_M4 = losses | {auxiliary_lib.LOSS: judged[0]}, judged[1]
     tokens, width = x_GTD.shape[1:]

@@ -92,7 +92,13 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint holds other arrays than `target`.
         """
-        restored = self._restore(step, "state", ocp.args.StandardRestore(_as_dict(target)))
+        try:
+            restored = self._restore(step, "state", ocp.args.StandardRestore(_as_dict(target)))
+        except ValueError as error:  # Orbax prints both trees
+            raise InputError(
+                f"{self.where(step)}: its arrays are not those of this run: another version of moma_jax, or "
+                "another select function, made it; begin a new run with run.init_from"
+            ) from error
         return TrainState(**restored)
 
     def restore_params(self, step: int, target: Any) -> Any:

@@ -8,6 +8,7 @@ the documents mix modalities. Its exponential is the perplexity. All routings ar
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -66,6 +67,8 @@ def evaluate(
     """
     loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, select=select)
     decoders = {name: loaded.under(name) for name in routing or loaded.routings}
+    if loaded.refused is not None:
+        print(f"note: {loaded.refused}", file=sys.stderr)
     chosen = _named(loaded.config, eval_set)
     if vocabulary_of(loaded.config).hash != loaded.vocabulary.hash:
         raise InputError(f"{run}: its stores have another vocabulary now; restore the stores it was trained on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Loaded:
     Attributes:
       run: its directory. config: its resolved config. vocabulary: its id layout.
       params: parameters, float32, those of auxiliary routers included where there are any.
-      decoder: the model under the routing of training, `decoder.apply({"params": params}, ...)`.
+      decoder: the model under the routing of training, `decoder.apply({"params": params}, ..., routing_state=...)`.
       routing_state: the select function's state; thresholds, unless it has a select function of its own.
       step: updates that made these parameters.
       program: what compiled functions are made of.
@@ -142,6 +143,16 @@ def with_auxiliary(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, auxiliary=True))
 
 
+def fingerprint(params: Any) -> str:
+    """SHA-256, as hex, of the embedding's first rows and of every norm's scale: which model these parameters are of."""
+    parts = [
+        params["embedding"]["kernel_VD"][:8],
+        params["final_norm"]["scale_D"],
+        params["layers"]["ffn_norm"]["scale_D"],
+    ]
+    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()
+
+
 def joined(params: Any, routers: Any) -> Any:
     """Parameters with those of auxiliary routers, {group + "_auxiliary": weights}, in their places."""
     layers = params["layers"]
@@ -159,7 +170,11 @@ def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
         meta = checkpoints.saved(latest).meta
         if meta["model_step"] != model.step:
             reason = f"the auxiliary routers of {model.run} were fitted at step {meta['model_step']}, not {model.step}"
-            remedy = f"remove {where.path} and fit them again: moma fit-routers {model.run}"
+            remedy = f"use that step, or remove {where.path} and fit them again: moma fit-routers {model.run}"
+            return dataclasses.replace(model, refused=f"{reason}; {remedy}")
+        if meta.get("model") != fingerprint(model.params):
+            reason = f"the auxiliary routers in {where.path} were fitted to another model"
+            remedy = f"remove them and fit again: moma fit-routers {model.run}"
             return dataclasses.replace(model, refused=f"{reason}; {remedy}")
         if where.read_json("summary.json") is None:
             reason = f"the auxiliary routers of {model.run} are fitted in part, up to step {latest}"

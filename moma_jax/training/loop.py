@@ -128,6 +128,11 @@ class _Session:
                 f"warning: optimizer.warmup_steps {warmup} is not below the run's {self.total} steps, so the learning "
                 f"rate still rises at the last one; set --optimizer.warmup-steps {self.total // 10}"
             )
+        if config.model.routing == "threshold" and config.model.routing_warmup >= self.total:
+            self.view.say(
+                f"warning: model.routing_warmup {config.model.routing_warmup} is not below the run's {self.total} steps, "
+                f"so experts choose to the end; set --model.routing-warmup {self.total // 10}"
+            )
         tensorboard = config.run.tensorboard and self.run.local is not None
         journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
         self.journal: Journal = self.cleanup.enter_context(contextlib.closing(journal))

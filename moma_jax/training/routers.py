@@ -22,7 +22,7 @@ from moma_jax.errors import InputError, RunError
 from moma_jax.model.auxiliary import has_auxiliary
 from moma_jax.training.checkpoint import Checkpoints, Saved
 from moma_jax.training.journal import finite, open_journal, read_metrics
-from moma_jax.training.load import ROUTERS, Loaded, config_of, load, with_auxiliary
+from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
 from moma_jax.training.loop import hashes_of, require_same_stores, signals, use_compilation_cache
 from moma_jax.training.meter import Meter
 from moma_jax.training.resume import finished, select_name
@@ -137,6 +137,8 @@ def _require_same(where: RunDir, loaded: Loaded, settings: RoutersConfig) -> Non
             f"{where.path}: fitted to the model of step {meta['model_step']}, and the run is at step {loaded.step}; "
             f"remove {where.path} to fit anew"
         )
+    if meta.get("model") != fingerprint(loaded.params):
+        raise InputError(f"{where.path}: fitted to another model; remove {where.path} to fit anew")
     before = meta["config"]["routers"]
     now = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
     changed = [f"routers.{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
@@ -172,6 +174,7 @@ class _Session:
         self.meta = {
             "config": to_json(dataclasses.replace(self.loaded.config, routers=config.routers)),
             "model_step": self.loaded.step,
+            "model": fingerprint(self.loaded.params),
             **{name: model.meta[name] for name in ("vocabulary", "hashes")},
             "select": select,
             "versions": versions(),
@@ -194,6 +197,11 @@ class _Session:
         self.view = View(self.total, self.step, quiet=quiet)
         begins = "goes on from" if self.step else "starts at"
         self.view.say(f"{self.directory.path}: fits routers to step {self.loaded.step}, {begins} step {self.step}")
+        if config.routers.warmup_steps >= self.total:
+            self.view.say(
+                f"warning: routers.warmup_steps {config.routers.warmup_steps} is not below the stage's {self.total} "
+                f"steps, so the learning rate still rises at the last one; set --warmup-steps {self.total // 10}"
+            )
         tensorboard = config.run.tensorboard and self.directory.local is not None
         journal = open_journal(self.directory, step=self.step, tensorboard=tensorboard, view=self.view)
         self.journal = self.cleanup.enter_context(contextlib.closing(journal))
