@@ -130,8 +130,8 @@ class _Session:
             )
         if config.model.routing == "threshold" and config.model.routing_warmup >= self.total:
             self.view.say(
-                f"warning: model.routing_warmup {config.model.routing_warmup} is not below the run's {self.total} steps, "
-                f"so experts choose to the end; set --model.routing-warmup {self.total // 10}"
+                f"warning: model.routing_warmup {config.model.routing_warmup} is not below the run's {self.total} "
+                f"steps, so experts choose to the end; set --model.routing-warmup {self.total // 10}"
             )
         tensorboard = config.run.tensorboard and self.run.local is not None
         journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
