@@ -14,6 +14,7 @@ import quick
 
 from moma_jax.config import Modality, ModelConfig
 from moma_jax.ffn import parse_ffn
+from moma_jax.model import experts as experts_lib
 from moma_jax.model.decoder import Decoder
 from moma_jax.model.experts import Drawn, Experts, Ffn, swiglu
 from moma_jax.model.routing import Selection, expert_choice
@@ -274,3 +275,29 @@ def test_eight_devices_give_the_same_selections_outputs_and_gradients():
         [sys.executable, "-c", code], env=env, cwd=__file__.rpartition("/")[0], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.strip() == "ok", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("block", [1, 5, 256])
+def test_blocks_of_filled_slots_compute_what_was_taken(monkeypatch, block):
+    monkeypatch.setattr(experts_lib, "BLOCK", block)
+    dice = np.random.default_rng(0)
+    groups, experts, slots, tokens, width, hidden = 2, 3, 12, 12, 4, 8
+    x_ND = dice.normal(size=(groups * tokens, width)).astype(np.float32)
+    weights = [
+        dice.normal(size=(experts, *shape)).astype(np.float32)
+        for shape in ((width, hidden), (width, hidden), (hidden, width))
+    ]
+    index_GEC = np.stack(
+        [np.stack([dice.permutation(tokens) for _ in range(experts)]) + g * tokens for g in range(groups)]
+    )
+    count_GE = np.array([[12, 0, 7], [1, 5, 6]])
+    filled_GEC = np.arange(slots) < count_GE[..., None]
+    gate_GEC = np.where(filled_GEC, dice.uniform(0.1, 1, filled_GEC.shape), 0).astype(np.float32)
+    selection = Selection(jnp.asarray(index_GEC, jnp.int32), jnp.asarray(gate_GEC), jnp.asarray(filled_GEC))
+    found_ND = experts_lib.in_blocks(jnp.zeros_like(x_ND), jnp.asarray(x_ND), selection, Experts(*weights))
+    right_ND = np.zeros_like(x_ND)
+    for g, e, c in zip(*np.nonzero(filled_GEC), strict=True):
+        x_D, (gate_DF, up_DF, down_FD) = x_ND[index_GEC[g, e, c]], (w[e] for w in weights)
+        a_F = x_D @ gate_DF
+        right_ND[index_GEC[g, e, c]] += gate_GEC[g, e, c] * ((a_F / (1 + np.exp(-a_F)) * (x_D @ up_DF)) @ down_FD)
+    np.testing.assert_allclose(found_ND, right_ND, rtol=1e-4, atol=1e-4)
