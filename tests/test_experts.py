@@ -294,7 +294,9 @@ def test_blocks_of_filled_slots_compute_what_was_taken(monkeypatch, block):
     filled_GEC = np.arange(slots) < count_GE[..., None]
     gate_GEC = np.where(filled_GEC, dice.uniform(0.1, 1, filled_GEC.shape), 0).astype(np.float32)
     selection = Selection(jnp.asarray(index_GEC, jnp.int32), jnp.asarray(gate_GEC), jnp.asarray(filled_GEC))
-    found_ND = experts_lib.in_blocks(jnp.zeros_like(x_ND), jnp.asarray(x_ND), selection, Experts(*weights))
+    found_ND = experts_lib.in_blocks(
+        jnp.zeros_like(x_ND), jnp.asarray(x_ND), selection, Experts(*map(jnp.asarray, weights))
+    )
     right_ND = np.zeros_like(x_ND)
     for g, e, c in zip(*np.nonzero(filled_GEC), strict=True):
         x_D, (gate_DF, up_DF, down_FD) = x_ND[index_GEC[g, e, c]], (w[e] for w in weights)
