@@ -96,7 +96,7 @@ class ThresholdTraining:
 
     def __call__(self, score: Score, eligible_T, quota: Quota, state: State, key):
         slots = min(len(eligible_T), math.ceil(quota.slots * self.slack))
-        chosen, _, losses = expert_choice(score, eligible_T, quota, None, key)
+        chosen, followed, losses = self.choice(score, eligible_T, quota, state, key)
         chosen = Selection(*(jnp.pad(x_EC, ((0, 0), (0, slots - quota.slots))) for x_EC in chosen))
         passes_TE = eligible_T[:, None] & passes_threshold(score.plain_TE, state)
         passed = take_passing(passes_TE, score.logit_TE, self.rows, slots)
@@ -104,9 +104,7 @@ class ThresholdTraining:
         selection = Selection(*(jnp.where(warm, a, b) for a, b in zip(chosen, passed, strict=True)))
         count_E = jnp.maximum(passes_TE.sum(0), 1)
         dropped_E = jnp.where(warm, 0.0, 1.0 - jnp.minimum(count_E, slots) / count_E)
-        taken = _without_noise(score, eligible_T, quota)
-        state = follow(state, score, eligible_T, taken, self.choice.decay)
-        return selection, state | {"dropped_E": dropped_E}, losses
+        return selection, followed | {"dropped_E": dropped_E}, losses
 
 
 def follow(state: State, score: Score, eligible_T, taken: Selection, decay: float) -> State:
