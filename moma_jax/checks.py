@@ -5,6 +5,7 @@ Each refusal is one line that names the field and a value that would be right.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 
@@ -86,7 +87,22 @@ def _check_ranges(config: Config) -> None:
         capacity is None or 1e-4 <= capacity <= 1,
         f"model.capacity: must be at least 0.0001 and at most 1, is {capacity}",
     )
-    require(config.mesh.data == -1 or config.mesh.data > 0, "mesh.data: must be -1 or positive")
+    _check_mesh(config)
+
+
+def _check_mesh(config: Config) -> None:
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        require(size == -1 or size > 0, f"mesh.{axis}: must be -1 or positive, is {size}")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    require(len(open_axes) < 2, f"mesh: only one axis can be -1, these are: {', '.join(open_axes)}")
+    hosts = config.hosts
+    require(hosts.heartbeat_seconds > 0, "hosts.heartbeat_seconds: must be positive")
+    require(hosts.count is None or hosts.count > 0, "hosts.count: must be positive")
+    require(
+        hosts.index is None or 0 <= hosts.index < (hosts.count or hosts.index + 1),
+        f"hosts.index: {hosts.index} is not below hosts.count {hosts.count}; number the processes from 0",
+    )
 
 
 def _check_routing(config: Config) -> None:

@@ -275,10 +275,33 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices. Changes speed, never results."""
+    """Devices along each axis of the mesh; one may be -1 for what is left. Changes speed and memory, never results."""
 
     data: int = -1
-    """Devices of data parallelism; -1: all local devices."""
+    """Copies of the model."""
+    fsdp: int = 1
+    """Parts that parameters are stored in; they are gathered layer by layer."""
+    expert: int = 1
+    """Parts that the experts of a group are dealt to; tokens travel to them. A group that it does not divide is stored
+    in parts like everything else, and its tokens stay."""
+    tensor: int = 1
+    """Parts of heads, hidden width and vocabulary."""
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """Processes of one run, one per host. Changes speed, never results."""
+
+    start: Literal["auto", "off", "on"] = "auto"
+    """auto: join the others where a Cloud TPU pod, Slurm, GKE or the fields below say that there are any."""
+    coordinator: str | None = None
+    """ADDRESS:PORT of process 0; found out where None."""
+    count: int | None = None
+    """Number of processes; found out where None."""
+    index: int | None = None
+    """Number of this process, from 0; found out where None."""
+    heartbeat_seconds: int = 20
+    """A process that is silent for so long is dead, and the others stop."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +327,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     routers: RoutersConfig = RoutersConfig()
     run: RunConfig = RunConfig()
 

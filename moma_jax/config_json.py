@@ -64,6 +64,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 MAY_CHANGE = (
     "mesh",
+    "hosts",
     "run",
     "routers",  # a stage of its own, after this one
     "data.prepare",  # how to make a store that is not there; the store itself is known by its own hashes

@@ -4,72 +4,155 @@ Axis letters, used as suffixes of array names everywhere: B rows, S positions in
 group (B*S = G*T), D model width, F expert hidden width, H heads, K head width, V vocabulary, M modalities, E experts of
 one group of experts, C slots of one expert, L layers, J kinds of targets (modalities, in training).
 
-Data parallelism is what exists today: rows are split over the mesh axis "data", whole routing groups to a device, and
-parameters are replicated. Every parameter names its logical axes already, so another mesh is another table here.
+The mesh has four axes. The rows of a batch are split over the first three, whole routing groups to a device:
+
+    data    copies of the model; between TPU slices and GPU nodes first, because it communicates least
+    fsdp    parameters are stored split over it and gathered layer by layer
+    expert  experts live on it, tokens travel to them; everything else is stored split over it, as over fsdp
+    tensor  heads, hidden width and vocabulary are split over it
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moma_jax.errors import InputError
 
-DATA = "data"
+DATA, FSDP, EXPERT, TENSOR = AXES = ("data", "fsdp", "expert", "tensor")
+BATCH = (DATA, FSDP, EXPERT)
+"""Mesh axes that the rows of a batch are split over."""
 
 RULES = (
-    ("batch", DATA),
+    ("batch", BATCH),
     ("layers", None),
-    ("embed", None),
-    ("vocab", None),
-    ("heads", None),
+    ("embed", (FSDP, EXPERT)),
+    ("expert", EXPERT),
+    ("expert_embed", FSDP),
+    ("vocab", TENSOR),
+    ("heads", TENSOR),
     ("head", None),
-    ("ffn", None),
-    ("expert", None),
+    ("ffn", TENSOR),
 )
-"""Logical axis -> mesh axis. A parameter axis that is missing here is an error, never a silent replica."""
+"""Logical axis -> mesh axes. A parameter axis that is missing here is an error, never a silent replica; so are two axes
+of one array on the same mesh axis."""
 
 
-def make_mesh(data: int, groups: int) -> Mesh:
-    """The mesh of this process: axis "data" over its local devices.
+# The mesh -------------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(sizes: Any, groups: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over the devices of all processes.
 
     Args:
-      data: devices of data parallelism (`mesh.data`); -1 takes the largest number of local devices that divides
-        `groups`, and says so where some stay idle.
+      sizes: `config.mesh`, devices along each axis; one of them may be -1 for what is left. Where that is `data` and
+        its devices are more than routing groups can be dealt to, one process leaves some idle, and says so.
       groups: routing groups of one microbatch; a device holds whole groups.
+      devices: those of another place, such as a topology to compile for; None: the ones that are here.
 
     Raises:
-      InputError: fewer devices than asked for, or `groups` does not split over them.
+      InputError: the sizes do not multiply to the number of devices, or `groups` does not split over them.
     """
-    devices = jax.local_devices()
-    if data == -1:
-        data = max(n for n in range(1, len(devices) + 1) if groups % n == 0)
-        if data < len(devices):
-            logging.getLogger(__name__).warning(
-                "mesh.data: a microbatch has %d routing groups, so %d of %d devices are used",
-                groups,
-                data,
-                len(devices),
-            )
-    if data > len(devices):
-        raise InputError(f"mesh.data: {data} devices asked for, {len(devices)} are here; use -1 for all of them")
-    if groups % data:
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _shape(sizes, groups, len(devices), alone=jax.process_count() == 1)
+    shards = math.prod(shape[:3])
+    if groups % shards:
         raise InputError(
-            f"mesh.data: {groups} routing groups of a microbatch do not split over {data} devices; use a divisor of "
-            f"{groups}, or raise train.batch_rows"
+            f"mesh: {groups} routing groups of a microbatch do not split over the {shards} devices of data x fsdp x "
+            f"expert; use a divisor of {groups}, or raise train.batch_rows or lower train.accumulate or "
+            "data.group_rows"
         )
-    return jax.make_mesh((data,), (DATA,), axis_types=(AxisType.Auto,), devices=devices[:data])
+    return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _shape(sizes: Any, groups: int, devices: int, alone: bool) -> tuple[int, ...]:
+    """Devices along each axis."""
+    asked = {axis: getattr(sizes, axis) for axis in AXES}
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    open_axes = [axis for axis, size in asked.items() if size == -1]
+    if open_axes:
+        left = devices // fixed
+        if open_axes == [DATA] and alone:
+            split = groups // math.gcd(groups, asked[FSDP] * asked[EXPERT])
+            left = max((n for n in range(1, left + 1) if split % n == 0), default=0)
+        if left * fixed > devices or not left or (left * fixed < devices and not alone):
+            raise InputError(
+                f"mesh: {devices} devices do not split over {_written(asked)}; give sizes whose product divides "
+                f"{devices}"
+            )
+        asked[open_axes[0]] = left
+    used = math.prod(asked.values())
+    if used > devices or (used < devices and not alone):
+        fewer = "fewer are asked for than there are, and every process needs some" if used < devices else "use -1"
+        raise InputError(f"mesh: {_written(asked)} are {used} devices, {devices} are here; {fewer}")
+    if used < devices:
+        message = "mesh: a microbatch has %d routing groups, so %d of %d devices are used"
+        logging.getLogger(__name__).warning(message, groups, used, devices)
+    return tuple(asked.values())
+
+
+def _written(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
+
+
+def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices in the shape of the mesh: neighbours along the later axes are near each other.
+
+    Several TPU slices are joined by a slow network, so only the first axis that all of them divide crosses it.
+    """
+    devices = devices[: math.prod(shape)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.array(devices).reshape(shape)  # in the order of processes: tensor stays inside one
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = next((i for i, size in enumerate(shape[:2]) if size % slices == 0), None)
+    if across is None:
+        raise InputError(f"mesh: {slices} slices divide neither data {shape[0]} nor fsdp {shape[1]}; use -1 for data")
+    between = [slices if i == across else 1 for i in range(len(shape))]
+    within = [size // number for size, number in zip(shape, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh):
-    """Makes `mesh` and RULES the ones that traced code sees."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    """Makes `mesh` the one that traced code sees."""
+    with jax.set_mesh(mesh):
         yield mesh
+
+
+def platform() -> str:
+    """What the traced program is for: the mesh's devices, which need not be here; without a mesh the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def size(*axes: str) -> int:
+    """Devices along axes of the mesh that traced code sees; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in axes)
+
+
+def shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def dealt(experts: int) -> bool:
+    """Whether a group of so many experts is dealt to the mesh axis "expert" that traced code sees."""
+    return experts % size(EXPERT) == 0
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------------
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -79,23 +162,56 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> NamedSharding:
     """The first axis (rows) is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def own_groups(mesh: Mesh, groups: int) -> tuple[int, ...]:
+    """Which of a batch's `groups` routing groups lie on devices of this process, ascending."""
+    held = rows(mesh).addressable_devices_indices_map((groups,)).values()
+    return tuple(sorted({i for (part,) in held for i in range(*part.indices(groups))}))
+
+
+def unboxed(params):
+    """Plain arrays of a tree of boxed Linen parameters."""
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
+    # Linen's own `unbox` would constrain each array to axes of the mesh with the names of its logical ones.
+    return jax.tree.map(lambda x: x.unbox(apply_constraint=False) if is_box(x) else x, params, is_leaf=is_box)
 
 
 def shardings_of(boxed, mesh: Mesh):
     """Shardings of a tree of boxed Linen parameters (their abstract values will do), by RULES.
 
     Raises:
-      InputError: a parameter names a logical axis that RULES does not know.
+      InputError: a parameter names a logical axis that RULES does not know, two of its axes lie on the same mesh axis,
+        or a mesh axis does not divide its dimension.
     """
-    known = {name for name, _ in RULES}
 
-    def one(spec: PartitionSpec) -> NamedSharding:
-        unknown = [axis for axis in spec if axis is not None and axis not in known]
-        if unknown:
-            raise InputError(f"sharding: no rule for the logical axis {unknown[0]!r}; add it to sharding.RULES")
-        table = dict(RULES)
-        return NamedSharding(mesh, PartitionSpec(*(None if axis is None else table[axis] for axis in spec)))
+    def one(path, spec: PartitionSpec, leaf) -> NamedSharding:
+        return NamedSharding(mesh, mesh_spec(spec, leaf.shape, mesh, jax.tree_util.keystr(path, simple=True)))
 
     specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(one, specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree_util.tree_map_with_path(one, specs, unboxed(boxed), is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str) -> PartitionSpec:
+    """Logical axes to mesh axes for an array called `name`; errors as `shardings_of`."""
+    table, used, result = dict(RULES), {}, []
+    for axis, dimension in zip(spec, shape, strict=True):
+        if axis is not None and axis not in table:
+            raise InputError(f"sharding: no rule for the logical axis {axis!r} of {name}; add it to sharding.RULES")
+        places = table.get(axis) or ()
+        places = (places,) if isinstance(places, str) else places
+        for place in places:
+            if place in used:
+                raise InputError(
+                    f"sharding: {axis} and {used[place]} of {name} both lie on the mesh axis {place}; change "
+                    "sharding.RULES"
+                )
+            used[place] = axis
+        if dimension % (parts := math.prod(mesh.shape[place] for place in places)):
+            raise InputError(
+                f"{' x '.join('mesh.' + place for place in places)}: {parts} devices do not divide the {dimension} of "
+                f"{name}'s axis {axis}; use a divisor of {dimension}"
+            )
+        result.append(places or None)
+    return PartitionSpec(*result)

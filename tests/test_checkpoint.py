@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moma_jax import sharding
+from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.training.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.training.run_dir import RunDir
@@ -37,7 +38,7 @@ def state_at(step, routing_state=None):
 
 
 def target_of(state, place=None):
-    place = sharding.replicated(sharding.make_mesh(1, 1)) if place is None else place
+    place = sharding.replicated(sharding.make_mesh(MeshConfig(), 1)) if place is None else place
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
 
 
@@ -66,7 +67,7 @@ def test_everything_comes_back(opened, routing_state):
     saved = found.saved(3)
     jax.tree.map(np.testing.assert_array_equal, saved.cursor, CURSOR)
     assert saved.cursor["lane"].dtype == np.int64 and saved.meta["counters"] == {"total": {"tokens": [1, 2]}}
-    place = sharding.replicated(sharding.make_mesh(1, 1))
+    place = sharding.replicated(sharding.make_mesh(MeshConfig(), 1))
     jax.tree.map(np.testing.assert_array_equal, found.routing_state(3, place), routing_state)
 
 
@@ -120,7 +121,7 @@ def test_restores_onto_another_sharding(opened):
     checkpoints = opened(keep_last=2, write=True)
     checkpoints.save(state_at(1), saved_at(1))
     checkpoints.wait()
-    mesh = sharding.make_mesh(1, 1)
+    mesh = sharding.make_mesh(MeshConfig(), 1)
     split = NamedSharding(mesh, PartitionSpec("data"))
     target = target_of(state_at(1))
     place = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split))

@@ -221,8 +221,8 @@ def test_a_custom_select_with_state_and_losses():
 
 ON_EIGHT_DEVICES = """
     import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from moma_jax.config import Modality, ModelConfig
+    from moma_jax import sharding
+    from moma_jax.config import MeshConfig, Modality, ModelConfig
     from moma_jax.errors import InputError
     from moma_jax.model.decoder import Decoder
     from test_experts import hashed, random_params
@@ -243,9 +243,9 @@ ON_EIGHT_DEVICES = """
             output = decoder.apply(params, *arrays, **run)
             return jnp.square(output.hidden_BSD - 1).sum() + sum(output.losses.values(), 0.0), output
         one = jax.jit(jax.value_and_grad(total, has_aux=True))(params, *arrays)
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        mesh = sharding.make_mesh(MeshConfig(), 8)
         with jax.set_mesh(mesh):
-            put = [jax.device_put(a, NamedSharding(mesh, PartitionSpec("data"))) for a in arrays]
+            put = [jax.device_put(a, sharding.rows(mesh)) for a in arrays]
             compiled = jax.jit(jax.value_and_grad(total, has_aux=True)).lower(params, *put).compile()
             eight = compiled(params, *put)
             assert "all-to-all" not in compiled.as_text()

@@ -14,6 +14,7 @@ import pytest
 from tiny import tiny
 
 from moma_jax import sharding
+from moma_jax.config import MeshConfig
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.model.routing import expert_choice
@@ -148,9 +149,9 @@ def test_evaluation_does_not_depend_on_batches():
 
 
 def test_mesh_must_hold_whole_groups():
-    with pytest.raises(InputError, match="mesh.data: 2 devices"):
-        sharding.make_mesh(2, groups=4)
-    assert sharding.make_mesh(-1, groups=3).size == 1
+    with pytest.raises(InputError, match="data 2 are 2 devices, 1 are here"):
+        sharding.make_mesh(MeshConfig(data=2), groups=4)
+    assert sharding.make_mesh(MeshConfig(), groups=3).size == 1
 
 
 def test_unknown_logical_axis_is_refused():
@@ -158,7 +159,7 @@ def test_unknown_logical_axis_is_refused():
 
     boxed = {"kernel": nn.LogicallyPartitioned(np.zeros((2, 2)), ("embed", "embbed"))}
     with pytest.raises(InputError, match="embbed"):
-        sharding.shardings_of(boxed, sharding.make_mesh(1, groups=1))
+        sharding.shardings_of(boxed, sharding.make_mesh(MeshConfig(), groups=1))
 
 
 def on_devices(number, accumulate):

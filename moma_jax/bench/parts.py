@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.bench.ffn import FfnCase
 from moma_jax.bench.timing import differentiated, in_turns, random, summarise
@@ -30,7 +31,7 @@ def measure_parts(
     those of the state's first layer; the state is used up.
     """
     config = program.config
-    rows = config.train.batch_rows // (config.train.accumulate * program.mesh.size)
+    rows = config.train.batch_rows // (config.train.accumulate * sharding.shards(program.mesh))
     batch = Batch(*(jnp.asarray(np.asarray(x)[:rows]) for x in batch))
     x_BSD = random(0, (rows, config.data.sequence, config.model.width), config.model.dtype)
     modality_BS = jnp.asarray(program.modality_V, jnp.int32)[batch.token_BS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -210,7 +211,8 @@ def _rows_that_fit(config: Config) -> int:
 
     Parameters, gradient and moments are 16 bytes per parameter; a tenth of the memory is left alone.
     """
-    devices = len(jax.local_devices()) if config.mesh.data == -1 else config.mesh.data
+    sizes = dataclasses.asdict(config.mesh).values()
+    devices = len(jax.devices()) if -1 in sizes else math.prod(sizes)
     room = devices * (0.9 * _device_memory() - 16 * parameter_count(config)["total"])
     if activation_bytes(config) <= room:
         return config.train.batch_rows

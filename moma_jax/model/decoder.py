@@ -14,9 +14,9 @@ Parameters, all float32; layers are stacked with a leading axis L, also where th
     layers/attention/out_HKD                [layers, heads, head, embed]
     layers/ffn_norm/scale_D                 [layers, embed]
     layers/ffn/<group>/router_DE            [layers, embed, -]                where the group has several experts
-    layers/ffn/<group>/gate_EDF             [layers, expert, embed, ffn]
-    layers/ffn/<group>/up_EDF               [layers, expert, embed, ffn]
-    layers/ffn/<group>/down_EFD             [layers, expert, ffn, embed]
+    layers/ffn/<group>/gate_EDF             [layers, expert, expert_embed, ffn]
+    layers/ffn/<group>/up_EDF               [layers, expert, expert_embed, ffn]
+    layers/ffn/<group>/down_EFD             [layers, expert, ffn, expert_embed]
     layers/ffn/<group>_auxiliary/in_DA      [layers, embed, -]                where model.auxiliary; A = d/2
     layers/ffn/<group>_auxiliary/out_AE     [layers, -, -]
     final_norm/scale_D                      [embed]

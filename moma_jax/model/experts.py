@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 from moma_jax.model import auxiliary as auxiliary_lib
 from moma_jax.model.auxiliary import SUFFIX, Auxiliary, AuxiliaryWeights
 from moma_jax.model.routing import Quota, Selection, checked, count_taken, make_score
+from moma_jax.sharding import BATCH
 
 EXACT = jax.lax.Precision.HIGHEST
 BLOCK = 256
@@ -119,10 +121,11 @@ class ExpertWeights(nn.Module):
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         e, d, f = self.experts, self.width, self.hidden
+        expert, embed = ("expert", "expert_embed") if sharding.dealt(e) else (None, "embed")
         return Experts(
-            weight("gate_EDF", ("expert", "embed", "ffn"), normal(d), (e, d, f)),
-            weight("up_EDF", ("expert", "embed", "ffn"), normal(d), (e, d, f)),
-            weight("down_EFD", ("expert", "ffn", "embed"), normal(f, self.out_scale), (e, f, d)),
+            weight("gate_EDF", (expert, embed, "ffn"), normal(d), (e, d, f)),
+            weight("up_EDF", (expert, embed, "ffn"), normal(d), (e, d, f)),
+            weight("down_EFD", (expert, "ffn", embed), normal(f, self.out_scale), (e, f, d)),
             weight("router_DE", ("embed", None), normal(d), (d, e)) if self.routed else None,
         )
 
@@ -199,7 +202,7 @@ def swiglu(x_END, experts: Experts, weight_EN=None):
     """
     weight_EN = jnp.ones(x_END.shape[:2], x_END.dtype) if weight_EN is None else weight_EN
     operands = (x_END, experts.gate_EDF, experts.up_EDF, experts.down_EFD, weight_EN)
-    match jax.default_backend():
+    match sharding.platform():
         case "cpu":
             # One expert after the other, so that its hidden vectors stay in the cache from one product to the next: a
             # batch of experts costs about 6% more.
@@ -235,30 +238,28 @@ def over_devices(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: boo
 
     Inside `jax.shard_map` gathers stay local; left to the partitioner they would be reshuffled over all devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if "data" not in mesh.axis_names or mesh.shape["data"] == 1 or "data" in mesh.manual_axes:
+    if sharding.size(*BATCH) == 1:
         return routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
-    groups, devices = x_GTD.shape[0], mesh.shape["data"]
+    groups, devices = x_GTD.shape[0], sharding.size(*BATCH)
     if groups % devices:
         raise InputError(
-            f"mesh.data: {groups} routing groups do not split over {devices} devices; use a divisor of {groups}"
+            f"mesh: {groups} routing groups do not split over {devices} devices; use a divisor of {groups}"
         )
 
     def local(x_GTD, place, drawn, state, routed):
         output = routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
         return output._replace(
-            state=jax.tree.map(lambda s: jax.lax.pmean(s, "data"), output.state),
-            losses=jax.tree.map(lambda s: jax.lax.pmean(s, "data"), output.losses),
-            taken_M3=jax.lax.psum(output.taken_M3, "data"),
-            predicted_M4=jax.lax.psum(output.predicted_M4, "data"),
+            state=jax.tree.map(lambda s: jax.lax.pmean(s, BATCH), output.state),
+            losses=jax.tree.map(lambda s: jax.lax.pmean(s, BATCH), output.losses),
+            taken_M3=jax.lax.psum(output.taken_M3, BATCH),
+            predicted_M4=jax.lax.psum(output.predicted_M4, BATCH),
         )
 
-    split, same = PartitionSpec("data"), PartitionSpec()
+    split, same = PartitionSpec(BATCH), PartitionSpec()
     return jax.shard_map(
         local,
         in_specs=(split, split, same, same, same),
         out_specs=FfnOutput(split, same, same, same, same, split),
-        axis_names={"data"},
     )(x_GTD, place, drawn, state, routed)
 
 

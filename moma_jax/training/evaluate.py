@@ -174,7 +174,7 @@ class Evaluator:
         """Figures of one held-out set by routing; call it under `sharding.use_mesh`."""
         program, reports = self._program, {name: [] for name in self._steps}
         seconds, group, tokens = dict.fromkeys(reports, 0.0), 0, 0
-        for batch in held_out(program.config, eval_set, program.mesh.size):
+        for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
             device_batch, kind_BS = put((batch, self._kinds.of(batch)), program.mesh)
             arguments = (params, routing_state, device_batch, kind_BS, replicate(group, program.mesh))
             for name in self._steps:

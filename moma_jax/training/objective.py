@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moma_jax.sharding import DATA
+from moma_jax.sharding import BATCH, size
 
 
 class Sums(NamedTuple):
@@ -89,18 +89,17 @@ _total.defvjp(_total_forward, _total_backward)
 
 def _over_devices(settings, with_grads, *arrays):
     """`_local` on every device's own rows, sums and the kernel's gradient added up over the mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get(DATA, 1) == 1:
+    if size(*BATCH) == 1:
         return _local(settings, with_grads, *arrays)
 
     def on_device(*shards):
         (total, sums), grads = _local(settings, with_grads, *shards)
-        total, sums = jax.lax.psum((total, sums), DATA)
+        total, sums = jax.lax.psum((total, sums), BATCH)
         if with_grads:
-            grads = (grads[0], jax.lax.psum(grads[1], DATA))
+            grads = (grads[0], jax.lax.psum(grads[1], BATCH))
         return (total, sums), grads
 
-    row, whole = PartitionSpec(DATA), PartitionSpec()
+    row, whole = PartitionSpec(BATCH), PartitionSpec()
     out_specs = ((whole, whole), (row, whole) if with_grads else None)
     run = jax.shard_map(on_device, in_specs=(row, whole, row, row, row), out_specs=out_specs, check_vma=False)
     return run(*arrays)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +61,7 @@ def first_state(program: Program, routing_state: Any) -> TrainState:
     seeded = program._replace(config=dataclasses.replace(config, train=train))
 
     def create():
-        params = auxiliary_params(nn.unbox(init_params(seeded, routing_state)))
+        params = auxiliary_params(sharding.unboxed(init_params(seeded, routing_state)))
         return TrainState(jnp.int32(0), params, program.optimizer.transformation.init(params), {})
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_routers(program, routing_state))
@@ -147,7 +146,7 @@ class HeldOut:
         """{"loss"} and the figures of one set, over whole routing groups; call it under `sharding.use_mesh`."""
         program, parts, group, judged = self._program, [], 0, 0
         rows = program.config.data.group_rows
-        for batch in held_out(program.config, eval_set, program.mesh.size):
+        for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
             weighed_B1 = batch.weight_BS.sum(axis=1, keepdims=True) > 0  # beyond the set's rows nothing is
             batch = batch._replace(segment_BS=np.where(weighed_B1, batch.segment_BS, 0).astype(np.int32))
             number = replicate(group, program.mesh)

@@ -55,7 +55,7 @@ class Scorer:
         self._loaded, config = loaded, loaded.config
         self._decoder = loaded.under(routing)
         self._mesh, self._pad = loaded.program.mesh, loaded.vocabulary.pad
-        self._rows = round_up(batch_rows, self._decoder.group_rows * self._mesh.size)
+        self._rows = round_up(batch_rows, self._decoder.group_rows * sharding.shards(self._mesh))
         self._sequence, self._vocabulary = config.data.sequence, loaded.vocabulary.size
         self._modality_V = jnp.asarray(loaded.vocabulary.modality_V, jnp.int32)
         self._program = jax.jit(self._score, out_shardings=sharding.rows(self._mesh))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -80,12 +79,15 @@ class Program(NamedTuple):
     modality_V: Any
 
 
-def make_program(config: Config, vocabulary: Vocabulary, select: Callable | None = None) -> Program:
+def make_program(
+    config: Config, vocabulary: Vocabulary, select: Callable | None = None, devices: Sequence[Any] | None = None
+) -> Program:
     """The parts of a run from its resolved config; `vocabulary` says which id is which modality.
 
-    `select` is a routing function of one's own; None: the config's.
+    `select` is a routing function of one's own; None: the config's. `devices` are those to compile for; None: the ones
+    that are here.
     """
-    mesh = sharding.make_mesh(config.mesh.data, micro_groups(config))
+    mesh = sharding.make_mesh(config.mesh, micro_groups(config), devices)
     select = training_select(config) if select is None else select
     return Program(config, decoder_of(config, select), make_optimizer(config), mesh, vocabulary.modality_V)
 
@@ -135,7 +137,7 @@ def abstract_state_of(program: Program, params: Any, routing_state: Any) -> Trai
 def abstract_params(program: Program, routing_state: Any) -> Any:
     """Shapes, types and shardings of the parameters; `routing_state` is one that the decoder takes."""
     boxed = jax.eval_shape(lambda: init_params(program, routing_state))
-    plain = jax.eval_shape(lambda: nn.unbox(init_params(program, routing_state)))
+    plain = jax.eval_shape(lambda: sharding.unboxed(init_params(program, routing_state)))
     shardings = sharding.shardings_of(boxed, program.mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), plain, shardings)
 
@@ -144,7 +146,7 @@ def create_state(program: Program, routing_state: Any) -> TrainState:
     """A fresh state from `train.seed`, born with its shardings; `routing_state` is the select function's first one."""
 
     def create():
-        params = nn.unbox(init_params(program, routing_state))
+        params = sharding.unboxed(init_params(program, routing_state))
         opt_state = program.optimizer.transformation.init(params)
         return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
 
@@ -319,13 +321,13 @@ def _mean_state(total, accumulate: int, before):
 
 def _microbatches(program: Program, tree):
     """Splits leading axes into (microbatch, its part), every device keeping the rows that it has."""
-    devices, accumulate = program.mesh.size, program.config.train.accumulate
-    split = NamedSharding(program.mesh, PartitionSpec(None, sharding.DATA))
+    shards, accumulate = sharding.shards(program.mesh), program.config.train.accumulate
+    split = NamedSharding(program.mesh, PartitionSpec(None, sharding.BATCH))
 
     def one(x):
-        part = x.shape[0] // (devices * accumulate)
-        x = x.reshape(devices, accumulate, part, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x.reshape(accumulate, devices * part, *x.shape[3:]), split)
+        part = x.shape[0] // (shards * accumulate)
+        x = x.reshape(shards, accumulate, part, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x.reshape(accumulate, shards * part, *x.shape[3:]), split)
 
     return jax.tree.map(one, tree)
 
