@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +35,7 @@ BATCH = (DATA, FSDP, EXPERT)
 RULES = (
     ("batch", BATCH),
     ("layers", None),
+    ("norm", None),
     ("embed", (FSDP, EXPERT)),
     ("expert", EXPERT),
     ("expert_embed", FSDP),
@@ -45,6 +46,9 @@ RULES = (
 )
 """Logical axis -> mesh axes. A parameter axis that is missing here is an error, never a silent replica; so are two axes
 of one array on the same mesh axis."""
+
+STORED = ("embed", "expert_embed")
+"""Logical axes that parameters are only stored split along; computation sees them whole."""
 
 
 # The mesh -------------------------------------------------------------------------------------------------------------
@@ -199,8 +203,7 @@ def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str
     for axis, dimension in zip(spec, shape, strict=True):
         if axis is not None and axis not in table:
             raise InputError(f"sharding: no rule for the logical axis {axis!r} of {name}; add it to sharding.RULES")
-        places = table.get(axis) or ()
-        places = (places,) if isinstance(places, str) else places
+        places = tuple(place for place in _names(table.get(axis)) if mesh.shape[place] > 1)
         for place in places:
             if place in used:
                 raise InputError(
@@ -215,3 +218,63 @@ def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str
             )
         result.append(places or None)
     return PartitionSpec(*result)
+
+
+# Inside the program ---------------------------------------------------------------------------------------------------
+
+# What communicates is written out, each device's share of the work inside `on_shards`; the compiler's partitioner has
+# only element-wise operations to place. So the collectives of a program are those that stand here and in the callers.
+
+
+def on_shards(function: Callable, in_specs: Any, out_specs: Any, check: bool = True) -> Callable:
+    """`function` of every device's own parts of its arguments; itself where traced code sees a single device.
+
+    `check` tracks which values differ between devices, which gradients need; without gradient it is not worth much.
+    """
+    if size(*AXES) == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Where an array of these logical axes lies; mesh axes of one device are left out."""
+    table = dict(RULES)
+    return PartitionSpec(*(present(*_names(table.get(axis))) or None for axis in axes))
+
+
+def whole(weight, axes: Sequence[str | None], dtype, stored: Sequence[str] = STORED):
+    """A device's part of a parameter of these logical axes, in `dtype`, gathered along those it is only stored along.
+
+    The gradient is scattered back as it is summed, in `dtype`; then the copies on the other axes are summed in float32.
+    """
+    apart = {name for place in spec(*axes) for name in _names(place)}
+    weight = varying(weight, *(axis for axis in BATCH if axis not in apart)).astype(dtype)
+    for dimension, axis in enumerate(axes):
+        if axis in stored and (places := _names(spec(axis)[0])):
+            weight = jax.lax.all_gather(weight, places, axis=dimension, tiled=True)
+    return weight
+
+
+def present(*axes: str) -> tuple[str, ...]:
+    """Those of the mesh axes that have several devices."""
+    return tuple(axis for axis in axes if size(axis) > 1)
+
+
+def _names(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of an entry of RULES or of a PartitionSpec."""
+    return (place,) if isinstance(place, str) else place or ()
+
+
+def varying(x, *axes: str):
+    """The same value, free to differ between devices along mesh axes where it was equal; its gradients are summed."""
+    return jax.lax.pcast(x, places, to="varying") if (places := present(*axes)) else x
+
+
+def summed(tree: Any, *axes: str) -> Any:
+    """The sum over devices along mesh axes."""
+    return jax.lax.psum(tree, places) if (places := present(*axes)) else tree
+
+
+def averaged(tree: Any, *axes: str) -> Any:
+    """The mean over devices along mesh axes."""
+    return jax.lax.pmean(tree, places) if (places := present(*axes)) else tree

@@ -14,10 +14,11 @@ import quick
 
 from moma_jax.config import Modality, ModelConfig
 from moma_jax.ffn import parse_ffn
-from moma_jax.model import experts as experts_lib
+from moma_jax.model import slots as slots_lib
 from moma_jax.model.decoder import Decoder
-from moma_jax.model.experts import Drawn, Experts, Ffn, swiglu
+from moma_jax.model.experts import Drawn, Ffn
 from moma_jax.model.routing import Selection, expert_choice
+from moma_jax.model.slots import Experts, swiglu
 
 ROWS, SEQUENCE, WIDTH, HIDDEN, SEED = 2, 12, 8, 16, 123
 MODALITIES = (Modality("text", "t", 8), Modality("image", "i", 8, 4), Modality("sound", "s", 8, 2))
@@ -279,7 +280,7 @@ def test_eight_devices_give_the_same_selections_outputs_and_gradients():
 
 @pytest.mark.parametrize("block", [1, 5, 256])
 def test_blocks_of_filled_slots_compute_what_was_taken(monkeypatch, block):
-    monkeypatch.setattr(experts_lib, "BLOCK", block)
+    monkeypatch.setattr(slots_lib, "BLOCK", block)
     dice = np.random.default_rng(0)
     groups, experts, slots, tokens, width, hidden = 2, 3, 12, 12, 4, 8
     x_ND = dice.normal(size=(groups * tokens, width)).astype(np.float32)
@@ -294,7 +295,7 @@ def test_blocks_of_filled_slots_compute_what_was_taken(monkeypatch, block):
     filled_GEC = np.arange(slots) < count_GE[..., None]
     gate_GEC = np.where(filled_GEC, dice.uniform(0.1, 1, filled_GEC.shape), 0).astype(np.float32)
     selection = Selection(jnp.asarray(index_GEC, jnp.int32), jnp.asarray(gate_GEC), jnp.asarray(filled_GEC))
-    found_ND = experts_lib.in_blocks(
+    found_ND = slots_lib.in_blocks(
         jnp.zeros_like(x_ND), jnp.asarray(x_ND), selection, Experts(*map(jnp.asarray, weights))
     )
     right_ND = np.zeros_like(x_ND)

@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parent.parent / "moma_jax"
 # A module may import from its own floor and from those after it.
 FLOORS = [
     ["__main__"],
-    ["bench", "evals"],
+    ["bench", "evals", "plan"],
     ["training", "generate"],
     ["recipes"],
     ["model", "data", "cost"],
     ["config", "config_json", "checks", "batch"],
-    ["vocab", "sharding", "ffn"],
+    ["vocab", "sharding", "hosts", "ffn"],
     ["errors", "host"],
 ]
-MODEL_FLOORS = [["decode"], ["decoder"], ["depth", "experts", "attention"], ["auxiliary", "causal"], ["routing"]]
+MODEL_FLOORS = [
+    ["decode"], ["decoder"], ["depth", "attention"], ["experts"], ["slots"], ["auxiliary", "causal"], ["routing"],
+]  # fmt: skip
 
 
 def imported(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from moma_jax.bench.timing import differentiated, in_turns, random, say, summari
 from moma_jax.config import IMAGE, TEXT, ModelConfig
 from moma_jax.ffn import parse_ffn
 from moma_jax.model import experts as experts_lib
+from moma_jax.model import slots
 from moma_jax.model.decoder import Decoder
 
 
@@ -113,9 +114,9 @@ class FfnCase(NamedTuple):
             return {name: selection.gate_EC for name, selection in chosen(weights, x_GTD, around).items()}
 
         selections = jax.jit(chosen)(weights, x_GTD, around)
-        slots = {name: _slots(selection, x_GTD.shape[1]) for name, selection in selections.items()}
-        index = {name: slot[0] for name, slot in slots.items()}
-        gate = {name: slot[1] for name, slot in slots.items()}
+        taken_slots = {name: _slots(selection, x_GTD.shape[1]) for name, selection in selections.items()}
+        index = {name: slot[0] for name, slot in taken_slots.items()}
+        gate = {name: slot[1] for name, slot in taken_slots.items()}
         taken = jax.jit(_dispatch)(x_GTD, index)
         calls = {}
         if any(weight.router_DE is not None for weight in weights.values()):
@@ -125,7 +126,7 @@ class FfnCase(NamedTuple):
         calls["combine"] = differentiated(_combine, (taken,), (index, x_GTD), times=times)
         return calls
 
-    def _weights(self) -> dict[str, experts_lib.Experts]:
+    def _weights(self) -> dict[str, slots.Experts]:
         """The parameters by group of experts."""
         return experts_lib.experts_of(self.params)
 
@@ -136,17 +137,17 @@ class FfnCase(NamedTuple):
 
 def _slots(selection, tokens: int):
     """(index_EN, gate_EN) of all routing groups' slots, by expert."""
-    selection = experts_lib.offset(selection, tokens)
-    return experts_lib.flat(selection.index_EC), experts_lib.flat(selection.gate_EC)
+    selection = slots.offset(selection, tokens)
+    return slots.flat(selection.index_EC), slots.flat(selection.gate_EC)
 
 
 def _dispatch(x_GTD, index):
     x_ND = x_GTD.reshape(-1, x_GTD.shape[-1])
-    return {name: experts_lib.dispatch(x_ND, index_EN) for name, index_EN in index.items()}
+    return {name: slots.dispatch(x_ND, index_EN) for name, index_EN in index.items()}
 
 
 def _experts(weights, taken, gate, shared, x_GTD, _):
-    outputs = {name: experts_lib.swiglu(taken[name], weights[name], gate[name]) for name in weights}
+    outputs = {name: slots.swiglu(taken[name], weights[name], gate[name]) for name in weights}
     return outputs if shared is None else (outputs, experts_lib.everywhere(x_GTD, shared))
 
 
@@ -158,5 +159,5 @@ def _combine(outputs, around):
     index, x_GTD = around
     y_ND = jnp.zeros((x_GTD.shape[0] * x_GTD.shape[1], x_GTD.shape[2]), x_GTD.dtype)
     for name, out_END in outputs.items():
-        y_ND = experts_lib.combine(y_ND, index[name], out_END)
+        y_ND = slots.combine(y_ND, index[name], out_END)
     return y_ND

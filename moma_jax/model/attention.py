@@ -10,8 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.model.experts import normal, output_scale
+from moma_jax.sharding import TENSOR
+
+AXES = {
+    "query_DHK": ("embed", "heads", "head"),
+    "key_DHK": ("embed", "heads", "head"),
+    "value_DHK": ("embed", "heads", "head"),
+    "out_HKD": ("heads", "head", "embed"),
+}
+"""Logical axes of the projections."""
 
 # A score that no softmax sees; finite, so that a row without a visible key gives no NaN.
 HIDDEN = -1e30
@@ -124,17 +134,20 @@ class Attention(nn.Module):
         """x_BSD in compute dtype; returns the same shape and dtype."""
         model, d, h = self.model, self.model.width, self.model.heads
 
-        def weight(name, axes, init, shape):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        def weight(name, init, shape):
+            return self.param(name, nn.with_logical_partitioning(init, AXES[name]), shape, jnp.float32)
 
-        weights = {
-            name: weight(name, ("embed", "heads", "head"), normal(d), (d, h, d // h))
-            for name in ("query_DHK", "key_DHK", "value_DHK")
-        }
-        weights["out_HKD"] = weight(
-            "out_HKD", ("heads", "head", "embed"), normal(d, output_scale(model)), (h, d // h, d)
-        )
+        weights = {name: weight(name, normal(d), (d, h, d // h)) for name in ("query_DHK", "key_DHK", "value_DHK")}
+        weights["out_HKD"] = weight("out_HKD", normal(d, output_scale(model)), (h, d // h, d))
         weights |= {name: QkNormWeights((h, d // h), name=name)() for name in ("query_norm", "key_norm")}
-        q_BSHK, k_BSHK, v_BSHK = project(x_BSD, weights, angles, model.norm_epsilon)
-        y_BSHK = attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=model.attention_chunk)
-        return project_out(y_BSHK, weights)
+
+        def local(x_BSD, weights, segment_BS, position_BS, angles):
+            weights = weights | {name: sharding.whole(weights[name], AXES[name], x_BSD.dtype) for name in AXES}
+            q_BSHK, k_BSHK, v_BSHK = project(x_BSD, weights, angles, model.norm_epsilon)
+            y_BSHK = attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=model.attention_chunk)
+            return sharding.summed(project_out(y_BSHK, weights), TENSOR)
+
+        rows, norm = sharding.spec("batch"), dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
+        specs = {name: sharding.spec(*axes) for name, axes in AXES.items()} | {"query_norm": norm, "key_norm": norm}
+        over_shards = sharding.on_shards(local, (rows, specs, rows, rows, rows), rows)
+        return over_shards(x_BSD, weights, segment_BS, position_BS, angles)

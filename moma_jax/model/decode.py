@@ -18,7 +18,8 @@ from moma_jax.ffn import ExpertGroup
 from moma_jax.model import auxiliary, causal
 from moma_jax.model.attention import attend_block, project, project_out, rotary_angles
 from moma_jax.model.decoder import compute_dtype, rms_norm, sub_layer
-from moma_jax.model.experts import EXACT, Experts, combine, dispatch, experts_of, swiglu_of
+from moma_jax.model.experts import EXACT, experts_of
+from moma_jax.model.slots import Experts, combine, dispatch, swiglu_of
 
 LEAST_BLOCK = 4
 """Tokens that an expert computes together, at least: reading its weights takes as long."""

@@ -3,7 +3,7 @@
 Parameters, all float32; layers are stacked with a leading axis L, also where there is one (logical axes in brackets):
 
     embedding/kernel_VD                     [vocab, embed]
-    layers/attention_norm/scale_D           [layers, embed]
+    layers/attention_norm/scale_D           [layers, norm]
     layers/attention/query_DHK              [layers, embed, heads, head]
     layers/attention/key_DHK                [layers, embed, heads, head]
     layers/attention/value_DHK              [layers, embed, heads, head]
@@ -12,14 +12,14 @@ Parameters, all float32; layers are stacked with a leading axis L, also where th
     layers/attention/key_norm/scale_HK      [layers, heads, head]
     layers/attention/key_norm/bias_HK       [layers, heads, head]
     layers/attention/out_HKD                [layers, heads, head, embed]
-    layers/ffn_norm/scale_D                 [layers, embed]
+    layers/ffn_norm/scale_D                 [layers, norm]
     layers/ffn/<group>/router_DE            [layers, embed, -]                where the group has several experts
     layers/ffn/<group>/gate_EDF             [layers, expert, expert_embed, ffn]
     layers/ffn/<group>/up_EDF               [layers, expert, expert_embed, ffn]
     layers/ffn/<group>/down_EFD             [layers, expert, ffn, expert_embed]
     layers/ffn/<group>_auxiliary/in_DA      [layers, embed, -]                where model.auxiliary; A = d/2
     layers/ffn/<group>_auxiliary/out_AE     [layers, -, -]
-    final_norm/scale_D                      [embed]
+    final_norm/scale_D                      [norm]
     unembedding/kernel_DV                   [embed, vocab]
 
 <group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), and `shared` (+1x, of N times the
@@ -41,12 +41,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moma_jax import sharding
 from moma_jax.config import Config, Modality, ModelConfig
+from moma_jax.errors import InputError
 from moma_jax.ffn import parse_ffn
 from moma_jax.model import causal
 from moma_jax.model.attention import Attention, rotary_angles
 from moma_jax.model.experts import Drawn, Ffn, Place, Rules, is_dense, normal
 from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash, take_all
+from moma_jax.sharding import BATCH, DATA, EXPERT, FSDP, TENSOR
 
 
 class DecoderOutput(NamedTuple):
@@ -90,8 +93,31 @@ class RmsNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD):
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         return rms_norm(x_BSD, self.param("scale_D", ones, x_BSD.shape[-1:], jnp.float32), self.epsilon)
+
+
+def look_up(table_VD, token_BS, dtype):
+    """Rows of the embedding table in compute dtype, (B, S, D).
+
+    On a mesh a device has some columns of the table, and with `tensor` some of its ids; so ids travel to the columns
+    that are stored elsewhere, and columns come back.
+    """
+
+    def local(table_VD, token_BS):
+        stored = sharding.present(FSDP, EXPERT)
+        if stored:
+            token_BS = jax.lax.all_gather(token_BS, stored, axis=0, tiled=True)
+        table_VD = sharding.varying(table_VD, DATA)
+        if sharding.size(TENSOR) > 1:
+            token_BS = token_BS - jax.lax.axis_index(TENSOR) * len(table_VD)
+        here_BS = (token_BS >= 0) & (token_BS < len(table_VD))
+        x_BSD = jnp.where(here_BS[..., None], table_VD[jnp.where(here_BS, token_BS, 0)], 0).astype(dtype)
+        x_BSD = sharding.summed(x_BSD, TENSOR)
+        return jax.lax.all_to_all(x_BSD, stored, 0, 2, tiled=True) if stored else x_BSD
+
+    rows = sharding.spec("batch")
+    return sharding.on_shards(local, (sharding.spec("vocab", "embed"), rows), rows)(table_VD, token_BS)
 
 
 class Kernel(nn.Module):
@@ -203,6 +229,9 @@ class Decoder(nn.Module):
         chex.assert_rank(token_BS, 2)
         chex.assert_equal_shape((token_BS, segment_BS, position_BS, modality_BS))
         chex.assert_is_divisible(token_BS.shape[0], self.group_rows)
+        groups, shards = token_BS.shape[0] // self.group_rows, sharding.size(*BATCH)
+        if groups % shards:
+            raise InputError(f"mesh: {groups} routing groups do not split over {shards} devices; use a multiple")
         model, vocabulary = self.model, sum(m.size for m in self.modalities)
         dtype = compute_dtype(model)
         group_G = jnp.arange(token_BS.shape[0] // self.group_rows) if group_G is None else group_G
@@ -231,7 +260,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(model, rules, layout.shared, self.group_rows, train, return_selections, name="layers")
         state = {} if routing_state is None else routing_state
-        x_BSD = embedding_VD[token_BS].astype(dtype)
+        x_BSD = look_up(embedding_VD, token_BS, dtype)
         x_BSD, (state, losses, (taken_LM3, predicted_LM4), selections) = layers(
             x_BSD, (jnp.arange(model.layers), state), common
         )
@@ -277,20 +306,31 @@ class Decoder(nn.Module):
 
 
 def rematerialised(policy: str):
-    """The layer, with the named remat policy."""
+    """The layer, with the named remat policy. Who was taken is never decided anew, and weights are always gathered
+    anew: kept, a model that is stored in parts would lie whole on every device."""
     match policy:
         case "none":
-            return Layer
+            return nn.remat(Layer, prevent_cse=False, policy=_all_but_gathered)
         case "dots":
             return nn.remat(Layer, prevent_cse=False, policy=_weight_products)
         case "full":
-            return nn.remat(Layer, prevent_cse=False)
+            return nn.remat(Layer, prevent_cse=False, policy=_choices)
+
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    return primitive.name != "all_gather"
+
+
+def _choices(primitive, *_, **__) -> bool:
+    return primitive.name == "top_k"
 
 
 def _weight_products(primitive, *_, **parameters) -> bool:
-    """True for products with weights, the experts' batch included; attention's scores, a product for each row and
-    head, are made anew: kept, they would outweigh everything else."""
-    return primitive.name == "dot_general" and len(parameters["dimension_numbers"][1][0]) <= 1
+    """True for products with weights, the experts' batch included, and for slots that travelled; attention's scores, a
+    product for each row and head, are made anew: kept, they would outweigh everything else."""
+    if primitive.name == "dot_general":
+        return len(parameters["dimension_numbers"][1][0]) <= 1
+    return primitive.name in ("top_k", "all_to_all")
 
 
 def compute_dtype(model: ModelConfig):

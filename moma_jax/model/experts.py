@@ -2,7 +2,7 @@
 
     y = sum over the experts j that took x of gate_j(x) * SwiGLU_j(x)   (+ the shared experts' SwiGLU, gate 1)
 
-Dispatch, computation and combination act on a Selection and do not know who chose.
+Here experts are declared and chosen; model/slots.py computes on what was chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
@@ -23,27 +22,10 @@ from moma_jax.ffn import ExpertGroup
 from moma_jax.model import auxiliary as auxiliary_lib
 from moma_jax.model.auxiliary import SUFFIX, Auxiliary, AuxiliaryWeights
 from moma_jax.model.routing import Quota, Selection, checked, count_taken, make_score
-from moma_jax.sharding import BATCH
+from moma_jax.model.slots import Experts, axes_of, gathered, in_blocks, in_slots, joined, offset, swiglu
+from moma_jax.sharding import BATCH, TENSOR
 
 EXACT = jax.lax.Precision.HIGHEST
-BLOCK = 256
-"""Slots that are computed together where only filled ones are (`in_blocks`)."""
-
-
-class Experts(NamedTuple):
-    """Weights of one group of experts, float32.
-
-    Attributes:
-      gate_EDF, up_EDF, down_EFD: projections of each expert's SwiGLU.
-      router_DE: None where the group has one expert.
-      auxiliary: the auxiliary router, where the model has one.
-    """
-
-    gate_EDF: Any
-    up_EDF: Any
-    down_EFD: Any
-    router_DE: Any = None
-    auxiliary: Auxiliary | None = None
 
 
 class Place(NamedTuple):
@@ -121,12 +103,12 @@ class ExpertWeights(nn.Module):
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         e, d, f = self.experts, self.width, self.hidden
-        expert, embed = ("expert", "expert_embed") if sharding.dealt(e) else (None, "embed")
+        axes = axes_of(e, self.routed)
         return Experts(
-            weight("gate_EDF", (expert, embed, "ffn"), normal(d), (e, d, f)),
-            weight("up_EDF", (expert, embed, "ffn"), normal(d), (e, d, f)),
-            weight("down_EFD", (expert, "ffn", embed), normal(f, self.out_scale), (e, f, d)),
-            weight("router_DE", ("embed", None), normal(d), (d, e)) if self.routed else None,
+            weight("gate_EDF", axes.gate_EDF, normal(d), (e, d, f)),
+            weight("up_EDF", axes.up_EDF, normal(d), (e, d, f)),
+            weight("down_EFD", axes.down_EFD, normal(f, self.out_scale), (e, f, d)),
+            weight("router_DE", axes.router_DE, normal(d), (d, e)) if self.routed else None,
         )
 
 
@@ -153,16 +135,8 @@ class Ffn(nn.Module):
                 routed[name] = routed[name]._replace(auxiliary=predictor)
         if self.shared:
             # N always-on experts with gate 1 are one of N times the hidden width.
-            always = weights("shared", 1, self.shared * self.model.hidden, False)
-        if is_dense(self.rules):
-            (experts,) = routed.values()
-            modality_N = place.modality_GT.reshape(-1)
-            taken_M3 = count_taken(jnp.ones_like(modality_N), modality_N, self.rules.modalities)
-            predicted_M4 = jnp.zeros((self.rules.modalities, 4), jnp.int32)
-            output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, predicted_M4, {})
-        else:
-            output = over_devices(x_GTD, place, drawn, state, routed, rules=self.rules, noise=self.train)
-        return output._replace(y_GTD=output.y_GTD + everywhere(x_GTD, always)) if self.shared else output
+            routed["shared"] = weights("shared", 1, self.shared * self.model.hidden, False)
+        return over_shards(x_GTD, place, drawn, state, routed, rules=self.rules, noise=self.train)
 
 
 def experts_of(params: Any) -> dict[str, Experts]:
@@ -191,76 +165,49 @@ def output_scale(model: ModelConfig) -> float:
 # Computation ----------------------------------------------------------------------------------------------------------
 
 
-def swiglu(x_END, experts: Experts, weight_EN=None):
-    """Weighted SwiGLU of each expert on its own N tokens: weight * (silu(x W_gate) * (x W_up)) W_down.
-
-    Args:
-      x_END: compute dtype, in which everything is done. weight_EN: float32 router gates; None for 1.
-
-    The weight multiplies the hidden vector, which is linear in it and saves a pass over the output. The backward pass
-    keeps the two projections and computes the hidden vector anew from them: no further matrix product.
-    """
-    weight_EN = jnp.ones(x_END.shape[:2], x_END.dtype) if weight_EN is None else weight_EN
-    operands = (x_END, experts.gate_EDF, experts.up_EDF, experts.down_EFD, weight_EN)
-    match sharding.platform():
-        case "cpu":
-            # One expert after the other, so that its hidden vectors stay in the cache from one product to the next: a
-            # batch of experts costs about 6% more.
-            return jnp.stack([swiglu_of(*expert) for expert in zip(*map(_unstacked, operands), strict=True)])
-        case _:
-            return swiglu_of(*operands)
-
-
-def _unstacked(axis_E) -> list:
-    """The slices along the first axis. A split, whose gradient is a concatenation; an index's is padding and a sum."""
-    return [part[0] for part in jax.lax.split(axis_E, [1] * len(axis_E))]
-
-
-def swiglu_of(x_ND, gate_DF, up_DF, down_FD, weight_N):
-    """SwiGLU of one expert, or of several where every array has a leading axis E."""
-    dtype = x_ND.dtype
-
-    def contract(gate_NF, up_NF, weight_N, down_FD):
-        hidden_NF = jax.nn.silu(gate_NF) * up_NF * weight_N[..., None].astype(dtype)
-        return hidden_NF @ down_FD.astype(dtype)
-
-    gate_NF, up_NF = x_ND @ gate_DF.astype(dtype), x_ND @ up_DF.astype(dtype)
-    return jax.checkpoint(contract, prevent_cse=False)(gate_NF, up_NF, weight_N, down_FD)
-
-
 def everywhere(x_GTD, experts: Experts):
     """One SwiGLU on all tokens, no dispatch."""
     return swiglu(x_GTD.reshape(1, -1, x_GTD.shape[-1]), experts).reshape(x_GTD.shape)
 
 
-def over_devices(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool) -> FfnOutput:
-    """`routed_ffn`, on each device's own routing groups where a mesh has an axis "data".
+def over_shards(x_GTD, place, drawn, state, weights: dict[str, Experts], *, rules: Rules, noise: bool) -> FfnOutput:
+    """`feed_forward` of each device's own routing groups, with the experts wherever the mesh has them."""
+    experts = {group.name: group.experts for group in rules.groups} | {"shared": 1}
+    axes = {
+        name: axes_of(experts[name], own.router_DE is not None, own.auxiliary is not None)
+        for name, own in weights.items()
+    }
 
-    Inside `jax.shard_map` gathers stay local; left to the partitioner they would be reshuffled over all devices.
-    """
-    if sharding.size(*BATCH) == 1:
-        return routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
-    groups, devices = x_GTD.shape[0], sharding.size(*BATCH)
-    if groups % devices:
-        raise InputError(
-            f"mesh: {groups} routing groups do not split over {devices} devices; use a divisor of {groups}"
-        )
-
-    def local(x_GTD, place, drawn, state, routed):
-        output = routed_ffn(x_GTD, place, drawn, state, routed, rules=rules, noise=noise)
+    def local(x_GTD, place, drawn, state, weights):
+        weights = {name: gathered(own, axes[name], x_GTD.dtype, rules.filled_only) for name, own in weights.items()}
+        output = feed_forward(x_GTD, place, drawn, state, weights, rules=rules, noise=noise)
         return output._replace(
-            state=jax.tree.map(lambda s: jax.lax.pmean(s, BATCH), output.state),
-            losses=jax.tree.map(lambda s: jax.lax.pmean(s, BATCH), output.losses),
-            taken_M3=jax.lax.psum(output.taken_M3, BATCH),
-            predicted_M4=jax.lax.psum(output.predicted_M4, BATCH),
+            y_GTD=sharding.summed(output.y_GTD, TENSOR),
+            state=sharding.averaged(output.state, *BATCH),
+            losses=sharding.averaged(output.losses, *BATCH),
+            taken_M3=sharding.summed(output.taken_M3, *BATCH),
+            predicted_M4=sharding.summed(output.predicted_M4, *BATCH),
         )
 
-    split, same = PartitionSpec(BATCH), PartitionSpec()
-    return jax.shard_map(
-        local,
-        in_specs=(split, split, same, same, same),
-        out_specs=FfnOutput(split, same, same, same, same, split),
-    )(x_GTD, place, drawn, state, routed)
+    mine, same = sharding.spec("batch"), sharding.spec()
+    specs = jax.tree.map(lambda _, own: sharding.spec(*own), weights, axes)
+    out_specs = FfnOutput(mine, same, same, same, same, mine)
+    return sharding.on_shards(local, (mine, mine, same, same, specs), out_specs)(x_GTD, place, drawn, state, weights)
+
+
+def feed_forward(x_GTD, place, drawn, state, weights: dict[str, Experts], *, rules: Rules, noise: bool) -> FfnOutput:
+    """The layer on whole routing groups: every token through its experts and the shared ones."""
+    weights = dict(weights)
+    shared = weights.pop("shared", None)
+    if is_dense(rules):
+        (experts,) = weights.values()
+        modality_N = place.modality_GT.reshape(-1)
+        taken_M3 = count_taken(jnp.ones_like(modality_N), modality_N, rules.modalities)
+        predicted_M4 = jnp.zeros((rules.modalities, 4), jnp.int32)
+        output = FfnOutput(everywhere(x_GTD, experts), state, {}, taken_M3, predicted_M4, {})
+    else:
+        output = routed_ffn(x_GTD, place, drawn, state, weights, rules=rules, noise=noise)
+    return output if shared is None else output._replace(y_GTD=output.y_GTD + everywhere(x_GTD, shared))
 
 
 def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules, noise: bool) -> FfnOutput:
@@ -282,77 +229,18 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
     x_ND = x_GTD.reshape(-1, width)
     taken = {group.name: offset(selections[group.name], tokens) for group in rules.groups}
     if rules.filled_only:
-        y_ND = jnp.zeros_like(x_ND)
+        y_ND = sharding.varying(jnp.zeros_like(x_ND), TENSOR)
         for name, selection in taken.items():
             y_ND = in_blocks(y_ND, x_ND, selection, routed[name])
     else:
         y_ND = in_slots(x_ND, taken, routed)
     # One scatter for the slots of all groups of experts.
     index_S, filled_S = (
-        _joined(slots) for slots in zip(*((s.index_EC, s.filled_EC) for s in taken.values()), strict=True)
+        joined(slots) for slots in zip(*((s.index_EC, s.filled_EC) for s in taken.values()), strict=True)
     )
     times_N = jnp.zeros(len(x_ND), jnp.int32).at[index_S].add(filled_S.astype(jnp.int32))
     taken_M3 = count_taken(times_N, place.modality_GT.reshape(-1), rules.modalities)
     return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, predicted_M4, selections)
-
-
-def in_slots(x_ND, taken: dict[str, Selection], routed: dict[str, Experts]):
-    """Every slot computed, filled or not: static work, for selections that fill nearly all. Returns y_ND.
-
-    Args:
-      taken: Selections (G, E, C) into the N tokens, by group of experts.
-    """
-    width, taken = x_ND.shape[1], {name: Selection(*map(flat, s)) for name, s in taken.items()}
-    # One gather and one scatter for the slots of all groups of experts.
-    index_S = _joined([t.index_EC for t in taken.values()])
-    x_SD = jax.lax.split(dispatch(x_ND, index_S), [t.index_EC.size for t in taken.values()])
-    outputs = [
-        swiglu(x_SD.reshape(*t.index_EC.shape, width), routed[name], t.gate_EC).reshape(-1, width)
-        for x_SD, (name, t) in zip(x_SD, taken.items(), strict=True)
-    ]
-    return combine(jnp.zeros_like(x_ND), index_S, jnp.concatenate(outputs))
-
-
-def in_blocks(y_ND, x_ND, selection: Selection, experts: Experts):
-    """Adds the experts' outputs to y_ND, block by block of slots; blocks without a filled slot cost nothing.
-
-    So every token may have a slot at every expert (C = T), and what is computed is what was taken, rounded up to
-    blocks. A loop of unknown length: no gradient.
-
-    Args:
-      selection: (G, E, C), indices into the N tokens; blocks of an expert and routing group begin at its first slot.
-    """
-    groups, count, slots = selection.index_EC.shape
-    size = min(BLOCK, slots)
-    pad = ((0, 0), (0, 0), (0, -slots % size))
-    index_KB, gate_KB, filled_KB = (jnp.pad(x_GEC, pad).reshape(-1, size) for x_GEC in selection)
-    expert_K = jnp.broadcast_to(jnp.arange(count)[:, None], (groups, count, len(index_KB) // (groups * count))).reshape(
-        -1
-    )
-    used_K = filled_KB.any(axis=1)
-    order_K = jnp.argsort(~used_K, stable=True)
-
-    def one(i, y_ND):
-        k = order_K[i]
-        own = [experts.gate_EDF[expert_K[k]], experts.up_EDF[expert_K[k]], experts.down_EFD[expert_K[k]]]
-        return combine(y_ND, index_KB[k], swiglu_of(dispatch(x_ND, index_KB[k]), *own, gate_KB[k]))
-
-    return jax.lax.fori_loop(0, used_K.sum(), one, y_ND)
-
-
-def _joined(slots):
-    """Slots of all groups of experts, one after the other."""
-    return jnp.concatenate([slots_EC.reshape(-1) for slots_EC in slots])
-
-
-def dispatch(x_ND, index_EN):
-    """Tokens to slots."""
-    return x_ND.at[index_EN].get(mode="promise_in_bounds")
-
-
-def combine(y_ND, index_EN, out_END):
-    """Adds the slots' (weighted) outputs to their tokens'; an empty slot's is 0."""
-    return y_ND.at[index_EN].add(out_END, mode="promise_in_bounds")
 
 
 def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
@@ -387,14 +275,3 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
         for name, loss_G in extra.items():
             losses[name] = losses.get(name, 0.0) + loss_G.mean()
     return selections, state, losses
-
-
-def offset(selection: Selection, tokens: int) -> Selection:
-    """Indices into the tokens of all routing groups, one after the other."""
-    start_G = jnp.arange(selection.index_EC.shape[0], dtype=jnp.int32) * tokens
-    return selection._replace(index_EC=selection.index_EC + start_G[:, None, None])
-
-
-def flat(slots_GEC):
-    """(G, E, C) to (E, G*C): each expert's slots of all routing groups."""
-    return jnp.swapaxes(slots_GEC, 0, 1).reshape(slots_GEC.shape[1], -1)

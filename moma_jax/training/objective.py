@@ -15,9 +15,9 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from moma_jax.sharding import BATCH, size
+from moma_jax import sharding
+from moma_jax.sharding import BATCH, DATA, EXPERT, FSDP, TENSOR
 
 
 class Sums(NamedTuple):
@@ -88,21 +88,23 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 def _over_devices(settings, with_grads, *arrays):
-    """`_local` on every device's own rows, sums and the kernel's gradient added up over the mesh."""
-    if size(*BATCH) == 1:
-        return _local(settings, with_grads, *arrays)
+    """`_local` on every device's own rows and part of the vocabulary, sums and gradients added up over the mesh."""
+    stored = sharding.present(FSDP, EXPERT)
 
-    def on_device(*shards):
-        (total, sums), grads = _local(settings, with_grads, *shards)
-        total, sums = jax.lax.psum((total, sums), BATCH)
+    def on_device(hidden_BSD, kernel_DV, *targets):
+        if stored:
+            kernel_DV = kernel_DV.astype(hidden_BSD.dtype)
+            kernel_DV = jax.lax.all_gather(kernel_DV, stored, axis=0, tiled=True)
+        (total, sums), grads = _local(settings, with_grads, hidden_BSD, kernel_DV, *targets)
+        total, sums = sharding.summed((total, sums), *BATCH)
         if with_grads:
-            grads = (grads[0], jax.lax.psum(grads[1], BATCH))
+            grad_DV = jax.lax.psum_scatter(grads[1], stored, tiled=True) if stored else grads[1]
+            grads = (grads[0], sharding.summed(grad_DV, DATA))
         return (total, sums), grads
 
-    row, whole = PartitionSpec(BATCH), PartitionSpec()
-    out_specs = ((whole, whole), (row, whole) if with_grads else None)
-    run = jax.shard_map(on_device, in_specs=(row, whole, row, row, row), out_specs=out_specs, check_vma=False)
-    return run(*arrays)
+    row, whole, kernel = sharding.spec("batch"), sharding.spec(), sharding.spec("embed", "vocab")
+    out_specs = ((whole, whole), (row, kernel) if with_grads else None)
+    return sharding.on_shards(on_device, (row, kernel, row, row, row), out_specs, check=False)(*arrays)
 
 
 def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS):
@@ -137,14 +139,17 @@ def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, kind_BS, weig
     if not with_grads:
         return sums, None
     grad_hidden_BSD = grad_hidden_ND.reshape(chunks * chunk, width)[:tokens].reshape(rows, sequence, width)
-    return sums, (grad_hidden_BSD, grad_DV.astype(kernel_DV.dtype))
+    return sums, (grad_hidden_BSD, grad_DV)
 
 
 def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_N):
     """((total, Sums), gradient of hidden_ND, gradient of kernel_DV) of one chunk; gradients None where not asked."""
     logit_NV = jnp.dot(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
-    log_partition_N = jax.nn.logsumexp(logit_NV, axis=-1)
-    target_logit_N = jnp.take_along_axis(logit_NV, target_N[:, None], axis=-1)[:, 0]
+    log_partition_N = _log_partition(logit_NV)
+    if sharding.size(TENSOR) > 1:  # this device has some of the ids
+        target_N = target_N - jax.lax.axis_index(TENSOR) * logit_NV.shape[-1]
+    is_target_NV = jnp.arange(logit_NV.shape[-1]) == target_N[:, None]
+    target_logit_N = sharding.summed(jnp.sum(jnp.where(is_target_NV, logit_NV, 0), axis=-1), TENSOR)
     counted_N = weight_N != 0  # not a product: what padding's hidden state holds must not matter, even if it is NaN
     nats_N = jnp.where(counted_N, weight_N * (log_partition_N - target_logit_N), 0)
     square_N = jnp.where(counted_N, weight_N * log_partition_N**2, 0)
@@ -159,10 +164,18 @@ def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_
         return (total, sums), None, None
     softmax_NV = jnp.exp(logit_NV - log_partition_N[:, None])
     pull_N = 1 + 2 * settings.z_loss * log_partition_N
-    is_target_NV = jnp.arange(logit_NV.shape[-1]) == target_N[:, None]
     grad_NV = weight_N[:, None] * (pull_N[:, None] * softmax_NV - is_target_NV)
     grad_NV = jnp.where(counted_N[:, None], grad_NV, 0).astype(hidden_ND.dtype)
-    grad_hidden_ND = jnp.dot(grad_NV, kernel_DV.T, preferred_element_type=jnp.float32).astype(hidden_ND.dtype)
+    grad_hidden_ND = jnp.dot(grad_NV, kernel_DV.T, preferred_element_type=jnp.float32)
+    grad_hidden_ND = sharding.summed(grad_hidden_ND, TENSOR).astype(hidden_ND.dtype)
     hidden_ND = jnp.where(counted_N[:, None], hidden_ND, 0)  # 0 * NaN again
     grad_kernel_DV = jnp.dot(hidden_ND.T, grad_NV, preferred_element_type=jnp.float32)
     return (total, sums), grad_hidden_ND, grad_kernel_DV
+
+
+def _log_partition(logit_NV):
+    """Log of the sum of exponentials over the whole vocabulary."""
+    if sharding.size(TENSOR) == 1:
+        return jax.nn.logsumexp(logit_NV, axis=-1)
+    highest_N = jax.lax.pmax(logit_NV.max(axis=-1), TENSOR)
+    return highest_N + jnp.log(sharding.summed(jnp.exp(logit_NV - highest_N[:, None]).sum(axis=-1), TENSOR))

@@ -150,7 +150,7 @@ class HeldOut:
             weighed_B1 = batch.weight_BS.sum(axis=1, keepdims=True) > 0  # beyond the set's rows nothing is
             batch = batch._replace(segment_BS=np.where(weighed_B1, batch.segment_BS, 0).astype(np.int32))
             number = replicate(group, program.mesh)
-            parts.append(self._judge(routers, frozen, routing_state, put(batch, program.mesh), number))
+            parts.append(self._judge(routers, frozen, routing_state, put(batch, program.mesh, whole=True), number))
             group += len(batch.token_BS) // rows
             judged += int((batch.segment_BS.reshape(-1, rows * batch.segment_BS.shape[1]) > 0).any(axis=1).sum())
         loss, predicted_LM4 = (sum(np.asarray(x, np.float64) for x in part) for part in zip(*parts, strict=True))

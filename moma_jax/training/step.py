@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -261,14 +262,38 @@ def abstract_batch(program: Program) -> Batch:
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in types))
 
 
-def put(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the devices, rows split over them."""
-    return jax.device_put(batch, sharding.rows(mesh))
+def put(tree: Any, mesh: Mesh, whole: bool = False) -> Any:
+    """A batch, or another tree of arrays (B, ...), on the devices, rows split over them.
+
+    Args:
+      tree: the rows of this process's routing groups (`sharding.own_groups`), in order; with `whole` those of all
+        processes, of which every one has the same.
+    """
+    place, parts = sharding.rows(mesh), sharding.shards(mesh)
+    held = range(parts) if whole else sharding.own_groups(mesh, parts)
+
+    def one(x):
+        rows = len(x) // len(held)  # of one part
+
+        def of_part(index):
+            at = held.index((index[0].start or 0) // rows) * rows
+            return x[at : at + rows]
+
+        return jax.make_array_from_callback((rows * parts, *x.shape[1:]), place, of_part)
+
+    return jax.tree.map(one, tree)
 
 
 def replicate(value: Any, mesh: Mesh) -> Any:
-    """A number or a tree of arrays, whole on every device."""
-    return jax.device_put(jax.tree.map(jnp.asarray, value), sharding.replicated(mesh))
+    """A number or a tree of arrays, whole on every device; every process gives the same."""
+    place = sharding.replicated(mesh)
+
+    def one(x):
+        if isinstance(x, jax.Array) and x.is_fully_addressable == place.is_fully_addressable:
+            return jax.device_put(x, place)
+        return jax.make_array_from_callback(np.shape(x), place, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(one, value)
 
 
 def _gradient(program: Program, state: TrainState, batch: Batch):

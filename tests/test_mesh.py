@@ -1,0 +1,111 @@
+"""The mesh changes nothing: every layout of eight devices gives the losses and the choices of one device."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny
+
+from moma_jax import sharding
+from moma_jax.config import Config, MeshConfig
+from moma_jax.data.stream import open_stream
+from moma_jax.model.causal import first_thresholds
+from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
+from moma_jax.vocab import contiguous
+
+LAYOUTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "4t4i+1x"]
+MESHES = {
+    "one": {"data": 1},
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "expert": {"data": 1, "expert": 8},
+    "tensor": {"data": 1, "tensor": 8},
+    "data_fsdp_expert": {"data": 2, "fsdp": 2, "expert": 2},
+    "fsdp_expert_tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "expert_tensor": {"expert": 4, "tensor": 2},
+    "data_expert": {"data": 2, "expert": 4},
+}
+STEPS = 20
+
+
+def config(ffn: str, sizes: dict[str, int]) -> Config:
+    """A tiny model whose every axis eight devices divide; noise on, so that it is the same everywhere, too."""
+    small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=1, model_gumbel=True)
+    data = dataclasses.replace(small.data, sequence=8, group_rows=1)
+    train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=2, loss_chunk=24)
+    return dataclasses.replace(small, data=data, train=train, mesh=MeshConfig(**sizes))
+
+
+def curve(config: Config) -> dict:
+    """Losses by modality and gradient norms of some updates, who was taken in each, and the first selections."""
+    program = make_program(config, contiguous(config.data.modalities))
+    records, taken = [], []
+    with sharding.use_mesh(program.mesh), open_stream(config) as batches:
+        state = create_state(program, first_thresholds(config))
+        selections = _selections(program, state, next(iter(open_stream(config))).batch)
+        step = compile_step(program, state)
+        for _, packed in zip(range(config.train.steps), batches, strict=False):
+            state, report = step(state, put(packed.batch, program.mesh))
+            sums = report.sums
+            records.append([*np.asarray(sums.cross_entropy_J / sums.weight_J).tolist(), float(report.grad_norm)])
+            taken.append(np.asarray(report.taken_M3).tolist())
+        thresholds = [np.asarray(x, np.float64).ravel().tolist() for x in jax.tree.leaves(state.routing_state)]
+    return {"devices": program.mesh.size, "records": records, "taken": taken, "selections": selections} | {
+        "thresholds": sum(thresholds, [])
+    }
+
+
+def _selections(program, state, batch) -> dict:
+    """Who takes whom before the first update."""
+    groups = np.arange(len(batch.token_BS) // program.config.data.group_rows)
+    run = jax.jit(
+        lambda params, batch: run_decoder(
+            program, params, batch, 0, groups, state.routing_state, False, return_selections=True
+        ).selections
+    )
+    chosen = run(state.params, put(batch, program.mesh))
+    return {name: np.asarray(selection.index_EC).tolist() for name, selection in chosen.items()}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    """The curves of all layouts and meshes, by both; two processes of eight virtual devices make them."""
+    folder = tmp_path_factory.mktemp("curves")
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | flags | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path)])}
+
+    def make(ffn):
+        words = [sys.executable, __file__, ffn, str(folder / f"{ffn}.json")]
+        run = subprocess.run(words, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return json.loads((folder / f"{ffn}.json").read_text())
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(LAYOUTS, pool.map(make, LAYOUTS), strict=True))
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+@pytest.mark.parametrize("ffn", LAYOUTS)
+def test_a_mesh_gives_the_curve_of_one_device(curves, ffn, mesh):
+    one, many = curves[ffn]["one"], curves[ffn][mesh]
+    assert (one["devices"], many["devices"]) == (1, 8)
+    assert many["selections"] == one["selections"]
+    assert many["taken"] == one["taken"]
+    np.testing.assert_allclose(many["records"], one["records"], rtol=1e-5)
+    np.testing.assert_allclose(many["thresholds"], one["thresholds"], rtol=1e-4, atol=1e-5)
+
+
+def main(ffn: str, path: str):
+    found = {name: curve(config(ffn, sizes)) for name, sizes in MESHES.items()}
+    Path(path).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
