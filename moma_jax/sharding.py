@@ -191,7 +191,9 @@ def shardings_of(boxed, mesh: Mesh):
     """
 
     def one(path, spec: PartitionSpec, leaf) -> NamedSharding:
-        return NamedSharding(mesh, mesh_spec(spec, leaf.shape, mesh, jax.tree_util.keystr(path, simple=True)))
+        return NamedSharding(
+            mesh, mesh_spec(spec, leaf.shape, mesh, jax.tree_util.keystr(path, simple=True, separator="/"))
+        )
 
     specs = nn.get_partition_spec(boxed)
     return jax.tree_util.tree_map_with_path(one, specs, unboxed(boxed), is_leaf=lambda s: isinstance(s, PartitionSpec))
@@ -216,7 +218,7 @@ def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str
                 f"{' x '.join('mesh.' + place for place in places)}: {parts} devices do not divide the {dimension} of "
                 f"{name}'s axis {axis}; use a divisor of {dimension}"
             )
-        result.append(places or None)
+        result.append(places if len(places) > 1 else places[0] if places else None)
     return PartitionSpec(*result)
 
 

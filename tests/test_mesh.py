@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tiny import tiny
 from moma_jax import sharding
 from moma_jax.config import Config, MeshConfig
 from moma_jax.data.stream import open_stream
+from moma_jax.model import slots as slots_lib
 from moma_jax.model.causal import first_thresholds
 from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
 from moma_jax.vocab import contiguous
@@ -28,18 +30,19 @@ MESHES = {
     "expert": {"data": 1, "expert": 8},
     "tensor": {"data": 1, "tensor": 8},
     "data_fsdp_expert": {"data": 2, "fsdp": 2, "expert": 2},
-    "fsdp_expert_tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
-    "expert_tensor": {"expert": 4, "tensor": 2},
+    "fsdp_expert_tensor": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "expert_tensor": {"data": 1, "expert": 4, "tensor": 2},
     "data_expert": {"data": 2, "expert": 4},
 }
 STEPS = 20
 
 
 def config(ffn: str, sizes: dict[str, int]) -> Config:
-    """A tiny model whose every axis eight devices divide; noise on, so that it is the same everywhere, too."""
-    small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=1, model_gumbel=True)
+    """A tiny model whose every axis eight devices divide."""
+    small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=1)
     data = dataclasses.replace(small.data, sequence=8, group_rows=1)
-    train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=2, loss_chunk=24)
+    accumulate = 2 if sizes["data"] == 2 else 1
+    train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=accumulate, loss_chunk=24)
     return dataclasses.replace(small, data=data, train=train, mesh=MeshConfig(**sizes))
 
 
@@ -49,7 +52,7 @@ def curve(config: Config) -> dict:
     records, taken = [], []
     with sharding.use_mesh(program.mesh), open_stream(config) as batches:
         state = create_state(program, first_thresholds(config))
-        selections = _selections(program, state, next(iter(open_stream(config))).batch)
+        selections, slots = _selections(program, state, next(iter(open_stream(config))).batch)
         step = compile_step(program, state)
         for _, packed in zip(range(config.train.steps), batches, strict=False):
             state, report = step(state, put(packed.batch, program.mesh))
@@ -57,21 +60,30 @@ def curve(config: Config) -> dict:
             records.append([*np.asarray(sums.cross_entropy_J / sums.weight_J).tolist(), float(report.grad_norm)])
             taken.append(np.asarray(report.taken_M3).tolist())
         thresholds = [np.asarray(x, np.float64).ravel().tolist() for x in jax.tree.leaves(state.routing_state)]
-    return {"devices": program.mesh.size, "records": records, "taken": taken, "selections": selections} | {
-        "thresholds": sum(thresholds, [])
-    }
+    found = {"devices": program.mesh.size, "records": records, "taken": taken, "thresholds": sum(thresholds, [])}
+    return found | {"selections": selections, "slots": slots}
 
 
-def _selections(program, state, batch) -> dict:
-    """Who takes whom before the first update."""
+def _selections(program, state, batch) -> tuple[dict, int]:
+    """Who takes whom before the first update, and slots of routed experts that one device computes."""
+    shapes, swiglu = [], slots_lib.swiglu
+
+    def seen(x_END, *rest):
+        shapes.append(x_END.shape[:2])
+        return swiglu(x_END, *rest)
+
     groups = np.arange(len(batch.token_BS) // program.config.data.group_rows)
     run = jax.jit(
-        lambda params, batch: run_decoder(
-            program, params, batch, 0, groups, state.routing_state, False, return_selections=True
-        ).selections
+        lambda params, batch: (
+            run_decoder(
+                program, params, batch, 0, groups, state.routing_state, False, return_selections=True
+            ).selections
+        )
     )
-    chosen = run(state.params, put(batch, program.mesh))
-    return {name: np.asarray(selection.index_EC).tolist() for name, selection in chosen.items()}
+    with mock.patch.object(slots_lib, "swiglu", seen):
+        chosen = run(state.params, put(batch, program.mesh))
+    selections = {name: np.asarray(selection.index_EC).tolist() for name, selection in chosen.items()}
+    return selections, sum(experts * slots for experts, slots in shapes)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +112,15 @@ def test_a_mesh_gives_the_curve_of_one_device(curves, ffn, mesh):
     assert many["taken"] == one["taken"]
     np.testing.assert_allclose(many["records"], one["records"], rtol=1e-5)
     np.testing.assert_allclose(many["thresholds"], one["thresholds"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ffn", LAYOUTS)
+def test_devices_share_the_slots_equally(curves, ffn):
+    tensors = {name: sizes.get("tensor", 1) for name, sizes in MESHES.items()}
+    one = curves[ffn]["one"]["slots"]
+    assert (one > 0) == (ffn != "dense")
+    for name, tensor in tensors.items():
+        assert curves[ffn][name]["slots"] * curves[ffn][name]["devices"] == one * tensor
 
 
 def main(ffn: str, path: str):

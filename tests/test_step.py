@@ -14,9 +14,7 @@ import pytest
 from tiny import tiny
 
 from moma_jax import sharding
-from moma_jax.config import MeshConfig
 from moma_jax.data.stream import open_stream
-from moma_jax.errors import InputError
 from moma_jax.model.routing import expert_choice
 from moma_jax.training.evaluate import make_eval_step
 from moma_jax.training.step import (
@@ -146,20 +144,6 @@ def test_evaluation_does_not_depend_on_batches():
 
         whole, first, rest = sums(slice(0, 8), 0), sums(slice(0, 4), 0), sums(slice(4, 8), 2)
     np.testing.assert_allclose(first + rest, whole, rtol=1e-5)
-
-
-def test_mesh_must_hold_whole_groups():
-    with pytest.raises(InputError, match="data 2 are 2 devices, 1 are here"):
-        sharding.make_mesh(MeshConfig(data=2), groups=4)
-    assert sharding.make_mesh(MeshConfig(), groups=3).size == 1
-
-
-def test_unknown_logical_axis_is_refused():
-    import flax.linen as nn
-
-    boxed = {"kernel": nn.LogicallyPartitioned(np.zeros((2, 2)), ("embed", "embbed"))}
-    with pytest.raises(InputError, match="embbed"):
-        sharding.shardings_of(boxed, sharding.make_mesh(MeshConfig(), groups=1))
 
 
 def on_devices(number, accumulate):
