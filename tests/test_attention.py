@@ -10,6 +10,7 @@ import quick
 
 from moma_jax.config import ModelConfig
 from moma_jax.model.attention import Attention, attend, rotary_angles, rotate
+from moma_jax.model.fused_attention import attend_fused, refusal
 
 # Two rows: documents of 5 and 4 tokens and padding; nothing but padding.
 SEGMENT_BS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [0] * 12])
@@ -106,3 +107,28 @@ def test_bfloat16_stays_bfloat16():
     y_BSD = run(params, X_BSD.astype(jnp.bfloat16))
     assert y_BSD.dtype == jnp.bfloat16
     np.testing.assert_allclose(y_BSD[0, :9].astype(np.float32), run(params, X_BSD)[0, :9], atol=0.3)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(2, 64), (1, 128)])
+def test_the_fused_kernel_is_the_plain_attention(heads, width):
+    rng = np.random.default_rng(0)
+    q_BSHK, k_BSHK, v_BSHK, dy_BSHK = rng.normal(size=(4, 2, 256, heads, width)).astype(np.float32)
+    length_N = [100, 60, 50]  # documents; the rest is padding
+    segment_S = np.concatenate([np.repeat([1, 2, 3], length_N), np.zeros(46, int)]).astype(np.int32)
+    position_S = np.concatenate([np.arange(n) for n in (*length_N, 46)])
+    segment_BS, position_BS = (np.stack([x, np.roll(x, 46)]) for x in (segment_S, position_S))
+    real_BS11 = (segment_BS > 0)[..., None, None]
+
+    def run(attention):
+        y_BSHK, backward = jax.vjp(attention, q_BSHK, k_BSHK, v_BSHK)
+        return np.where(real_BS11, y_BSHK, 0), *backward(np.where(real_BS11, dy_BSHK, 0).astype(np.float32))
+
+    plain = run(lambda *qkv: attend(*qkv, segment_BS, position_BS, chunk=256))
+    fused = run(lambda *qkv: attend_fused(*qkv, jnp.asarray(segment_BS), interpret=True))
+    for one, other in zip(plain, fused, strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-5 * np.abs(one).max())
+
+
+def test_what_the_fused_kernel_refuses():
+    assert refusal("cpu", 100) is None and refusal("tpu", 4096) is None
+    assert "no multiple of 128" in refusal("tpu", 564) and "GPU" in refusal("gpu", 4096)

@@ -18,7 +18,7 @@ FLOORS = [
     ["errors", "host"],
 ]
 MODEL_FLOORS = [
-    ["decode"], ["decoder"], ["depth", "attention"], ["experts"], ["slots"], ["auxiliary", "causal"], ["routing"],
+    ["decode"], ["decoder"], ["depth", "attention"], ["experts"], ["slots"], ["auxiliary", "causal"], ["routing", "fused_attention"],
 ]  # fmt: skip
 
 

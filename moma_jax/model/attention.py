@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.model.experts import normal, output_scale
+from moma_jax.model.fused_attention import attend_fused, refusal, warn
 from moma_jax.sharding import TENSOR
 
 AXES = {
@@ -47,11 +49,15 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
     A query sees the keys of its segment at its own position and before. Padding is a segment of its own (0): its rows
     are finite, and no real token sees them. At most `chunk` queries are scored at a time, the backward pass included.
 
-    A platform's fused kernel (splash attention on TPU, cuDNN on GPU) would take these same arguments here.
+    A TPU has a fused kernel for it; elsewhere, and where that does not fit, scores are written out.
     """
     chex.assert_equal_shape((q_BSHK, k_BSHK, v_BSHK))
     chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
-    sequence = q_BSHK.shape[1]
+    sequence, platform = q_BSHK.shape[1], sharding.platform()
+    if (reason := refusal(platform, sequence)) is not None:
+        warn(reason)
+    elif platform == "tpu":
+        return attend_fused(q_BSHK, k_BSHK, v_BSHK, segment_BS)
     if sequence <= chunk:
         return attend_block((q_BSHK, segment_BS, position_BS), k_BSHK, v_BSHK, segment_BS, position_BS)
     chunks = -(-sequence // chunk)
@@ -141,13 +147,30 @@ class Attention(nn.Module):
         weights["out_HKD"] = weight("out_HKD", normal(d, output_scale(model)), (h, d // h, d))
         weights |= {name: QkNormWeights((h, d // h), name=name)() for name in ("query_norm", "key_norm")}
 
-        def local(x_BSD, weights, segment_BS, position_BS, angles):
-            weights = weights | {name: sharding.whole(weights[name], AXES[name], x_BSD.dtype) for name in AXES}
-            q_BSHK, k_BSHK, v_BSHK = project(x_BSD, weights, angles, model.norm_epsilon)
-            y_BSHK = attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=model.attention_chunk)
-            return sharding.summed(project_out(y_BSHK, weights), TENSOR)
+        matrices = {name: weights.pop(name) for name in AXES}
+        return _over_shards(model, x_BSD, matrices, weights, segment_BS, position_BS, angles)
 
-        rows, norm = sharding.spec("batch"), dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
-        specs = {name: sharding.spec(*axes) for name, axes in AXES.items()} | {"query_norm": norm, "key_norm": norm}
-        over_shards = sharding.on_shards(local, (rows, specs, rows, rows, rows), rows)
-        return over_shards(x_BSD, weights, segment_BS, position_BS, angles)
+
+def _over_shards(model: ModelConfig, x_BSD, matrices, norms, segment_BS, position_BS, angles):
+    """The sub-layer on each device's own rows and heads."""
+    dtype = x_BSD.dtype
+
+    def prepare(x_BSD, matrices, norms, angles):
+        matrices = {name: sharding.whole(w, AXES[name], dtype) for name, w in matrices.items()}
+        return project(x_BSD, matrices | norms, angles, model.norm_epsilon)
+
+    def finish(y_BSHK, out_HKD):
+        return sharding.summed(
+            project_out(y_BSHK, {"out_HKD": sharding.whole(out_HKD, AXES["out_HKD"], dtype)}), TENSOR
+        )
+
+    rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
+    norm = dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
+    specs = {name: sharding.spec(*axes) for name, axes in AXES.items()}
+    out_HKD, out_spec = matrices.pop("out_HKD"), specs.pop("out_HKD")
+    qkv = sharding.on_shards(prepare, (rows, specs, dict.fromkeys(norms, norm), rows), (heads,) * 3)
+    # A kernel does not say which of its results differ between devices; all do.
+    attention = functools.partial(attend, chunk=model.attention_chunk)
+    mix = sharding.on_shards(attention, (heads,) * 3 + (rows,) * 2, heads, check=False)
+    y_BSHK = mix(*qkv(x_BSD, matrices, norms, angles), segment_BS, position_BS)
+    return sharding.on_shards(finish, (heads, out_spec), rows)(y_BSHK, out_HKD)
