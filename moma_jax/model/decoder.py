@@ -45,10 +45,9 @@ from moma_jax import sharding
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import parse_ffn
-from moma_jax.model import causal
+from moma_jax.model import causal, experts, fused_attention
 from moma_jax.model.attention import Attention, rotary_angles
 from moma_jax.model.experts import Drawn, Ffn, Place, Rules, is_dense, normal
-from moma_jax.model.fused_attention import KEPT
 from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash, take_all
 from moma_jax.sharding import BATCH, DATA, EXPERT, FSDP, TENSOR
 
@@ -331,7 +330,7 @@ def _weight_products(primitive, *_, **parameters) -> bool:
     product for each row and head, are made anew: kept, they would outweigh everything else."""
     if primitive.name == "dot_general":
         return len(parameters["dimension_numbers"][1][0]) <= 1
-    return primitive.name in ("top_k", "all_to_all") or parameters.get("name") == KEPT
+    return primitive.name in ("top_k", "all_to_all") or parameters.get("name") in (fused_attention.KEPT, experts.KEPT)
 
 
 def compute_dtype(model: ModelConfig):

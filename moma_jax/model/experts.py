@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
@@ -26,6 +27,8 @@ from moma_jax.model.slots import Experts, axes_of, gathered, in_blocks, in_slots
 from moma_jax.sharding import BATCH, TENSOR
 
 EXACT = jax.lax.Precision.HIGHEST
+KEPT = "feed_forward"
+"""Name, for remat policies, of the layer's output: with it, slots need not be combined anew."""
 
 
 class Place(NamedTuple):
@@ -182,7 +185,7 @@ def over_shards(x_GTD, place, drawn, state, weights: dict[str, Experts], *, rule
         weights = {name: gathered(own, axes[name], x_GTD.dtype, rules.filled_only) for name, own in weights.items()}
         output = feed_forward(x_GTD, place, drawn, state, weights, rules=rules, noise=noise)
         return output._replace(
-            y_GTD=sharding.summed(output.y_GTD, TENSOR),
+            y_GTD=checkpoint_name(sharding.summed(output.y_GTD, TENSOR), KEPT),
             state=sharding.averaged(output.state, *BATCH),
             losses=sharding.averaged(output.losses, *BATCH),
             taken_M3=sharding.summed(output.taken_M3, *BATCH),
@@ -243,6 +246,21 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
     return FfnOutput(y_ND.reshape(x_GTD.shape), state, losses, taken_M3, predicted_M4, selections)
 
 
+@jax.custom_vjp
+def router_logits(x_GTD, router_DE):
+    """Router logits, float32 on every platform, so that all choose alike; gradients are as exact as all others are."""
+    return jnp.einsum("gtd,de->gte", x_GTD.astype(jnp.float32), router_DE, precision=EXACT)
+
+
+def _router_gradients(saved, d_logit_GTE):
+    x_GTD, router_DE = saved
+    d_x_GTD = jnp.einsum("gte,de->gtd", d_logit_GTE, router_DE).astype(x_GTD.dtype)
+    return d_x_GTD, jnp.einsum("gtd,gte->de", x_GTD, d_logit_GTE, preferred_element_type=jnp.float32)
+
+
+router_logits.defvjp(lambda *operands: (router_logits(*operands), operands), _router_gradients)
+
+
 def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
     """Selections (G, E, C) by group name, the new state and the losses, both averaged over routing groups."""
     many = [(g, q, i) for i, (g, q) in enumerate(zip(rules.groups, rules.quotas, strict=True)) if g.experts > 1]
@@ -251,7 +269,7 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
         return selections, state, losses
     # One product for all routers, in float32 on every platform.
     routers_DE = jnp.concatenate([routed[g.name].router_DE for g, _, _ in many], axis=1)
-    logit_GTE = jnp.einsum("gtd,de->gte", x_GTD.astype(jnp.float32), routers_DE, precision=EXACT)
+    logit_GTE = router_logits(x_GTD, routers_DE)
     state, start = dict(state), 0
     for group, quota, number in many:
         own_GTE = logit_GTE[..., start : start + group.experts]

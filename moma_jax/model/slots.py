@@ -119,10 +119,22 @@ def in_slots(x_ND, taken: dict[str, Selection], routed: dict[str, Experts]):
 
 def through(x_END, experts: Experts, gate_EN):
     """`swiglu` of all E experts of a group; slots travel to those that live on other devices, and back."""
-    if sharding.size(EXPERT) == 1 or not sharding.dealt(len(x_END)):
+    devices = sharding.size(EXPERT)
+    if devices == 1 or not sharding.dealt(len(x_END)):
         return swiglu(x_END, experts, gate_EN)
-    x_END, gate_EN = (jax.lax.all_to_all(a_EN, EXPERT, 0, 1, tiled=True) for a_EN in (x_END, gate_EN))
-    return jax.lax.all_to_all(swiglu(x_END, experts, gate_EN), EXPERT, 1, 0, tiled=True)
+
+    # The exchange is of whole leading parts: along an inner axis a TPU would rearrange all bytes before and after it.
+    def exchanged(a_EN):
+        return jax.lax.all_to_all(a_EN, EXPERT, 0, 0, tiled=True)
+
+    def arrived(a_EN):
+        """(devices of origin * own experts, N, ...) to (own experts, devices of origin * N, ...)."""
+        a_XEN = a_EN.reshape(devices, -1, *a_EN.shape[1:])
+        return a_XEN.swapaxes(0, 1).reshape(a_XEN.shape[1], -1, *a_EN.shape[2:])
+
+    y_END = swiglu(arrived(exchanged(x_END)), experts, arrived(exchanged(gate_EN)))
+    y_EXN = y_END.reshape(len(y_END), devices, *x_END.shape[1:])
+    return exchanged(y_EXN.swapaxes(0, 1).reshape(x_END.shape))
 
 
 def in_blocks(y_ND, x_ND, selection: Selection, experts: Experts):
