@@ -28,7 +28,7 @@ from moma_jax.sharding import BATCH, TENSOR
 
 EXACT = jax.lax.Precision.HIGHEST
 KEPT = "feed_forward"
-"""Name, for remat policies, of the layer's output: with it, slots need not be combined anew."""
+"""Name, for remat policies, of router logits and the layer's output: with it, slots need not be combined anew."""
 
 
 class Place(NamedTuple):
@@ -269,7 +269,7 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
         return selections, state, losses
     # One product for all routers, in float32 on every platform.
     routers_DE = jnp.concatenate([routed[g.name].router_DE for g, _, _ in many], axis=1)
-    logit_GTE = router_logits(x_GTD, routers_DE)
+    logit_GTE = checkpoint_name(router_logits(x_GTD, routers_DE), KEPT)
     state, start = dict(state), 0
     for group, quota, number in many:
         own_GTE = logit_GTE[..., start : start + group.experts]

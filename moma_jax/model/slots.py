@@ -69,8 +69,8 @@ def swiglu(x_END, experts: Experts, weight_EN=None):
     Args:
       x_END: compute dtype, in which everything is done. weight_EN: float32 router gates; None for 1.
 
-    The weight multiplies the hidden vector, which is linear in it and saves a pass over the output. The backward pass
-    keeps the two projections and computes the hidden vector anew from them: no further matrix product.
+    The weight multiplies the tokens before the projection that SwiGLU is linear in: the narrowest place. The backward
+    pass keeps the two projections and computes the hidden vector anew from them: no further matrix product.
     """
     weight_EN = jnp.ones(x_END.shape[:2], x_END.dtype) if weight_EN is None else weight_EN
     operands = (x_END, experts.gate_EDF, experts.up_EDF, experts.down_EFD, weight_EN)
@@ -92,12 +92,12 @@ def swiglu_of(x_ND, gate_DF, up_DF, down_FD, weight_N):
     """SwiGLU of one expert, or of several where every array has a leading axis E."""
     dtype = x_ND.dtype
 
-    def contract(gate_NF, up_NF, weight_N, down_FD):
-        hidden_NF = jax.nn.silu(gate_NF) * up_NF * weight_N[..., None].astype(dtype)
-        return hidden_NF @ down_FD.astype(dtype)
+    def contract(gate_NF, up_NF, down_FD):
+        return (jax.nn.silu(gate_NF) * up_NF) @ down_FD.astype(dtype)
 
-    gate_NF, up_NF = x_ND @ gate_DF.astype(dtype), x_ND @ up_DF.astype(dtype)
-    return jax.checkpoint(contract, prevent_cse=False)(gate_NF, up_NF, weight_N, down_FD)
+    gate_NF = x_ND @ gate_DF.astype(dtype)
+    up_NF = (x_ND * weight_N[..., None].astype(dtype)) @ up_DF.astype(dtype)
+    return jax.checkpoint(contract, prevent_cse=False)(gate_NF, up_NF, down_FD)
 
 
 def in_slots(x_ND, taken: dict[str, Selection], routed: dict[str, Experts]):
@@ -106,15 +106,28 @@ def in_slots(x_ND, taken: dict[str, Selection], routed: dict[str, Experts]):
     Args:
       taken: Selections (G, E, C) into the N tokens, by group of experts.
     """
-    width, taken = x_ND.shape[1], {name: Selection(*map(flat, s)) for name, s in taken.items()}
-    # One gather and one scatter for the slots of all groups of experts.
-    index_S = joined([t.index_EC for t in taken.values()])
-    x_SD = jax.lax.split(dispatch(x_ND, index_S), [t.index_EC.size for t in taken.values()])
-    outputs = [
-        through(x_SD.reshape(*t.index_EC.shape, width), routed[name], t.gate_EC).reshape(-1, width)
-        for x_SD, (name, t) in zip(x_SD, taken.items(), strict=True)
-    ]
-    return combine(jnp.zeros_like(x_ND), index_S, jnp.concatenate(outputs))
+    taken = {name: Selection(*map(flat, selection)) for name, selection in taken.items()}
+    y_ND, slots = jnp.zeros_like(x_ND), dispatch_all(x_ND, [own.index_EC for own in taken.values()])
+    for x_ECD, (name, own) in zip(slots, taken.items(), strict=True):
+        y_ND = combine(y_ND, own.index_EC, through(x_ECD, routed[name], own.gate_EC))
+    return y_ND
+
+
+@jax.custom_vjp
+def dispatch_all(x_ND, indices):
+    """`dispatch` for several groups of experts. Their gradients are added up in place, one after the other."""
+    return [dispatch(x_ND, index_EN) for index_EN in indices]
+
+
+def _dispatch_gradient(saved, d_slots):
+    x_ND, indices = saved
+    d_x_ND = jnp.zeros_like(x_ND)
+    for index_EN, d_x_END in zip(indices, d_slots, strict=True):
+        d_x_ND = combine(d_x_ND, index_EN, d_x_END)
+    return d_x_ND, [None] * len(indices)
+
+
+dispatch_all.defvjp(lambda x_ND, indices: (dispatch_all(x_ND, indices), (x_ND, indices)), _dispatch_gradient)
 
 
 def through(x_END, experts: Experts, gate_EN):

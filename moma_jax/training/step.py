@@ -246,11 +246,16 @@ def make_train_step(program: Program) -> Callable:
     return train_step
 
 
+TPU_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}
+"""While tokens travel to the experts of one group those of another compute."""
+
+
 def compile_step(program: Program, state: TrainState) -> Callable:
     """The training step, compiled for `state` and the config's batch; it donates the state."""
     shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
     step = jax.jit(make_train_step(program), donate_argnums=0, out_shardings=shardings)
-    return step.lower(state, abstract_batch(program)).compile()
+    on_tpu = program.mesh.devices.flat[0].platform == "tpu"
+    return step.lower(state, abstract_batch(program)).compile(compiler_options=TPU_OPTIONS if on_tpu else None)
 
 
 def abstract_batch(program: Program) -> Batch:
