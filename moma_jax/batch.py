@@ -31,7 +31,8 @@ class Packed:
     Attributes:
       batch: the arrays.
       cursor: the lanes' states after this batch, a dictionary of small NumPy arrays; a stream opened with it
-        continues with the next batch. It does not depend on the number of hosts.
+        continues with the next batch. With several hosts it is of this host's lanes; merged, all hosts' are what one
+        host would have.
       epochs: passes over each store so far, by store name, as a fraction.
       waiting: documents held back in the cursor.
     """

@@ -68,6 +68,11 @@ MAY_CHANGE = (
     "run",
     "routers",  # a stage of its own, after this one
     "data.prepare",  # how to make a store that is not there; the store itself is known by its own hashes
+    # How much is computed at once; smaller devices may need less.
+    "model.remat",
+    "model.attention_chunk",
+    "train.accumulate",
+    "train.loss_chunk",
     "data.prefetch",
     "data.read_threads",
     "data.cache_bytes",

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moma_jax import sharding
 from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
+from moma_jax.training import checkpoint
 from moma_jax.training.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.training.run_dir import RunDir
 from moma_jax.training.step import TrainState
@@ -128,3 +129,17 @@ def test_restores_onto_another_sharding(opened):
     restored = checkpoints.restore(1, target.replace(params=place(target.params)))
     assert restored.params["kernel_DV"].sharding == split
     jax.tree.map(np.testing.assert_array_equal, restored, state_at(1))
+
+
+def test_arrays_are_stored_in_small_chunks_and_read_a_bounded_part_at_a_time(opened, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 64)
+    checkpoints = opened(keep_last=2, write=True)
+    checkpoints.save(state_at(1), saved_at(1))
+    checkpoints.wait()
+    assert checkpoints._shapes(1)["params"]["kernel_DV"].storage.chunk_shape == (4, 4)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, target_of(state_at(1))), state_at(1))
+    target = target_of(state_at(1))
+    assert checkpoint._in_flight_gb(target) == checkpoint.RESTORE_GB
+    place = target.params["kernel_DV"].sharding
+    target.params["kernel_DV"] = jax.ShapeDtypeStruct((1 << 20, 5000), jnp.float32, sharding=place)
+    assert checkpoint._in_flight_gb(target) == 42  # twice 21 GB

@@ -159,7 +159,7 @@ def test_json_with_unknown_keys_or_wrong_types_is_refused(damage, message):
 def test_what_may_change_when_a_run_goes_on():
     before = resolve(valid())
     harmless = dataclasses.replace(
-        valid(train={"log_every": 3, "checkpoint_every": 7}, data={"prefetch": 9}),
+        valid(train={"log_every": 3, "checkpoint_every": 7}, data={"prefetch": 9}, model={"remat": "full"}),
         mesh=MeshConfig(data=2),
         run=RunConfig(dir="elsewhere"),
     )

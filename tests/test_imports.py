@@ -18,8 +18,14 @@ FLOORS = [
     ["errors", "host"],
 ]
 MODEL_FLOORS = [
-    ["decode"], ["decoder"], ["depth", "attention"], ["experts"], ["slots"], ["auxiliary", "causal"], ["routing", "fused_attention"],
-]  # fmt: skip
+    ["decode"],
+    ["decoder"],
+    ["depth", "attention"],
+    ["experts"],
+    ["slots"],
+    ["auxiliary", "causal"],
+    ["routing", "fused_attention"],
+]
 
 
 def imported(path: Path) -> set[str]:

@@ -146,28 +146,37 @@ def test_seed_changes_the_order(views):
     assert not np.array_equal(a.batch.token_BS, b.batch.token_BS)
 
 
-def test_hosts_read_their_slices_and_cursors_merge(views):
+@pytest.mark.parametrize("hosts", [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 1), (1, 2, 3), (2, 3)]])
+def test_hosts_read_their_groups_and_cursors_merge(views, hosts):
+    """Neighbouring groups, others, and some that two hosts read."""
     whole = take(open_stream(config()), 6)
-    hosts = [take(open_stream(config(), host=host, hosts=2), 6) for host in range(2)]
-    for packed, *slices in zip(whole, *hosts, strict=True):
+    parts = [take(open_stream(config(), mine=mine), 6) for mine in hosts]
+    for packed, *slices in zip(whole, *parts, strict=True):
         for name in packed.batch._fields:
-            np.testing.assert_array_equal(
-                getattr(packed.batch, name), np.concatenate([getattr(s.batch, name) for s in slices])
-            )
+            value_GRS = getattr(packed.batch, name).reshape(4, 2, -1)
+            for mine, part in zip(hosts, slices, strict=True):
+                np.testing.assert_array_equal(getattr(part.batch, name).reshape(-1, 2, 128), value_GRS[list(mine)])
         merged = merge_cursors([s.cursor for s in slices])
+        assert merged.keys() == packed.cursor.keys()
         for name, value in packed.cursor.items():
             np.testing.assert_array_equal(value, merged[name])
-        assert len(slices[0].cursor["lane"]) == 4
-    merged = merge_cursors([h[2].cursor for h in hosts])
-    quarter = take(open_stream(config(), host=3, hosts=4, cursor=merged), 1)[0]
-    np.testing.assert_array_equal(quarter.batch.token_BS, whole[3].batch.token_BS[6:])
+        assert [len(s.cursor["lane"]) for s in slices] == [2 * len(mine) for mine in hosts]
+    merged = merge_cursors([part[2].cursor for part in parts])
+    last = take(open_stream(config(), mine=(3,), cursor=merged), 1)[0]
+    np.testing.assert_array_equal(last.batch.token_BS, whole[3].batch.token_BS[6:])
+
+
+def test_cursors_of_different_batches_do_not_merge(views):
+    first, second = take(open_stream(config()), 2)
+    with pytest.raises(ValueError, match="not of the same batch"):
+        merge_cursors([first.cursor, second.cursor])
 
 
 def test_lanes_that_hosts_cannot_share_are_refused(views):
     with pytest.raises(InputError, match="data.lanes: 6 lanes .* use 8"):
-        open_stream(config(lanes=6), hosts=2)
-    with pytest.raises(InputError, match="train.batch_rows: 8 rows .* use 12"):
-        open_stream(config(), hosts=3)
+        open_stream(config(lanes=6), mine=(0, 1))
+    with pytest.raises(InputError, match="train.batch_rows: 7 rows .* use 8"):
+        open_stream(config(), rows=7)
 
 
 def test_cursor_is_small_and_of_fixed_shape(views):
@@ -202,13 +211,14 @@ def test_one_pass_over_a_mixture_ends_with_its_first_store(views):
         assert list(stream) == []
 
 
-def test_one_pass_is_the_same_on_two_hosts(views):
+def test_one_pass_is_the_same_for_some_groups(views):
     with open_stream(config(), split="validation", epochs=1) as stream:
         whole = list(stream)
-    for host in range(2):
-        with open_stream(config(), split="validation", epochs=1, host=host, hosts=2) as stream:
+    for first in range(2):
+        with open_stream(config(), split="validation", epochs=1, mine=(first, first + 2)) as stream:
             for packed, part in zip(whole, stream, strict=True):
-                np.testing.assert_array_equal(packed.batch.token_BS[4 * host : 4 * host + 4], part.batch.token_BS)
+                own_GRS = packed.batch.token_BS.reshape(4, 2, -1)[[first, first + 2]]
+                np.testing.assert_array_equal(own_GRS.reshape(4, -1), part.batch.token_BS)
 
 
 def test_some_stores_may_be_chosen(views):
@@ -305,9 +315,11 @@ def test_random_tokens_resume_and_do_not_depend_on_hosts():
     random = config(kind="synthetic", stores=())
     whole = take(open_stream(random), 3)
     assert_same(take(open_stream(random, cursor=whole[0].cursor), 1)[0], whole[1])
-    parts = [take(open_stream(random, host=host, hosts=2), 1)[0].batch.token_BS for host in range(2)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole[0].batch.token_BS)
-    assert whole[0].cursor == {"step": 1}
+    for mine in ((0, 1), (1, 3)):
+        (part,) = take(open_stream(random, mine=mine), 1)
+        own_GRS = whole[0].batch.token_BS.reshape(4, 2, -1)[list(mine)]
+        np.testing.assert_array_equal(part.batch.token_BS, own_GRS.reshape(4, -1))
+        assert part.cursor == merge_cursors([part.cursor, whole[0].cursor]) == {"step": 1}
 
 
 def test_stores_of_equal_sizes_but_other_tokenizers_are_refused(views, monkeypatch):

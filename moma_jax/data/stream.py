@@ -67,8 +67,7 @@ def open_stream(
     stores: Sequence[str] | None = None,
     rows: int | None = None,
     epochs: int | None = None,
-    host: int = 0,
-    hosts: int = 1,
+    mine: Sequence[int] | None = None,
 ) -> Stream:
     """Opens the batches of a config.
 
@@ -81,10 +80,12 @@ def open_stream(
       rows: rows of one batch over all hosts, whole routing groups; train.batch_rows where None.
       epochs: passes after which the stream ends, the last groups and batch padded: one lane then packs everything
         (evaluation). None: no end.
-      host, hosts: this host gets the host-th of `hosts` equal slices of each batch's rows.
+      mine: positions of the routing groups of each batch that are wanted, ascending, where other hosts read the rest;
+        None: all.
 
     Returns:
-      Packed batches; each one's cursor opens the stream at the next.
+      Packed batches of the rows of these groups; each one's cursor opens the stream at the next. Cursor, `epochs` and
+      `waiting` are those of the lanes that `mine` needs: `merge_cursors` joins those of all hosts.
 
     Raises:
       InputError: stores, shares, quotas, lanes or the cursor contradict each other.
@@ -92,13 +93,12 @@ def open_stream(
     data = config.data
     rows = config.train.batch_rows if rows is None else rows
     groups = rows // data.group_rows
-    if rows % data.group_rows or groups % hosts or not groups:
-        step = data.group_rows * hosts
+    if rows % data.group_rows or not groups:
         raise InputError(
-            f"train.batch_rows: {rows} rows do not split into whole routing groups of {data.group_rows} rows on "
-            f"{hosts} hosts; use {round_up(max(rows, 1), step)}"
+            f"train.batch_rows: {rows} rows do not split into whole routing groups of {data.group_rows} rows; use "
+            f"{round_up(max(rows, 1), data.group_rows)}"
         )
-    mine = range(host * groups // hosts, (host + 1) * groups // hosts)
+    mine = tuple(range(groups) if mine is None else mine)
     seed = data.seed if seed is None else seed
     frame = frame_of(data)
     if data.kind == "synthetic":
@@ -107,7 +107,7 @@ def open_stream(
         return Stream(steps, synthetic.packed, data.prefetch, data.read_threads)
     chosen = _chosen_stores(data, stores)
     vocabulary, views = _open_views(data, chosen, split)
-    planner = make_planner(data, chosen, views, seed=seed, groups=groups, mine=mine, epochs=epochs, hosts=hosts)
+    planner = make_planner(data, chosen, views, seed=seed, groups=groups, mine=mine, epochs=epochs)
     reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary.pad)
     plans = _Plans(lambda: _PlanIterator(planner, groups, mine, cursor, epochs))
     return Stream(plans, reader.packed, data.prefetch, data.read_threads)
@@ -127,19 +127,19 @@ def make_planner(
     *,
     seed: int,
     groups: int,
-    mine: range,
+    mine: Sequence[int],
     epochs: int | None = None,
-    hosts: int = 1,
 ) -> Planner:
     """The planner of the lanes that positions `mine` of every batch of `groups` groups need."""
     share_NM = resolve_shares(stores, [view.tokens_M for view in views], data.modalities, check=epochs is None)
     lanes = data.lanes if epochs is None else 1
-    if hosts > 1 and epochs is None and lanes % groups:
+    shared = len(mine) < groups and epochs is None
+    if shared and lanes % groups:
         raise InputError(
-            f"data.lanes: {lanes} lanes are not a multiple of the {groups} routing groups of a batch, which {hosts} "
+            f"data.lanes: {lanes} lanes are not a multiple of the {groups} routing groups of a batch, which several "
             f"hosts share; use {round_up(lanes, groups)}"
         )
-    needed = range(lanes) if hosts == 1 or epochs is not None else [n for n in range(lanes) if n % groups in mine]
+    needed = [lane for lane in range(lanes) if lane % groups in mine] if shared else range(lanes)
     return Planner(
         [Source(s.name, view, share_M) for s, view, share_M in zip(stores, views, share_NM, strict=True)],
         frame_of(data),
@@ -153,12 +153,18 @@ def make_planner(
 
 
 def merge_cursors(cursors: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One cursor of all lanes from the hosts' cursors after the same batch; raises ValueError for others."""
-    if len({int(cursor["group"]) for cursor in cursors}) > 1:
+    """One cursor of all lanes from the hosts' cursors after the same batch; raises ValueError for others.
+
+    Several hosts may hold the same lane.
+    """
+    place = "group" if "group" in cursors[0] else "step"
+    if len({int(cursor[place]) for cursor in cursors}) > 1:
         raise ValueError("the hosts' cursors are not of the same batch")
+    if place == "step":  # random tokens
+        return cursors[0]
+    _, first_L = np.unique(np.concatenate([cursor["lane"] for cursor in cursors]), return_index=True)
     per_lane = ("lane", "order", "waiting", "supplied", "ended")
-    order_L = np.argsort(np.concatenate([cursor["lane"] for cursor in cursors]), kind="stable")
-    merged = {name: np.concatenate([cursor[name] for cursor in cursors])[order_L] for name in per_lane}
+    merged = {name: np.concatenate([cursor[name] for cursor in cursors])[first_L] for name in per_lane}
     return {**cursors[0], **merged}
 
 
@@ -179,7 +185,7 @@ class _Plans(grain.IterDataset):
 class _PlanIterator(grain.DatasetIterator):
     """Plans batch after batch; its state is the cursor."""
 
-    def __init__(self, planner: Planner, groups: int, mine: range, cursor: dict | None, epochs: int | None):
+    def __init__(self, planner: Planner, groups: int, mine: tuple[int, ...], cursor: dict | None, epochs: int | None):
         super().__init__()
         self._planner, self._groups, self._mine, self._epochs = planner, groups, mine, epochs
         self._group, self._state = 0, {}
@@ -192,13 +198,12 @@ class _PlanIterator(grain.DatasetIterator):
             raise StopIteration
         self._group += self._groups
         rows = self._planner.frame.rows
-        piece_N6 = np.concatenate(
-            [pieces_of_group(g, (p - self._mine.start) * rows) for p, g in planned if p in self._mine]
-        )
+        own = [group for position, group in planned if position in self._mine]
+        piece_N6 = np.concatenate([pieces_of_group(group, n * rows) for n, group in enumerate(own)])
         self._state = {"group": np.array(self._group, np.int64), **self._planner.cursor()}
         return Plan(piece_N6, self._state, self._planner.epochs(), self._planner.waiting())
 
-    def _positions(self) -> range:
+    def _positions(self) -> Sequence[int]:
         """Positions of the batch to plan: one's own, or all of them where one lane packs everything."""
         return self._mine if self._epochs is None else range(self._groups)
 
@@ -219,15 +224,15 @@ class _PlanIterator(grain.DatasetIterator):
 class _SyntheticIterator(grain.DatasetIterator):
     """Numbers batch after batch; the cursor is the step."""
 
-    def __init__(self, groups: int, mine: range, cursor: dict | None):
+    def __init__(self, groups: int, mine: tuple[int, ...], cursor: dict | None):
         super().__init__()
         self._groups, self._mine = groups, mine
         self.set_state(cursor if cursor is not None else {"step": 0})
 
     def __next__(self) -> SyntheticPlan:
-        first = int(self._state["step"]) * self._groups + self._mine.start
+        first = int(self._state["step"]) * self._groups
         self.set_state({"step": self._state["step"] + 1})
-        return SyntheticPlan(range(first, first + len(self._mine)), self._state)
+        return SyntheticPlan([first + position for position in self._mine], self._state)
 
     def get_state(self) -> dict[str, np.ndarray]:
         return self._state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ _EMPTY, _RANDOM = -2, -1
 class SyntheticPlan(NamedTuple):
     """Which groups a batch holds, and the cursor after it."""
 
-    groups: range
+    groups: Sequence[int]
     cursor: dict[str, np.ndarray]
 
 

@@ -306,9 +306,14 @@ class Decoder(nn.Module):
 
 
 def rematerialised(policy: str):
-    """The layer, with the named remat policy. Who was taken is never decided anew, and weights are always gathered
-    anew: kept, a model that is stored in parts would lie whole on every device."""
+    """The layer, with the named remat policy.
+
+    Who was taken is never decided anew. Weights that are stored in parts are always gathered anew: kept, the model
+    would lie whole on every device.
+    """
     match policy:
+        case "none" if sharding.size(FSDP, EXPERT) == 1:
+            return Layer
         case "none":
             return nn.remat(Layer, prevent_cse=False, policy=_all_but_gathered)
         case "dots":

@@ -3,6 +3,9 @@
 A checkpoint is a directory `checkpoints/STEP/` with three items: `state` (arrays, sharded, restorable onto any mesh),
 `cursor` (where the data stream stands) and `meta` (plain values). It appears under its final name only when all of it
 is written, so one that a kill interrupted is never seen.
+
+Several processes write one checkpoint together, each the arrays of its own devices, and read what theirs need: mesh and
+number of processes may be others each time.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +22,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from moma_jax import hosts
 from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError
 from moma_jax.training.run_dir import RunDir
 from moma_jax.training.step import TrainState
 
 FORMAT_VERSION = 1
+SAVE_GB, RESTORE_GB = 32, 8
+CHUNK_BYTES = 64 << 20
+"""Arrays are stored in chunks of at most so much, so that a device reads little beside its own piece."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,12 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Writing, `restore` and `restore_params` are done by all processes together.
+
+    Memory of a host: saving copies what its devices hold (what several of them hold, once), so that training goes on,
+    and has at most SAVE_GB of that in the hands of the writer. Restoring has at most RESTORE_GB in flight, whatever
+    the model's size, or twice the largest piece of an array that one device gets where that is more.
+    """
 
     def __init__(
         self, run: RunDir, *, keep_last: int | None = None, keep_every: int | None = None, write: bool = False
@@ -57,8 +70,21 @@ class Checkpoints:
             cleanup_tmp_directories=write,
             preservation_policy=policies.AnyPreservationPolicy(keep) if write and keep_last else None,
         )
+        if not write and hosts.several():  # each process looks for itself
+            me = jax.process_index()
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(me, active_processes={me})
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_GB))
         self.path = run.join("checkpoints")
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, *error: object) -> None:
+        # One that fails among several must not wait for the others, who may wait for it.
+        if kind in (None, SystemExit) or not hosts.several():
+            self.close()
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -78,8 +104,10 @@ class Checkpoints:
         Raises:
           InputError: this one, or the one before, cannot be written.
         """
+        arrays = _as_dict(state)
+        in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_as_dict(state)),
+            state=ocp.args.StandardSave(arrays, in_chunks),
             cursor=ocp.args.JsonSave(pack_arrays(saved.cursor)),
             meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **saved.meta}),
         )
@@ -92,8 +120,11 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint holds other arrays than `target`.
         """
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=_in_flight_gb(target))
         try:
-            restored = self._restore(step, "state", ocp.args.StandardRestore(_as_dict(target)))
+            with ocp.Checkpointer(handler) as reader:
+                path, target = f"{self.where(step)}/state", _as_dict(target)
+                restored = reader.restore(path, args=ocp.args.StandardRestore(target))
         except ValueError as error:  # Orbax prints both trees
             raise InputError(
                 f"{self.where(step)}: its arrays are not those of this run: another version of moma_jax, or "
@@ -160,7 +191,8 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight_gb(target))
+        with ocp.Checkpointer(handler) as reader:
             return reader.restore(f"{self.where(step)}/state", args=args)
 
     def _compare(self, step: int, target: Any) -> None:
@@ -175,6 +207,12 @@ class Checkpoints:
                 f"run.init_from: {self.where(step)} has {have.get(path)} at {path}, this model {want.get(path)}; "
                 "give both runs the same model section"
             )
+
+
+def _in_flight_gb(target: Any) -> int:
+    """What may be read at a time, in GB; each array of `target` has a sharding."""
+    pieces = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(target)]
+    return max(RESTORE_GB, 1 + 2 * max(pieces, default=0) // 10**9)
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

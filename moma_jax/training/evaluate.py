@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moma_jax import sharding
+from moma_jax import hosts, sharding
 from moma_jax.batch import Batch
-from moma_jax.config import Config, EvalSet
+from moma_jax.config import Config, EvalSet, HostsConfig
 from moma_jax.cost import total_steps
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
@@ -65,9 +65,10 @@ def evaluate(
       InputError: no such run, checkpoint, routing or evaluation set; the run lacks what a routing needs; or the store's
         vocabulary is not the run's.
     """
+    hosts.join(HostsConfig())
     loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, select=select)
     decoders = {name: loaded.under(name) for name in routing or loaded.routings}
-    if loaded.refused is not None:
+    if loaded.refused is not None and hosts.is_first():
         print(f"note: {loaded.refused}", file=sys.stderr)
     chosen = _named(loaded.config, eval_set)
     if vocabulary_of(loaded.config).hash != loaded.vocabulary.hash:
@@ -175,7 +176,7 @@ class Evaluator:
         program, reports = self._program, {name: [] for name in self._steps}
         seconds, group, tokens = dict.fromkeys(reports, 0.0), 0, 0
         for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
-            device_batch, kind_BS = put((batch, self._kinds.of(batch)), program.mesh)
+            device_batch, kind_BS = put((batch, self._kinds.of(batch)), program.mesh, whole=True)
             arguments = (params, routing_state, device_batch, kind_BS, replicate(group, program.mesh))
             for name in self._steps:
                 compiled = self._compile(name, arguments)
@@ -190,6 +191,7 @@ class Evaluator:
         key = (name, arguments[2].token_BS.shape)
         if key not in self._compiled:
             self._compiled[key] = self._steps[name].lower(*arguments).compile()
+            hosts.meet()
         return self._compiled[key]
 
     def _figures(self, name: str, reports: list[EvalReport], tokens: int) -> Figures:

@@ -2,7 +2,8 @@
 
 Kinds of records: `train` (every `train.log_every` steps; losses and norms are means over the steps since the last such
 record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
-in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out. The journal of
+in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out; all are those of all
+processes but `epoch_<store>`, passes over a store, which are those of the lanes that process 0 reads. The journal of
 `moma fit-routers`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (training/routers.py).
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
@@ -18,6 +19,7 @@ import os
 import time
 from typing import Any
 
+from moma_jax import hosts
 from moma_jax.errors import InputError
 from moma_jax.training.run_dir import RunDir
 
@@ -105,7 +107,12 @@ class Journal:
 
 
 def open_journal(run: RunDir, *, step: int, tensorboard: bool, view: Any = None) -> Journal:
-    """The journal of a run that stands at `step`: later records are cut off, then writing goes on."""
+    """The journal of a run that stands at `step`: later records are cut off, then writing goes on.
+
+    Of several processes only process 0 records anything.
+    """
+    if not hosts.is_first():
+        return Journal()
     sinks = [FileSink(run, step) if run.local else SegmentSink(run, step)]
     if tensorboard:
         sinks.append(TensorBoardSink(run.join("tensorboard"), step))

@@ -18,14 +18,14 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from moma_jax import sharding
-from moma_jax.config import Config, EvalSet, resolve
+from moma_jax import hosts, sharding
+from moma_jax.config import Config, EvalSet, HostsConfig, resolve
 from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.store import open_store
-from moma_jax.data.stream import open_stream, require_held_out, vocabulary_of
+from moma_jax.data.stream import merge_cursors, open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError, RunError
-from moma_jax.training.checkpoint import Checkpoints, Saved
+from moma_jax.training.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.training.evaluate import Evaluator, gap_percent, scheduled, unigram
 from moma_jax.training.journal import Journal, finite, open_journal, read_metrics
 from moma_jax.training.meter import Hardware, Meter, step_sums, threshold_figures, train_record
@@ -51,7 +51,7 @@ from moma_jax.training.view import View
 def train(
     config: Config, *, select: Callable | None = None, routing_state: Any = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Trains, or goes on training, the run in `config.run.dir`.
+    """Trains, or goes on training, the run in `config.run.dir`; every process of a run calls it (`config.hosts`).
 
     Args:
       config: a resolved config (`moma_jax.recipe`).
@@ -69,17 +69,18 @@ def train(
         any more.
       SystemExit: 143 after SIGTERM, 130 after SIGINT, when the checkpoint is written.
     """
-    config = with_dtype(resolve(config))
+    hosts.join(config.hosts)
+    config = with_dtype(resolve(dataclasses.replace(config, hosts=HostsConfig())))  # who is who is no part of a run
     if config.run.dir is None:
         raise InputError("run.dir: name the directory of the run, such as runs/first")
     if config.run.compilation_cache is not None:
         use_compilation_cache(config.run.compilation_cache)
-    require_resumable(config, select)
-    with RunDir(config.run.dir).locked() as run, watched(run, total_steps(config)) as status:
-        if (summary := finished(run, config)) is not None:
+    run = RunDir(config.run.dir)
+    with contextlib.ExitStack() as held, watched(run, total_steps(config)) as status:
+        summary = hosts.by_first(lambda: _take(run, config, select, quiet, held))
+        if summary is not None:
             View(0, 0, quiet=quiet).say(f"{config.run.dir}: training is complete")
             return summary
-        _prepare_missing_stores(config, progress=not quiet)
         vocabulary = vocabulary_of(config)
         require_held_out(config)
         program = make_program(config, vocabulary, select)
@@ -88,6 +89,15 @@ def train(
             session.begin(first_routing_state(config, select) if routing_state is None else routing_state, quiet)
             session.run_steps(received)
             return session.finish()
+
+
+def _take(run: RunDir, config: Config, select: Callable | None, quiet: bool, held: contextlib.ExitStack) -> Any:
+    """Makes the run this one's, as long as `held` lasts, and what it needs; the summary of a run that is complete."""
+    require_resumable(config, select)
+    held.enter_context(run.locked())
+    if (summary := finished(run, config)) is None:
+        _prepare_missing_stores(config, progress=not quiet)
+    return summary
 
 
 class _Session:
@@ -104,13 +114,14 @@ class _Session:
         config = self.config
         self.evaluate = Evaluator(self.program, self.vocabulary, scheduled(self.program, routing_state))
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
-        self.checkpoints = self.cleanup.enter_context(contextlib.closing(Checkpoints(self.run, **keep, write=True)))
-        latest = self.checkpoints.latest()
+        self.checkpoints = self.cleanup.enter_context(Checkpoints(self.run, **keep, write=True))
+        latest = hosts.by_first(self.checkpoints.latest)
         saved = None if latest is None else self.checkpoints.saved(latest)
         if saved is not None:
             require_same_stores(self.hashes, saved.meta["hashes"], self.checkpoints.where(latest))
         self.step = 0 if latest is None else latest
-        stream = open_stream(config, cursor=None if saved is None else saved.cursor)
+        own = sharding.own_groups(self.program.mesh, config.train.batch_rows // config.data.group_rows)
+        stream = open_stream(config, cursor=None if saved is None else saved.cursor, mine=own)
         self.stream = self.cleanup.enter_context(contextlib.closing(stream))
         if saved is not None:
             self.state = self.checkpoints.restore(latest, abstract_state(self.program, routing_state))
@@ -140,11 +151,12 @@ class _Session:
         self.hardware = Hardware(flops_per_token(config), _peak(self.program))
         self.meter = Meter(config, step_sums, counters)
         self.train_step = self.meter.timed(lambda: compile_step(self.program, self.state))
+        hosts.meet()
 
     def run_steps(self, received: list[int]) -> None:
         """Trains to the last step, or to the step after a signal."""
         config = self.config.train
-        packed_batches = iter(self.stream)
+        packed_batches, stops = iter(self.stream), hosts.Stops(self.program.mesh)
         while self.step < self.total:
             packed = next(packed_batches, None)
             if packed is None:
@@ -154,7 +166,7 @@ class _Session:
             self.status.step = self.step
             self.meter.add(self.step, report)
             last = self.step == self.total
-            stop, log = bool(received), last or self.step % config.log_every == 0
+            stop, log = stops(received[0] if received else 0), last or self.step % config.log_every == 0
             sets = [s for s in config.eval_sets if last or self.step % (s.every or config.eval_every) == 0]
             save = last or stop or self.step % config.checkpoint_every == 0
             # One step behind, unless somebody is about to read: the device never waits for the host.
@@ -164,15 +176,15 @@ class _Session:
             for eval_set in sets:
                 self.meter.timed(lambda eval_set=eval_set: self._evaluate(eval_set))
             if save:
-                self._save(packed.cursor)
+                self._save(whole_cursor(packed.cursor))
             if stop and not last:
-                self._stop(received[0])
+                self._stop(stop)
 
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint; writes and prints the summary."""
         self.checkpoints.wait()
         self.journal.close()
-        summary = finite(self._summary())
+        summary = hosts.by_first(lambda: finite(self._summary()))
         self.run.write_json("summary.json", summary)
         self.status.write("complete")
         for name, result in summary["eval"].items():
@@ -312,6 +324,11 @@ def use_compilation_cache(path: str) -> None:
 
 
 # While it runs --------------------------------------------------------------------------------------------------------
+
+
+def whole_cursor(cursor: dict[str, Any]) -> dict[str, Any]:
+    """The cursor of all processes' lanes; all of them have to call it after the same batch."""
+    return merge_cursors([unpack_arrays(each) for each in hosts.gathered(pack_arrays(cursor))])
 
 
 @contextlib.contextmanager

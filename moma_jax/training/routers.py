@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moma_jax import sharding
-from moma_jax.config import Config, RoutersConfig, resolve
+from moma_jax import hosts, sharding
+from moma_jax.config import Config, HostsConfig, RoutersConfig, resolve
 from moma_jax.config_json import to_json
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError, RunError
@@ -23,7 +23,13 @@ from moma_jax.model.auxiliary import has_auxiliary
 from moma_jax.training.checkpoint import Checkpoints, Saved
 from moma_jax.training.journal import finite, open_journal, read_metrics
 from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
-from moma_jax.training.loop import hashes_of, require_same_stores, signals, use_compilation_cache
+from moma_jax.training.loop import (
+    hashes_of,
+    require_same_stores,
+    signals,
+    use_compilation_cache,
+    whole_cursor,
+)
 from moma_jax.training.meter import Meter
 from moma_jax.training.resume import finished, select_name
 from moma_jax.training.routers_step import (
@@ -65,20 +71,22 @@ def fit_routers(
       RunError: an update was not finite, the data ended, or files cannot be read or written any more.
       SystemExit: 143 after SIGTERM, 130 after SIGINT, when the checkpoint is written.
     """
+    hosts.join(HostsConfig())
     _require_routers(run, config_of(run))
     loaded = load(run, select=select, fitted=False)
     stage = stage_of(loaded.config, loaded.config.routers if settings is None else settings)
     where = RunDir(f"{run.rstrip('/')}/{ROUTERS}")
-    _require_same(where, loaded, stage.routers)
+    model = fingerprint(loaded.params)
     if stage.run.compilation_cache is not None:
         use_compilation_cache(stage.run.compilation_cache)
-    with where.locked() as directory, watched(directory, stage.routers.steps) as status:
-        if (summary := finished(directory, stage)) is not None:
+    with contextlib.ExitStack() as held, watched(where, stage.routers.steps) as status:
+        summary = hosts.by_first(lambda: _take(where, loaded.step, model, stage, held))
+        if summary is not None:
             View(0, 0, quiet=quiet).say(f"{where.path}: fitting is complete")
             return summary
         program = make_program(stage, loaded.vocabulary, select)
         with sharding.use_mesh(program.mesh), signals() as received, contextlib.ExitStack() as cleanup:
-            session = _Session(directory, loaded, program, status, cleanup)
+            session = _Session(where, loaded, program, status, cleanup)
             session.begin(select_name(select), quiet)
             session.run_steps(received)
             return session.finish()
@@ -124,20 +132,26 @@ def _require_routers(run: str, config: Config) -> None:
         )
 
 
-def _require_same(where: RunDir, loaded: Loaded, settings: RoutersConfig) -> None:
-    """InputError where routers lie that were fitted to another step of the model, or by other settings."""
+def _take(where: RunDir, step: int, model: str, stage: Config, held: contextlib.ExitStack) -> dict[str, Any] | None:
+    """Makes the directory this stage's, as long as `held` lasts; the summary of one that is complete."""
+    _require_same(where, step, model, stage.routers)
+    return finished(held.enter_context(where.locked()), stage)
+
+
+def _require_same(where: RunDir, step: int, model: str, settings: RoutersConfig) -> None:
+    """InputError where routers lie that were fitted to another step or another model, or by other settings."""
     with contextlib.closing(Checkpoints(where)) as checkpoints:
         if (latest := checkpoints.latest()) is None:
             return
         meta = checkpoints.saved(latest).meta
     if "model_step" not in meta:
         raise InputError(f"{where.path}: holds a run, no auxiliary routers; move it away")
-    if meta["model_step"] != loaded.step:
+    if meta["model_step"] != step:
         raise InputError(
-            f"{where.path}: fitted to the model of step {meta['model_step']}, and the run is at step {loaded.step}; "
+            f"{where.path}: fitted to the model of step {meta['model_step']}, and the run is at step {step}; "
             f"remove {where.path} to fit anew"
         )
-    if meta.get("model") != fingerprint(loaded.params):
+    if meta.get("model") != model:
         raise InputError(f"{where.path}: fitted to another model; remove {where.path} to fit anew")
     before = meta["config"]["routers"]
     now = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
@@ -181,11 +195,12 @@ class _Session:
             "commit": commit(),
         }
         opened = Checkpoints(self.directory, keep_last=config.train.keep_last, write=True)
-        self.checkpoints = self.cleanup.enter_context(contextlib.closing(opened))
-        latest = self.checkpoints.latest()
+        self.checkpoints = self.cleanup.enter_context(opened)
+        latest = hosts.by_first(self.checkpoints.latest)
         saved = None if latest is None else self.checkpoints.saved(latest)
         self.step = 0 if latest is None else latest
-        stream = open_stream(config, cursor=model.cursor if saved is None else saved.cursor)
+        own = sharding.own_groups(self.program.mesh, config.train.batch_rows // config.data.group_rows)
+        stream = open_stream(config, cursor=model.cursor if saved is None else saved.cursor, mine=own)
         self.stream = self.cleanup.enter_context(contextlib.closing(stream))
         if saved is None:
             self.state = first_state(self.program, self.routing_state)
@@ -208,10 +223,12 @@ class _Session:
         self.meter = Meter(config, router_sums, None if saved is None else saved.meta["counters"])
         arguments = (self.program, self.state, self.frozen, self.routing_state)
         self.update = self.meter.timed(lambda: compile_routers_step(*arguments))
+        hosts.meet()
 
     def run_steps(self, received: list[int]) -> None:
         """Fits to the last step, or to the step after a signal."""
         settings, packed_batches = self.config.routers, iter(self.stream)
+        stops = hosts.Stops(self.program.mesh)
         while self.step < self.total:
             packed = next(packed_batches, None)
             if packed is None:
@@ -222,7 +239,7 @@ class _Session:
             self.status.step = self.step
             self.meter.add(self.step, report)
             last = self.step == self.total
-            stop, log = bool(received), last or self.step % settings.log_every == 0
+            stop, log = stops(received[0] if received else 0), last or self.step % settings.log_every == 0
             due = last or self.step % settings.checkpoint_every == 0
             self._guard(self.meter.settle(leave=0 if log or due or stop else 1))
             if log:
@@ -230,15 +247,15 @@ class _Session:
             if due:
                 self.meter.timed(self._evaluate)
             if due or stop:
-                self._save(packed.cursor)
+                self._save(whole_cursor(packed.cursor))
             if stop and not last:
-                self._stop(received[0])
+                self._stop(stop)
 
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint; writes and prints the summary."""
         self.checkpoints.wait()
         self.journal.close()
-        summary = finite(self._summary())
+        summary = hosts.by_first(lambda: finite(self._summary()))
         self.directory.write_json("summary.json", summary)
         self.status.write("complete")
         for name, result in summary["eval"].items():

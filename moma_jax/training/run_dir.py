@@ -1,4 +1,7 @@
-"""A run's directory: where its files are, written whole or not at all, by one process at a time."""
+"""A run's directory: where its files are, written whole or not at all, by one process at a time.
+
+Of the processes of one run all may read, and process 0 writes; what the others write is dropped.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import tensorstore as ts
 
+from moma_jax import hosts
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
 
@@ -30,18 +34,24 @@ class RunDir(Directory):
         keys = self._kv.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")).result()
         return sorted(key.decode() for key in keys)
 
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file in one atomic step, on process 0; raises InputError where that is not allowed."""
+        if hosts.is_first():
+            super().write(name, content)
+
     def delete(self, name: str) -> None:
-        """Removes a file."""
-        self._kv.write(name, None).result()
+        """Removes a file, on process 0."""
+        if hosts.is_first():
+            self._kv.write(name, None).result()
 
     @contextlib.contextmanager
     def locked(self):
-        """Holds the directory for this process; InputError where another process trains in it.
+        """Holds the directory for this run, on process 0; InputError where another run trains in it.
 
         Only local directories can be locked; the lock ends with the process, however it ends. A directory that is new
         here is removed again where an InputError shows that no run can begin in it; never one in which a run began.
         """
-        if self.local is None:
+        if self.local is None or not hosts.is_first():
             yield self
             return
         new = not os.path.exists(self.local)

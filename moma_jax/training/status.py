@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 
+from moma_jax import hosts
 from moma_jax.errors import InputError, RunError
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.run_dir import RunDir
@@ -36,7 +37,8 @@ def watched(run: RunDir, total: int) -> Iterator[Status]:
     """Marks a run that ends by an exception as failed, once it has begun.
 
     Raises:
-      RunError: for bad input and refused files that show only after the run has begun.
+      RunError: for bad input and refused files that show only after the run has begun, and where another process is
+        gone before the runtime noticed and ended this one.
     """
     status = Status(run, total)
     try:
@@ -48,9 +50,11 @@ def watched(run: RunDir, total: int) -> Iterator[Status]:
             raise
         with contextlib.suppress(InputError):  # a full disk must not hide what happened
             status.write("failed")
-        if isinstance(error, (InputError, OSError)):
+        lost = hosts.several() and "Gloo" in str(error)  # collectives between CPUs fail; others wait to be aborted
+        if lost or isinstance(error, (InputError, OSError)):
+            cause = "another process of the run is gone" if lost else error
             raise RunError(
-                f"step {status.step}: {error}; last good checkpoint: {last_good(run)}; once that is mended, the same "
+                f"step {status.step}: {cause}; last good checkpoint: {last_good(run)}; once that is mended, the same "
                 "command goes on from there"
             ) from error
         raise

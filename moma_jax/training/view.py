@@ -8,16 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moma_jax import hosts
+
 
 class View:
-    """A sink of the journal that draws; nothing at all where `quiet`."""
+    """A sink of the journal that draws; nothing at all where `quiet`, or on other processes than process 0."""
 
     def __init__(self, total: int, step: int, *, quiet: bool = False, console: Console | None = None):
         """Args: `total` steps of the run, `step` where it stands."""
-        self._total, self._quiet = total, quiet
+        self._total, self._quiet = total, quiet or not hosts.is_first()
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._progress = self._task = None
-        if self._console.is_terminal and not quiet:
+        if self._console.is_terminal and not self._quiet:
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24), TimeElapsedColumn())
             self._progress = Progress(*columns, TextColumn("{task.description}"), console=self._console)
             self._task = self._progress.add_task("compiling", total=total, completed=step)
