@@ -1,7 +1,7 @@
 """MoMa, mixture of modality-aware experts (arXiv 2407.21770), in JAX and Flax.
 
 The functions behind the `moma` command. Those that need JAX are loaded when first used, so that `import moma_jax` stays
-light; `cost` needs none, and is bound here because a module of its name would take its place.
+light; `cost` and `plan` need none, and are bound here because modules of their names would take their places.
 
   recipe(path, overrides)    a recipe or config.json with overrides -> resolved Config
   prepare(config, out)       a source -> a token store
@@ -10,12 +10,14 @@ light; `cost` needs none, and is bound here because a module of its name would t
   evaluate(run)              held-out losses of a run
   load(run)                  a trained model: config, vocabulary, decoder, parameters
   cost(config)               parameters, FLOPs and bytes in closed form
+  plan(config, topology)     what a run needs on a pod: memory, communication, an estimate of the step
   read_metrics(run)          the records of a run
 """
 
 import importlib
 
 from moma_jax.cost import cost
+from moma_jax.plan import plan
 
 _HOME = {
     "recipe": "moma_jax.recipes",
@@ -26,7 +28,7 @@ _HOME = {
     "load": "moma_jax.training.load",
     "read_metrics": "moma_jax.training.journal",
 }
-__all__ = ["cost", *sorted(_HOME)]
+__all__ = ["cost", "plan", *sorted(_HOME)]
 
 
 def __getattr__(name):

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "fit-routers": "fit auxiliary routers to a run, for causal routing",
     "eval": "held-out losses of a run under several routings",
     "cost": "parameters, FLOPs and bytes of a recipe, in closed form",
+    "plan": "does a run fit a pod, and how fast is it: compiled for TPUs that need not be here",
     "generate": "text and pictures after a prompt",
     "bench": "measure: bench step, bench generate, bench data, bench ffn",
 }
@@ -81,6 +83,23 @@ class Cost(Train):
 
     padding: float = 0.0
     """Share of positions that are padding, 0 to 1; it enters the executed FLOPs alone."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Plan(Train):
+    """Whether a run fits a pod and what it costs there: the real training step is compiled, no accelerator is needed.
+
+    Where no field of mesh is given, the mesh is chosen. For GPUs memory alone is reckoned.
+    """
+
+    topology: str = ""
+    """v5p-128, v5p:4x4x4, v5e-16, v6e-64, 2xv5e-256 (two slices), h100:8, h100:4x8."""
+    search: bool = False
+    """Try meshes, remat policies and microbatches, and rank those that fit."""
+    compiled: int = 6
+    """search only: how many settings are compiled."""
     json: bool = False
     """Print JSON."""
 
@@ -151,13 +170,23 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run_command(words)
     except InputError as error:
-        sys.exit(_complain(error, 2))
+        _leave(_complain(error, 2))
     except RunError as error:
-        sys.exit(_complain(error, 1))
+        _leave(_complain(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+        _leave(_complain("interrupted", 130))
     except BrokenPipeError:  # `moma cost ... | head` is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; one of several does not wait for the others, who may wait for it."""
+    if "moma_jax.hosts" in sys.modules:  # not needed by commands that need no JAX
+        sys.modules["moma_jax.hosts"].leave(code)
+    sys.exit(code)
 
 
 def _unraisable(unraisable) -> None:
@@ -191,6 +220,8 @@ def run_command(words: list[str]) -> None:
             command.run(recipes.parse(command.Generate, None, rest, "moma generate"))
         case "cost":
             cost(*_config(Cost, rest, "moma cost"))
+        case "plan":
+            plan(*_config(Plan, rest, "moma plan"))
         case "bench":
             bench(rest)
         case "--help" | "-h":
@@ -239,11 +270,13 @@ def evaluate(options: Eval) -> None:
     """`moma eval`."""
     from rich.console import Console
 
+    from moma_jax import hosts
     from moma_jax.training.journal import finite
     from moma_jax.training.tables import evaluation_tables
 
     result = finite(moma_jax.evaluate(options.run, routing=options.routing))
-    print(json.dumps(result, allow_nan=False)) if options.json else Console().print(*evaluation_tables(result))
+    if hosts.is_first():
+        print(json.dumps(result, allow_nan=False)) if options.json else Console().print(*evaluation_tables(result))
 
 
 def cost(options: Cost, config: Config) -> None:
@@ -252,6 +285,21 @@ def cost(options: Cost, config: Config) -> None:
 
     result = moma_jax.cost(config, padding=options.padding)
     print(json.dumps(result)) if options.json else print_cost(result)
+
+
+def plan(options: Plan, config: Config) -> None:
+    """`moma plan`."""
+    from moma_jax.plan import plan_search
+    from moma_jax.plan.report import format_plan, format_search
+
+    if not options.topology:
+        raise InputError("--topology: name what to plan for, such as v5p-128, v5e-16 or h100:8")
+    if options.search:
+        progress = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+        result, written = plan_search(config, options.topology, options.compiled, progress), format_search
+    else:
+        result, written = moma_jax.plan(config, options.topology), format_plan
+    print(json.dumps(result)) if options.json else print(written(result), end="")
 
 
 def bench(words: list[str]) -> None:

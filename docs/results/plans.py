@@ -1,0 +1,88 @@
+"""Makes plans.md: what `moma plan` says of the paper's models on six slices of TPUs.
+
+Command: python docs/results/plans.py                           (all rows; two to three minutes each on two cores)
+         python docs/results/plans.py paper_90m 4t4i v5e-16     (only rows that have these words)
+Needs:   pip install -e ".[plan]"; no accelerator.
+
+Meshes, microbatches and, where the recipe's own does not fit, the remat policy are those that `moma plan` chooses.
+Finished rows are kept in plans.json; the same command again does the rest. Remove the file to begin anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import moma_jax
+
+HERE = Path(__file__).parent
+RECIPES = ("paper_90m", "paper_435m", "paper_1b4")
+VARIANTS = ("dense", "8x", "4t4i")
+TOPOLOGIES = ("v4-32", "v5e-16", "v5e-64", "v5p-64", "v5p-128", "v6e-64")
+KEPT = (
+    *("topology", "devices", "mesh", "accumulate", "remat", "fits", "bytes_per_device", "memory_per_device"),
+    *("step_seconds_estimate", "tokens_per_second_estimate", "mfu_estimate", "exposed_communication_share"),
+)
+HEAD = """# What the paper's models need on six slices
+
+By `python docs/results/plans.py`: the real training step, with the paper's batch, compiled for each slice by the TPU
+compiler (jax {jax}, libtpu {libtpu}) on a machine without one. Memory is the compiler's; seconds, tokens/s and MFU are
+estimates from the compiled program ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements.
+MFU counts the FLOPs of `moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
+
+| recipe | ffn | slice | devices | mesh | accumulate | remat | GiB per device | s/step | tokens/s | MFU | waiting |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main(words: list[str]) -> None:
+    """Does what is not done yet and writes the table."""
+    path = HERE / "plans.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    wanted = [row for row in itertools.product(RECIPES, VARIANTS, TOPOLOGIES) if set(words) <= set(row)]
+    for recipe, ffn, topology in wanted:
+        name = f"{recipe} {ffn} {topology}"
+        if name in rows:
+            continue
+        start = time.monotonic()
+        config = moma_jax.recipe(HERE.parent.parent / "configs" / f"{recipe}.py", {"model.ffn": ffn})
+        plan = moma_jax.plan(config, topology)
+        rows[name] = {key: plan[key] for key in KEPT}
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{name}: {written(name, rows[name])} ({time.monotonic() - start:.0f} s)", flush=True)
+    (HERE / "plans.md").write_text(table(rows))
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The page."""
+    from importlib.metadata import version
+
+    order = [" ".join(row) for row in itertools.product(RECIPES, VARIANTS, TOPOLOGIES)]
+    lines = [written(name, rows[name]) for name in order if name in rows]
+    return HEAD.format(jax=version("jax"), libtpu=version("libtpu")) + "\n".join(lines) + "\n"
+
+
+def written(name: str, row: dict) -> str:
+    """One line of the table."""
+    recipe, ffn, topology = name.split()
+    mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
+    total = row["bytes_per_device"]["total"]
+    memory = f"{'?' if total is None else f'{total / 2**30:.1f}'} of {row['memory_per_device'] / 2**30:.0f}"
+    if row["fits"]:
+        speed = [
+            f"{row['step_seconds_estimate']:.2f}",
+            f"{row['tokens_per_second_estimate']:,.0f}",
+            f"{row['mfu_estimate']:.1%}",
+            f"{row['exposed_communication_share']:.1%}",
+        ]
+    else:
+        memory, speed = f"{memory}: does not fit", ["", "", "", ""]
+    cells = [recipe, ffn, topology, str(row["devices"]), mesh, str(row["accumulate"]), row["remat"], memory, *speed]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,180 @@
+"""Does a run fit a pod, and what will it cost: `plan(config, topology)`, before any machine is rented.
+
+For TPUs the real training step is compiled, by the compiler that would compile it there (`compile`), and its text is
+read (`hlo`, `network`, `estimate`, `held`). For GPUs there is arithmetic alone (`memory`). Nothing here is imported by
+any other part of the package, and libtpu only when a TPU is planned for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from moma_jax.config import Config, MeshConfig, resolve
+from moma_jax.cost import flops_per_token
+from moma_jax.plan import memory, search
+from moma_jax.plan.topology import Topology, topology_of
+
+MESH_AXES = tuple(f.name for f in dataclasses.fields(MeshConfig))
+
+
+def plan(config: Config, name: str) -> dict[str, Any]:
+    """What a run needs on a topology, per step and device.
+
+    Args:
+      config: the run. Where it leaves its mesh at the default, one is chosen (`search.choose`), and as many
+        microbatches as it takes to fit.
+      name: as `topology.topology_of` reads it: v5p-128, v5p:4x4x4, v5e-16, h100:8.
+
+    Returns:
+      "fits", "devices", "bytes_per_device" (bytes by category, with "total"), "flops_per_device" (of a step, by
+      `moma cost`'s convention), "collective_bytes" (kind -> mesh axes -> bytes that a device sends in a step),
+      "step_seconds_estimate", "mfu_estimate", "tokens_per_second_estimate", "exposed_communication_share" and the
+      settings that were planned. "method" is "compiled" or "arithmetic". Estimates are None where there is no program.
+
+    Raises:
+      InputError: no such topology, the config contradicts itself or the topology, or libtpu is missing.
+    """
+    target = topology_of(name)
+    config = with_dtype(resolve(config), target)
+    if config.mesh != MeshConfig():
+        return {**planned(memory.with_mesh(config, target.devices, target.name), target), "mesh_chosen": False}
+    config = search.choose(config, target)
+    result = planned(config, target)
+    for smaller in search.smaller_microbatches(config, target):  # where the compiler needs more than arithmetic says
+        if result["fits"]:
+            break
+        result = planned(smaller, target)
+    return {**result, "mesh_chosen": True}
+
+
+def plan_search(config: Config, name: str, compiled: int = 6, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Plans the most promising meshes, remat policies and microbatches.
+
+    Args:
+      compiled: how many of them are compiled.
+      report: is told each as it is done.
+
+    Returns:
+      "plans": dictionaries of `plan`, those that fit first, the fastest first; "considered", "fit_by_arithmetic": how
+      many settings there were.
+
+    Raises:
+      InputError: as `plan`; or nothing fits even by arithmetic.
+    """
+    target = topology_of(name)
+    config = with_dtype(resolve(config), target)
+    return search.search(config, target, compiled, lambda setting: planned(setting, target), report)
+
+
+def with_dtype(config: Config, target: Topology) -> Config:
+    """The config with `model.dtype` auto replaced by what the topology computes in: all of them have bfloat16."""
+    if config.model.dtype != "auto":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+
+
+def planned(config: Config, target: Topology) -> dict[str, Any]:
+    """`plan` of a config whose mesh and dtype are settled."""
+    mesh = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    flops = flops_per_token(config) * config.batch_tokens
+    shape = {
+        "topology": target.name,
+        "devices": target.devices,
+        "hosts": target.hosts,
+        "memory_per_device": int(target.memory),
+        "ffn": config.model.ffn,
+        "mesh": mesh,
+        "accumulate": config.train.accumulate,
+        "remat": config.model.remat,
+        "batch_tokens": config.batch_tokens,
+        "flops_per_device": flops / target.devices,
+    }
+    result = (compiled_plan if target.kind else arithmetic_plan)(config, target)
+    return {**result, **shape, "warnings": result["warnings"] + _warnings(config, target)}
+
+
+def arithmetic_plan(config: Config, target: Topology) -> dict[str, Any]:
+    """The part of a plan that comes from closed forms: memory."""
+    sizes = memory.arithmetic_bytes(config)
+    total = sum(sizes.values())
+    return {
+        "method": "arithmetic",
+        "fits": total <= memory.USABLE * target.memory,
+        "bytes_per_device": {**sizes, "total": total},
+        "collective_bytes": None,
+        "step_seconds_estimate": None,
+        "mfu_estimate": None,
+        "tokens_per_second_estimate": None,
+        "exposed_communication_share": None,
+        "host_checkpoint_bytes": _host_bytes(sizes, target),
+        "warnings": ["memory by arithmetic alone: no program was compiled for GPUs"],
+    }
+
+
+def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
+    """The part of a plan that is read from the compiled step."""
+    from moma_jax.plan import compile as compiler
+    from moma_jax.plan import estimate, held, hlo, network
+
+    compiled = compiler.compile_step(config, target)
+    module = hlo.parse(compiled.text) if compiled.error is None else None
+    sizes = held.held_bytes(config, compiled, module)
+    result = {
+        "method": "compiled",
+        "fits": compiled.error is None,
+        "bytes_per_device": sizes,
+        "collective_bytes": None,
+        "step_seconds_estimate": None,
+        "mfu_estimate": None,
+        "tokens_per_second_estimate": None,
+        "exposed_communication_share": None,
+        "host_checkpoint_bytes": _host_bytes(sizes, target),
+        "warnings": [],
+    }
+    if module is None:
+        result["warnings"].append(f"the compiler: {' '.join(compiled.error.split())[:300]}")
+        return result
+    step = estimate.estimate(module, network.layout_of(compiled.mesh, target.shape), target.kind)
+    flops = flops_per_token(config) * config.batch_tokens
+    units = ["network", "network between slices"][: 1 + (target.slices > 1)]
+    result |= {
+        "collective_bytes": {kind: dict(axes) for kind, axes in step.collective_bytes.items()},
+        "step_seconds_estimate": step.seconds,
+        "mfu_estimate": flops / (step.seconds * target.devices * target.peak),
+        "tokens_per_second_estimate": config.batch_tokens / step.seconds,
+        "exposed_communication_share": sum(step.exposed[unit] for unit in units) / step.seconds,
+        "seconds_by_category": step.by("category"),
+        "seconds_by_part": step.by("part"),
+        "network_seconds": {unit: step.by("category", unit) for unit in units},
+        "unestimated": _unestimated(step),
+        "slowest": [cost._asdict() for cost in sorted(step.costs, key=lambda c: -c.seconds)[:20]],
+    }
+    for loop in step.unknown_loops:
+        result["warnings"].append(f"the turns of the loop {loop} are unknown; it is counted once")
+    for kernel in sorted(step.unknown_kernels):
+        result["warnings"].append(f"the kernel {kernel} has no model here; it is counted by its bytes")
+    return result
+
+
+def _unestimated(step) -> dict[str, float]:
+    """Seconds of what the compiler gives no estimate for, by category."""
+    total = {}
+    for cost in step.costs:
+        if cost.source == "roofline":
+            total[cost.category] = total.get(cost.category, 0.0) + cost.seconds
+    return total
+
+
+def _host_bytes(sizes: dict[str, Any], target: Topology) -> int:
+    """Host memory that an asynchronous save takes at most: a copy of the state's shards on one host's devices."""
+    return (sizes["parameters"] + sizes["optimizer"]) * target.devices // target.hosts
+
+
+def _warnings(config: Config, target: Topology) -> list[str]:
+    """What would run without its kernel there."""
+    from moma_jax.model.fused_attention import refusal
+
+    reason = refusal("tpu" if target.kind else "gpu", config.data.sequence)
+    return [] if reason is None else [f"attention: without a fused kernel, because {reason}; it will be slower"]

@@ -1,0 +1,98 @@
+"""The training step of a run, compiled for TPUs that are not here, by the compiler that comes with libtpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from typing import Any, NamedTuple
+
+from moma_jax import vocab
+from moma_jax.config import Config
+from moma_jax.errors import InputError
+from moma_jax.plan.topology import Topology
+
+ENVIRONMENT = {  # libtpu reads it when it is loaded
+    "TPU_SKIP_MDS_QUERY": "1",  # no metadata server is asked which TPU this machine is
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time
+}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Compiled(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+      mesh: `jax.sharding.Mesh` of the topology's devices.
+      state: abstract TrainState with shardings.
+      text: the program, scheduled. memory: JAX's CompiledMemoryStats of one device.
+      error: None, or the compiler's complaint that the program needs more memory than there is; then text is "" and
+        memory None.
+    """
+
+    mesh: Any
+    state: Any
+    text: str
+    memory: Any
+    error: str | None
+
+
+def compile_step(config: Config, topology: Topology) -> Compiled:
+    """Compiles the step that `moma train` would run.
+
+    Args:
+      config: resolved, with model.dtype set.
+
+    Raises:
+      InputError: libtpu is missing or cannot be used, it does not know the topology, or the mesh does not fit it.
+    """
+    devices = topology_devices(topology)
+    import jax
+
+    from moma_jax.training import step
+
+    program = step.make_program(config, vocab.contiguous(config.data.modalities), devices=devices)
+    # An abstract mesh: with these devices in the context JAX would put the few arrays that it makes on the way there.
+    with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+        state = step.abstract_state(program, step.first_routing_state(config, None))
+        try:
+            compiled = step.compile_step(program, state)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Compiled(program.mesh, state, "", None, str(error))
+    return Compiled(program.mesh, state, compiled.as_text(), compiled.memory_analysis(), None)
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """Devices to compile for, as JAX makes them up from a name.
+
+    Raises:
+      InputError: libtpu is missing or cannot be used, or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("plan: libtpu is not installed; pip install 'moma_jax[plan]'")
+    os.environ.update(ENVIRONMENT)
+    if "jax" not in sys.modules:  # this process computes nothing on an accelerator, and must not occupy one
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from jax.experimental import topologies
+
+    name = topology.name.removeprefix(f"{topology.slices}x") if topology.slices > 1 else topology.name
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}  # a chip's two cores are one device
+    options |= {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+    except Exception as error:  # every kind of it, from a missing library to an unknown name, means the same here
+        raise InputError(f"plan: libtpu does not give a topology {name}: {str(error).splitlines()[0]}") from error
+
+
+def needed_bytes(error: str) -> int | None:
+    """Bytes that the compiler says a program needs, from its complaint; None where it names none."""
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of|usage >= ([\d.]+)([KMGT]?)", error)
+    if found is None:
+        return None
+    number, unit = [group for group in found.groups() if group is not None][:2]
+    return int(float(number) * _UNITS[unit])

@@ -1,0 +1,67 @@
+"""What a compiled step holds in the memory of one device, by category."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from moma_jax.config import Config
+from moma_jax.cost import FLOAT32
+from moma_jax.plan.compile import Compiled, needed_bytes
+from moma_jax.plan.hlo import Module
+
+
+def state_bytes(state: Any) -> dict[str, int]:
+    """Bytes of one device of "parameters" and "optimizer", from an abstract TrainState with shardings."""
+    import jax
+
+    def held(tree) -> int:
+        sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        return sum(sizes)
+
+    return {"parameters": held(state.params), "optimizer": held(state.opt_state)}
+
+
+def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dict[str, int | None]:
+    """Bytes of one device by category, and "total", their sum where temporaries are not 0.
+
+    parameters and optimizer are the state's shards, gradients one float32 copy of the parameters', activations what
+    the forward pass over the layers keeps for the backward pass (read from the program), logits one chunk's with its
+    gradient, temporaries everything else that the program needs beside its arguments, code the program itself. Where
+    the program does not fit, the total is what the compiler says and activations and temporaries are unknown.
+    """
+    state = state_bytes(compiled.state)
+    width = FLOAT32 if config.model.dtype == "float32" else 2
+    mesh = compiled.mesh.shape
+    tokens = config.batch_tokens // config.train.accumulate // math.prod(mesh[a] for a in ("data", "fsdp", "expert"))
+    chunk = min(config.train.loss_chunk, tokens)
+    logits = (FLOAT32 + width) * chunk * config.vocabulary_size // mesh["tensor"]
+    result = {**state, "gradients": state["parameters"], "logits": logits}
+    if module is None:
+        return {**result, "activations": None, "temporaries": None, "total": needed_bytes(compiled.error)}
+    memory = compiled.memory
+    result |= {
+        "activations": kept_bytes(module, config.model.layers),
+        "batch": memory.argument_size_in_bytes - sum(state.values()),
+        "code": memory.generated_code_size_in_bytes,
+    }
+    total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    # Gradients and logits may take the place of what is kept: they are not needed at the same time.
+    return {**result, "temporaries": max(0, total - sum(result.values())), "total": total}
+
+
+def kept_bytes(module: Module, layers: int) -> int:
+    """Bytes that the forward pass over the layers keeps: what its loop writes and stacks by layer."""
+    total = 0
+    for computation, loop in module.loops():
+        if not re.search(r"/jvp\(\w+\)/while$", loop.op_name) or module.trips(computation, loop) != layers:
+            continue
+        body = module.computations[loop.called("body")]
+        carried = body.parameters[0].name
+        for name, array in zip(body.by_name[body.root].operands, loop.arrays, strict=True):
+            element = body.by_name[name]
+            handed_on = element.opcode == "get-tuple-element" and element.operands[0] == carried
+            if array.in_hbm and array.shape[:1] == (layers,) and not handed_on:
+                total += array.padded_bytes
+    return total

@@ -1,0 +1,95 @@
+"""Plans as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moma_jax.plan.search import written
+
+GIB = 2**30
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """What `plan` returned, as tables for the terminal."""
+    fits = "fits" if plan["fits"] else "does NOT fit"
+    title = (
+        f"{plan['ffn']} on {plan['topology']} ({plan['devices']} devices, {plan['hosts']} hosts): {fits} "
+        f"({'compiled for it' if plan['method'] == 'compiled' else 'arithmetic alone'})"
+    )
+    parts = [title, _settings(plan), "", _memory(plan)]
+    if plan["step_seconds_estimate"] is not None:
+        parts += ["", _speed(plan), "", _seconds(plan), "", _network(plan)]
+    parts += [f"warning: {warning}" for warning in plan["warnings"]]
+    return _printed(parts)
+
+
+def format_search(result: dict[str, Any]) -> str:
+    """What `plan_search` returned: settings, the best first, and the first in full."""
+    lines = [f"{result['considered']} settings, {result['fit_by_arithmetic']} fit by arithmetic; compiled:"]
+    lines += [f"  {written(plan)}" for plan in result["plans"]]
+    return "\n".join(lines) + "\n\n" + format_plan(result["plans"][0])
+
+
+def _printed(parts: list[Any]) -> str:
+    console = Console(width=120, highlight=False)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str))
+    return capture.get()
+
+
+def _settings(plan: dict[str, Any]) -> str:
+    flags = [f"--mesh.{axis} {size}" for axis, size in plan["mesh"].items()]
+    flags += [f"--train.accumulate {plan['accumulate']}", f"--model.remat {plan['remat']}"]
+    return f"{'chosen: ' if plan.get('mesh_chosen') else ''}{' '.join(flags)}"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    table = _table("memory of a device", "GiB")
+    for name, size in plan["bytes_per_device"].items():
+        table.add_row(name, "unknown" if size is None else f"{size / GIB:,.2f}")
+    table.add_row("there is", f"{plan['memory_per_device'] / GIB:,.2f}")
+    table.add_row("host memory to save a checkpoint, at most", f"{plan['host_checkpoint_bytes'] / GIB:,.2f}")
+    return table
+
+
+def _speed(plan: dict[str, Any]) -> Table:
+    table = _table("a step (estimates)", "")
+    table.add_row("FLOPs of a device, by `moma cost`", f"{plan['flops_per_device']:.4g}")
+    table.add_row("seconds", f"{plan['step_seconds_estimate']:.3f}")
+    table.add_row("tokens/s", f"{plan['tokens_per_second_estimate']:,.0f}")
+    table.add_row("MFU", f"{plan['mfu_estimate']:.1%}")
+    table.add_row("waiting for the network", f"{plan['exposed_communication_share']:.1%}")
+    return table
+
+
+def _seconds(plan: dict[str, Any]) -> Table:
+    table = _table("seconds of a core (estimates)", "", "of the step")
+    rows = {**plan["seconds_by_category"], **{f"  {k}": v for k, v in plan["seconds_by_part"].items()}}
+    for name, seconds in rows.items():
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / plan['step_seconds_estimate']:.1%}")
+    for name, seconds in plan["unestimated"].items():
+        share = f"{seconds / plan['step_seconds_estimate']:.1%}"
+        table.add_row(f"{name}: our model, the compiler gives none", f"{seconds:.3f}", share)
+    return table
+
+
+def _network(plan: dict[str, Any]) -> Table:
+    table = _table("sent by a device in a step", "over", "GB", "network seconds (estimates)")
+    for kind, axes in plan["collective_bytes"].items():
+        for n, (axis, size) in enumerate(axes.items()):
+            busy = sum(unit.get(kind, 0.0) for unit in plan["network_seconds"].values())
+            seconds = "" if n else f"{busy:.3f}"
+            table.add_row(kind, axis, f"{size / 1e9:,.3f}", seconds)
+    return table
