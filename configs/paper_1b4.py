@@ -3,6 +3,7 @@
 Command:   moma train configs/paper_1b4.py       (--model.ffn dense, 8x, 1t1i, 4t4i: Table 1)
            moma cost configs/paper_1b4.py --model.ffn dense  (parameters, FLOPs, bytes; needs no data)
            moma bench step configs/paper_1b4.py  (speed on synthetic tokens; needs no data)
+           moma plan configs/paper_1b4.py --topology v5p-128  (does it fit a pod; needs no TPU)
 Data:      a store under stores/paper, made with `moma prepare` from your own pictures (1024 codes each), captions and
            text; the paper's data are not public. Any field can be overridden, quotas and mixture included.
 Hardware:  256 A100 (8 rows each) or the like; 4t4i's parameters, gradients and moments are 115 GB in float32.

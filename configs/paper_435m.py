@@ -3,6 +3,7 @@
 Command:   moma train configs/paper_435m.py       (--model.ffn dense, 8x, 1t1i, 4t4i: Table 1)
            moma cost configs/paper_435m.py --model.ffn dense  (parameters, FLOPs, bytes; needs no data)
            moma bench step configs/paper_435m.py  (speed on synthetic tokens; needs no data)
+           moma plan configs/paper_435m.py --topology v5e-16  (does it fit a pod; needs no TPU)
 Data:      a store under stores/paper, made with `moma prepare` from your own pictures (1024 codes each), captions and
            text; the paper's data are not public. Any field can be overridden, quotas and mixture included.
 Hardware:  256 A100 in the paper (6 rows each).

@@ -231,7 +231,8 @@ def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str
 def on_shards(function: Callable, in_specs: Any, out_specs: Any, check: bool = True) -> Callable:
     """`function` of every device's own parts of its arguments; itself where traced code sees a single device.
 
-    `check` tracks which values differ between devices, which gradients need; without gradient it is not worth much.
+    `check` tracks which values differ between devices, so that gradients of those that do not are summed once. It can
+    be left out where there are no gradients, or only of arguments that are split over the whole mesh.
     """
     if size(*AXES) == 1:
         return function
