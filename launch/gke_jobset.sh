@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GKE: a JobSet that trains on TPU slices or on GPU nodes, one pod per host. The JobSet controller begins it again.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=launch/restart.sh
 source "$here/restart.sh"
 
@@ -15,7 +15,7 @@ usage: launch/gke_jobset.sh [options] apply CONFIG --run.dir gs://BUCKET/RUN [ov
   render   print the YAML
   delete   remove the JobSet and its pods: they get SIGTERM and save
 
-  --name NAME               of the JobSet
+  --name NAME               of the JobSet: about 45 letters at most, as the names of its pods begin with it
   --image IMAGE             a container image with moma_jax[tpu] or moma_jax[cuda] and the recipes
   --tpu TYPE --topology T   such as tpu-v5p-slice and 4x4x4
   --gpu TYPE                instead: such as nvidia-h100-80gb
@@ -53,17 +53,16 @@ action=${1:-}
 shift
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || refuse "--name: '$name' is not made of a-z, 0-9 and - between them"
 
-# yaml WORD: a YAML string; Kubernetes would replace $(NAME) by a variable, and reads $$ as one dollar.
+# yaml WORD: a YAML string.
 yaml() {
   local word=${1//\\/\\\\}
-  word=${word//\"/\\\"}
-  printf '"%s"' "${word//\$(/\$\$(}"
+  printf '"%s"' "${word//\"/\\\"}"
 }
 
-# yaml_list WORD...: a YAML list of strings.
-yaml_list() {
+# yaml_arguments WORD...: a YAML list. In arguments Kubernetes puts variables in for $(NAME) and reads $$ as one dollar.
+yaml_arguments() {
   local word list=""
-  for word in "$@"; do list+="${list:+, }$(yaml "$word")"; done
+  for word in "$@"; do list+="${list:+, }$(yaml "${word//\$/\$\$}")"; done
   printf '[%s]' "$list"
 }
 
@@ -75,7 +74,7 @@ jobset() {
   local annotations="{}" nodes arguments
   [[ $* != *$'\n'* ]] || refuse "an argument has a line break; leave it out"
   text=$(<"$here/gke_jobset.yaml.template")
-  arguments=$(yaml_list "$@")
+  arguments=$(yaml_arguments "$@")
   if [[ $tpu ]]; then
     # A slice is a node pool of its own. GKE tells moma through TPU_WORKER_HOSTNAMES who the hosts are.
     annotations='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}'
@@ -109,8 +108,17 @@ fi
 given CONFIG "${1:-}"
 given --image "$image"
 given --hosts "$hosts"
-[[ ($tpu && $topology && ! $gpu) || ($gpu && ! $tpu) ]] || refuse "--tpu with --topology, or --gpu: name one of them"
-[[ $tpu ]] || ((slices == 1)) || refuse "--slices: only TPUs have slices; give --hosts"
+[[ ($tpu && $topology && ! $gpu) || ($gpu && ! $tpu$topology) ]] ||
+  refuse "--tpu with --topology, or --gpu: name one of them"
+if [[ $tpu ]]; then
+  [[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] || refuse "--topology: '$topology' is not like 4x4x4"
+  ((hosts * ${chips:-4} == ${topology//x/*})) ||
+    refuse "--hosts: $hosts hosts of ${chips:-4} chips do not make up $topology; give other --hosts or --chips"
+else
+  ((slices == 1)) || refuse "--slices: only TPUs have slices; give --hosts"
+fi
+longest=$name-hosts-$((slices - 1))-$((hosts - 1))-abcde # the last pod; Kubernetes ends its name with 5 random letters
+((${#longest} <= 63)) || refuse "--name: too long by $((${#longest} - 63)), as the names of the pods begin with it"
 jobset "$@"
 if [[ $action == render ]]; then
   printf '%s\n' "$text"

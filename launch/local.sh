@@ -2,8 +2,9 @@
 # N processes of one run on this machine, joined over loopback: several hosts in small, on the CPU.
 # shellcheck disable=SC2317,SC2329 # functions are called by name and by traps, too
 set -euo pipefail
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=launch/restart.sh
-source "$(dirname "${BASH_SOURCE[0]}")/restart.sh"
+source "$here/restart.sh"
 
 usage() {
   cat <<'HELP'
@@ -12,7 +13,7 @@ usage: launch/local.sh [options] CONFIG [overrides of moma train]
   --processes N   processes (2)
   --devices D     CPU devices of each process (1)
   --port P        port of process 0 (8476)
-  --restarts R    how often the run is begun again after exit code 143 or a dead process (0)
+  --restarts R    how often the run is begun again after exit code 75, 143 or a dead process (0)
   --grace S       seconds that the others have to end by themselves after the first one did (60)
   --dry-run       print the commands and run nothing
   -h, --help      this text
@@ -34,6 +35,7 @@ while [[ ${1:-} == -* ]]; do
   declare "${1#--}=$2"
   shift 2
 done
+((port <= 65535)) || refuse "--port: $port is above 65535"
 given CONFIG "${1:-}"
 require moma
 
@@ -50,7 +52,7 @@ if [[ $dry_run ]]; then
     printf '%s &\n' "$(quoted "${words[@]}")"
   done
   echo wait
-  echo "# after exit code 143 or a dead process: the same again, at most $restarts times"
+  echo "# after exit code 75, 143 or a dead process: the same again, at most $restarts times"
   exit 0
 fi
 

@@ -5,6 +5,7 @@
 #   0     the training is complete
 #   1     the run failed, on all hosts alike, and would fail again
 #   2     the input is at fault; one line says what and how to mend it
+#   75    the others did not start in time
 #   143   all hosts saved at one step and stopped, because one of them was told to by SIGTERM
 #   else  a host died (killed: 137, ssh lost: 255) and JAX's runtime aborted the others (134)
 
@@ -30,11 +31,16 @@ require() {
   done
 }
 
-# whole OPTION VALUE: refuses a value that is no whole number.
-whole() { [[ $2 =~ ^[0-9]+$ ]] || refuse "$1: '$2' is not a whole number"; }
+# whole OPTION VALUE: refuses a value that is no whole number. A leading zero would make it octal, many digits overflow.
+whole() {
+  [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse "$1: '$2' is not a whole number (at most 9 digits, no leading zero)"
+}
 
 # positive OPTION VALUE: refuses a value that is no whole number above 0.
-positive() { [[ $2 =~ ^[1-9][0-9]*$ ]] || refuse "$1: '$2' is not a whole number above 0"; }
+positive() {
+  whole "$1" "$2"
+  [[ $2 != 0 ]] || refuse "$1: '$2' is not above 0"
+}
 
 # given OPTION VALUE: refuses an option that was left out.
 given() { [[ $2 ]] || refuse "$1: name it; -h explains"; }
@@ -74,6 +80,7 @@ restart() {
     0) return 1 ;;
     1) say "the run failed (exit code 1); its own lines above say why" && return 1 ;;
     2) say "the input is at fault (exit code 2); mend it as the line above says" && return 1 ;;
+    75) what="not all hosts came in time" ;;
     143) what="stopped by SIGTERM with a checkpoint" ;;
     *) what="a host died" ;;
   esac

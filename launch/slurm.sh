@@ -2,7 +2,7 @@
 # GPU nodes under Slurm: submits a batch job that trains with one process per GPU and puts itself back into the queue
 # when it was stopped or a process died. Slurm itself does so when a node fails or the job is preempted (--requeue).
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=launch/restart.sh
 source "$here/restart.sh"
 
@@ -61,7 +61,7 @@ submit() {
   if [[ $dry_run ]]; then
     echo "# in the job:"
     quoted "${train[@]}"
-    echo "# there after exit code 143 or a dead process, at most $restarts times:"
+    echo "# there after exit code 75, 143 or a dead process, at most $restarts times:"
     # shellcheck disable=SC2016 # printed, not run
     echo 'scontrol requeue "$SLURM_JOB_ID"'
   fi

@@ -3,8 +3,9 @@
 # preemption, delete it. Run it where it can stay: in tmux on a small VM rather than on a laptop.
 # shellcheck disable=SC2317,SC2329 # functions are called by name and by traps, too
 set -euo pipefail
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck source=launch/restart.sh
-source "$(dirname "${BASH_SOURCE[0]}")/restart.sh"
+source "$here/restart.sh"
 
 usage() {
   cat <<'HELP'
@@ -13,8 +14,8 @@ usage: launch/tpu_pod.sh [options] train CONFIG --run.dir gs://BUCKET/RUN [overr
 
   create    request the slice as a queued resource and wait until it is active
   install   copy the code to all hosts and install it there
-  train     create where there is no active slice, install, train on all hosts; begin again after exit code 143, a dead
-            host or a preemption, with a new slice where the old one is gone
+  train     create where there is no active slice, install, train on all hosts; begin again after exit code 75 or 143,
+            a dead host or a preemption, with a new slice where the old one is gone
   stop      SIGTERM to moma on all hosts: they save and end. A `train` that still runs would begin again: end that one
             itself, by Ctrl-C or SIGTERM, and it does the same
   delete    give the slice back
@@ -78,7 +79,7 @@ if ((slices > 1)); then
   nodes=()
   for ((k = 0; k < slices; k++)); do nodes+=("$name-$k"); done
 fi
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(dirname "$here")
 archive="${TMPDIR:-/tmp}/moma_jax-$name.tar"
 # What is left of an earlier moma would hold the TPU; gcloud, too, runs the line again on a host that it had lost. Every
 # host prints how moma ended, and awk, which passes everything on, ends with the largest code. gcloud's own code then
@@ -187,8 +188,8 @@ train() {
   if [[ $dry_run ]]; then
     if ((slices > 1)); then echo "# on all slices at once:"; fi
     on_all_hosts "$train_command"
-    echo "# after exit code 143 or a dead host, at most $restarts times, $pause s later: all but tar again, and create"
-    echo "# only where the slice is lost, after"
+    echo "# after exit code 75, 143 or a dead host, at most $restarts times, $pause s later: all but tar again, and"
+    echo "# create only where the slice is lost, after"
     delete
     return
   fi

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 
 from moma_jax.errors import InputError
@@ -14,6 +15,8 @@ from moma_jax.ffn import parse_ffn
 from moma_jax.vocab import SPECIAL_NAMES
 
 if typing.TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moma_jax.config import Config, PrepareConfig
 
 
@@ -98,10 +101,34 @@ def _check_mesh(config: Config) -> None:
     require(len(open_axes) < 2, f"mesh: only one axis can be -1, these are: {', '.join(open_axes)}")
     hosts = config.hosts
     require(hosts.heartbeat_seconds > 0, "hosts.heartbeat_seconds: must be positive")
+    require(
+        hosts.coordinator is None or re.fullmatch(r".+:\d+", hosts.coordinator) is not None,
+        f"hosts.coordinator: {hosts.coordinator} has no port; give ADDRESS:PORT of process 0",
+    )
     require(hosts.count is None or hosts.count > 0, "hosts.count: must be positive")
     require(
         hosts.index is None or 0 <= hosts.index < (hosts.count or hosts.index + 1),
         f"hosts.index: {hosts.index} is not below hosts.count {hosts.count}; number the processes from 0",
+    )
+
+
+def check_split(config: Config, mesh: Mapping[str, int]) -> None:
+    """Raises InputError where the axes of a mesh (axis -> devices, none -1) do not divide what is split over them."""
+    model, tensor = config.model, mesh["tensor"]
+    stored = mesh["fsdp"] * mesh["expert"]
+    require(
+        model.width % stored == 0,
+        f"mesh.fsdp x mesh.expert: {stored} devices do not divide model.width {model.width}; use a divisor of it",
+    )
+    split = {"model.heads": model.heads, "model.hidden": model.hidden, "the vocabulary's": config.vocabulary_size}
+    for name, size in split.items():
+        require(size % tensor == 0, f"mesh.tensor: {tensor} devices do not divide {name} {size}; use a divisor of it")
+    groups = config.train.batch_rows // (config.train.accumulate * config.data.group_rows)
+    shards = mesh["data"] * stored
+    require(
+        groups % shards == 0,
+        f"mesh: {groups} routing groups of a microbatch do not split over the {shards} devices of data x fsdp x "
+        f"expert; use a divisor of {groups}",
     )
 
 

@@ -153,8 +153,8 @@ class DataConfig:
     group_rows: int = 8
     """Rows of one routing group, the unit of packing and of expert choice."""
     lanes: int = 16
-    """Independent packing lanes; at least the largest number of hosts ever used. Several hosts need a multiple of the
-    routing groups in one batch (train.batch_rows / group_rows)."""
+    """Independent packing lanes; at least the largest number of hosts ever used. Hosts share the planning where they
+    are a multiple of the routing groups in one batch (train.batch_rows / group_rows); else each plans everything."""
     wait_documents: int = 64
     """Documents that may wait in one lane's cursor for a row with room."""
     window_documents: int = 16384

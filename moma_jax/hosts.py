@@ -44,7 +44,8 @@ def join(hosts: Any) -> None:
     """
     given = {name: getattr(hosts, name) for name in ("coordinator", "count", "index")}
     auto = hosts.start == "auto" and set(given.values()) == {None}
-    if hosts.start == "off" or jax.distributed.is_initialized() or (auto and not _said_by_environment()):
+    said = _said_by_environment()
+    if hosts.start == "off" or jax.distributed.is_initialized() or (auto and not (said or _maybe_a_pod())):
         return
     # Its handler would swallow a SIGTERM; `Stops` is how processes agree on one.
     jax.config.update("jax_enable_preemption_service", False)
@@ -63,18 +64,26 @@ def join(hosts: Any) -> None:
             shutdown_timeout_seconds=3 * hosts.heartbeat_seconds,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        if auto and "coordinator_address should be defined" in str(error):
-            return  # a TPU by itself
-        raise InputError(
-            f"hosts: cannot join the other processes ({str(error).splitlines()[0]}); give hosts.coordinator (ADDRESS:"
-            "PORT of process 0), hosts.count and hosts.index, before any device is used"
-        ) from error
+        alone = (
+            "coordinator_address should be defined",
+            "must be called before any JAX",
+        )  # it is in use, by one process
+        if auto and not said and any(text in str(error) for text in alone):
+            return
+        remedy = (
+            "give hosts.coordinator (ADDRESS:PORT of process 0), hosts.count and hosts.index, before any device is used"
+        )
+        if None not in given.values():
+            remedy = f"is {hosts.coordinator} an address of process 0, and its port free?"
+        elif said:
+            remedy += ", install what JAX needs to find them (pip install kubernetes), or set hosts.start off"
+        raise InputError(f"hosts: cannot join the other processes ({str(error).splitlines()[0]}); {remedy}") from error
     finally:
         waiting.cancel()
 
 
 def _said_by_environment() -> bool:
-    """Whether the environment says that there are other processes, or that only a TPU's metadata can say."""
+    """Whether the environment says that there are other processes."""
     number = lambda name: int(os.environ.get(name) or 1)  # noqa: E731
     workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if workers is not None and os.environ.get("TPU_WORKER_ID", "").isdigit():  # GKE
@@ -84,9 +93,14 @@ def _said_by_environment() -> bool:
         or ("SLURM_STEP_NODELIST" in os.environ and number("SLURM_NTASKS") > 1)  # not in a shell of `salloc`
         or number("OMPI_COMM_WORLD_SIZE") > 1
         or "JOB_COMPLETION_INDEX" in os.environ
-        # JAX sets this one when it finds no TPU.
-        or ("TPU_SKIP_MDS_QUERY" not in os.environ and jax.config.jax_platforms != "cpu")
     )
+
+
+def _maybe_a_pod() -> bool:
+    """Whether only a TPU's metadata can say: JAX asks them, and finds nothing where there is one worker."""
+    alone_in_gke = os.environ.get("TPU_WORKER_ID", "").isdigit()
+    # JAX sets the variable when it finds no TPU.
+    return not alone_in_gke and "TPU_SKIP_MDS_QUERY" not in os.environ and jax.config.jax_platforms != "cpu"
 
 
 def _local_devices() -> list[int] | None:

@@ -72,8 +72,8 @@ def make_mesh(sizes: Any, groups: int, devices: Sequence[Any] | None = None) -> 
     if groups % shards:
         raise InputError(
             f"mesh: {groups} routing groups of a microbatch do not split over the {shards} devices of data x fsdp x "
-            f"expert; use a divisor of {groups}, or raise train.batch_rows or lower train.accumulate or "
-            "data.group_rows"
+            f"expert; use a divisor of {groups} (mesh.tensor for the rest), or raise the batch's rows or lower "
+            "train.accumulate or data.group_rows"
         )
     return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -113,7 +113,9 @@ def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
     Several TPU slices are joined by a slow network, so only the first axis that all of them divide crosses it.
     """
-    devices = devices[: math.prod(shape)]
+    used = devices[: math.prod(shape)]
+    if len(used) < len(devices):  # no torus any more
+        return np.array(used).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu" or len(devices) == 1:
         return np.array(devices).reshape(shape)  # in the order of processes: tensor stays inside one
@@ -225,7 +227,8 @@ def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str
 # Inside the program ---------------------------------------------------------------------------------------------------
 
 # What communicates is written out, each device's share of the work inside `on_shards`; the compiler's partitioner has
-# only element-wise operations to place. So the collectives of a program are those that stand here and in the callers.
+# only element-wise operations and small sums (reports, gradients of norms) to place. So what moves weights, tokens and
+# activations stands here and in the callers.
 
 
 def on_shards(function: Callable, in_specs: Any, out_specs: Any, check: bool = True) -> Callable:
@@ -242,7 +245,7 @@ def on_shards(function: Callable, in_specs: Any, out_specs: Any, check: bool = T
 def spec(*axes: str | None) -> PartitionSpec:
     """Where an array of these logical axes lies; mesh axes of one device are left out."""
     table = dict(RULES)
-    return PartitionSpec(*(present(*_names(table.get(axis))) or None for axis in axes))
+    return PartitionSpec(*(None if axis is None else present(*_names(table[axis])) or None for axis in axes))
 
 
 def whole(weight, axes: Sequence[str | None], dtype, stored: Sequence[str] = STORED):

@@ -130,7 +130,9 @@ def test_paper_recipes_fit_routers_by_table_6():
     for name, steps, warmup in (("90m", 5000, 1000), ("435m", 5000, 1000), ("1b4", 10_000, 2000)):
         config = recipes.recipe(CONFIGS / f"paper_{name}.py")
         routers = config.routers
-        assert routers.batch_rows * config.data.sequence == pytest.approx(4_194_304, rel=0.002)
+        groups = routers.batch_rows // config.data.group_rows
+        assert routers.batch_rows * config.data.sequence == pytest.approx(4_194_304, rel=0.125)
+        assert groups % 64 == 0, "a pod can share it"
         assert (routers.peak_lr, routers.end_lr, routers.schedule) == (1e-4, 1e-6, "linear")
         assert (routers.steps, routers.warmup_steps) == (steps, warmup)
 

@@ -268,6 +268,23 @@ def test_fields_say_who_the_others_are(asked):
     assert (call["heartbeat_timeout_seconds"], call["cluster_detection_method"]) == (7, "deactivate")
 
 
+def test_a_lone_tpu_whose_devices_are_in_use_stays_alone(asked, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("jax.distributed.initialize() must be called before any JAX calls that might initialise")
+
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", refuse)
+    before = hosts.jax.config.jax_platforms
+    hosts.jax.config.update("jax_platforms", None)
+    try:
+        hosts.join(HostsConfig())
+    finally:
+        hosts.jax.config.update("jax_platforms", before)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "3")  # here there are others, so none may go on alone
+    with pytest.raises(InputError, match="pip install kubernetes"):
+        hosts.join(HostsConfig())
+
+
 def test_on_needs_to_know_who_the_others_are():
     code = """
 from moma_jax import hosts
@@ -288,7 +305,7 @@ hosts.JOIN_SECONDS = 1
 hosts.join(HostsConfig("on", "127.0.0.1:1", 2, 1))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 2
+    assert done.returncode == hosts.NOBODY_CAME
     assert "moma: hosts.coordinator: not all processes met at 127.0.0.1:1 within 1 seconds" in done.stderr
 
 

@@ -1,8 +1,8 @@
 """The launchers: shellcheck, dry runs, what exit codes lead to. The tools that they call are played by scripts."""
 
 import functools
-import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,11 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import jsonschema
 import pytest
-import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if os.access(path, os.X_OK))
 RECIPE = ["configs/my recipe.py", "--run.dir", "gs://bucket/it's $HOME"]
@@ -35,6 +33,7 @@ case "$2.$index" in
   good.* | *.none) exit 0 ;;
   fail.*) exit 1 ;;
   fault.*) exit 2 ;;
+  alone.0) exit 75 ;;
   told.1) exit 143 ;;
   killed.1) kill -KILL $$ ;;
 esac
@@ -46,7 +45,7 @@ while sleep 0.05; do :; done
 def plain_tools():
     """A directory with what the launchers may always use and no more: here gcloud is nowhere, wherever it is."""
     directory = tempfile.TemporaryDirectory()
-    for name in ("awk", "bash", "cat", "dirname", "env", "head", "sed", "sh", "sleep", "tar"):
+    for name in ("awk", "bash", "cat", "dirname", "env", "head", "readlink", "sed", "sh", "sleep", "tar"):
         os.symlink(shutil.which(name), Path(directory.name) / name)
     return directory  # removed with the process
 
@@ -102,6 +101,7 @@ BAD = [
     ("local.sh", ["--processes", "two", "c.py"], "--processes"),
     ("local.sh", ["--processes", "0", "c.py"], "--processes"),
     ("local.sh", ["--port"], "--port"),
+    ("local.sh", ["--port", "65536", "c.py"], "65535"),
     ("local.sh", ["--colour", "c.py"], "--colour"),
     ("slurm.sh", [], "CONFIG"),
     ("slurm.sh", ["--restarts", "-1", "c.py"], "--restarts"),
@@ -114,7 +114,12 @@ BAD = [
     ("tpu_pod.sh", ["--name", "My Pod", *POD[2:], "create"], "--name"),
     ("gke_jobset.sh", [*JOBSET, "apply", "c.py"], "--gpu"),
     ("gke_jobset.sh", [*JOBSET, *TPU, "--gpu", "nvidia-l4", "apply", "c.py"], "--gpu"),
+    ("gke_jobset.sh", [*JOBSET, "--gpu", "nvidia-l4", "--topology", "4x4x4", "apply", "c.py"], "--topology"),
     ("gke_jobset.sh", [*JOBSET, "--gpu", "nvidia-l4", "--slices", "2", "apply", "c.py"], "--slices"),
+    ("gke_jobset.sh", [*JOBSET, *TPU, "--hosts", "15", "apply", "c.py"], "15 hosts of 4 chips do not make up 4x4x4"),
+    ("gke_jobset.sh", [*JOBSET, *TPU, "--chips", "8", "apply", "c.py"], "16 hosts of 8 chips"),
+    ("gke_jobset.sh", [*JOBSET, *TPU[:-1], "4x4x08", "apply", "c.py"], "--topology"),
+    ("gke_jobset.sh", [*JOBSET, *TPU, "--name", "n" * 47, "apply", "c.py"], "too long by 1,"),
     ("gke_jobset.sh", [*JOBSET, *TPU, "render", "two\nlines"], "line break"),
     ("gke_jobset.sh", ["render", "c.py"], "--name"),
 ]
@@ -127,18 +132,58 @@ def test_bad_arguments_are_refused_in_one_line(name, words, message):
     assert refused.stderr.count("\n") == 1 and refused.stderr.startswith(f"{name}: ") and message in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "words", "tool"),
-    [
-        ("local.sh", ["c.py"], "moma"),
-        ("slurm.sh", ["c.py"], "sbatch"),
-        ("tpu_pod.sh", [*POD, "train", "c.py"], "gcloud"),
-        ("gke_jobset.sh", [*JOBSET, *TPU, "apply", "c.py"], "kubectl"),
-    ],
-)
+NUMBERS = {
+    "local.sh": ["--processes", "--devices", "--port", "--restarts", "--grace"],
+    "slurm.sh": ["--nodes", "--gpus", "--cpus", "--notice", "--restarts"],
+    "tpu_pod.sh": ["--slices", "--restarts", "--pause"],
+    "gke_jobset.sh": ["--hosts", "--chips", "--slices", "--notice", "--restarts"],
+}
+
+
+@pytest.mark.parametrize("number", ["08", "010", "1234567890", "99999999999999999999", "1e3", "+1", ""])
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in NUMBERS for option in NUMBERS[name]])
+def test_numbers_that_bash_would_misread_are_refused(name, option, number):
+    refused = run(name, option, number, "c.py")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith(f"{name}: {option}: '{number}' is not") and refused.stderr.count("\n") == 1
+
+
+def test_every_number_is_in_the_list():
+    """Options whose letter in the help stands for a number are those of the list."""
+    for name, options in NUMBERS.items():
+        assert set(options) == set(re.findall(r"^  (--[a-z]+) +[A-Z] ", run(name, "-h").stdout, re.M)) - {"--time"}
+
+
+FEWEST = [
+    ("local.sh", ["c.py"], "moma"),
+    ("slurm.sh", ["c.py"], "sbatch"),
+    ("tpu_pod.sh", [*POD, "train", "c.py"], "gcloud"),
+    ("gke_jobset.sh", [*JOBSET, *TPU, "apply", "c.py"], "kubectl"),
+]
+"""Every launcher, the fewest words that it needs, and its tool."""
+
+
+@pytest.mark.parametrize(("name", "words", "tool"), FEWEST)
 def test_a_missing_tool_is_named(name, words, tool):
     refused = run(name, *words)
     assert refused.returncode == 2 and refused.stderr.startswith(f"{name}: {tool} is not on PATH")
+
+
+@pytest.mark.parametrize(("name", "words", "tool"), FEWEST)
+def test_a_launcher_works_through_a_link(tmp_path, name, words, tool):
+    link = tmp_path / "a link"
+    link.symlink_to(LAUNCH / name)
+    shown = run(link, "--dry-run", *words)
+    assert shown.returncode == 0 and tool in shown.stdout
+    assert shown.stdout == run(name, "--dry-run", *words).stdout
+
+
+def test_the_example_of_the_readme():
+    (example,) = re.findall(r"^launch/(tpu_pod\.sh .*?)\n```", (ROOT / "README.md").read_text(), re.M | re.S)
+    name, *words = shlex.split(example.replace("\\\n", ""))
+    shown = run(name, *words)
+    assert "--dry-run" in words and shown.returncode == 0 and shown.stderr == ""
+    assert shlex.join(words[words.index("train") :]) in shown.stdout
 
 
 # local.sh -------------------------------------------------------------------------------------------------------------
@@ -191,6 +236,13 @@ def test_local_restarts_after_a_death_and_gives_up(tmp_path):
     assert ended.stderr.count("a host died; restarting from the last checkpoint (exit code 137, restart 1 of 1)") == 1
     assert "a host died (exit code 137); not restarted (limit 1)" in ended.stderr
     assert ended.stdout == ""  # a process that hangs after the death of another cannot save, so it is not asked to
+
+
+def test_local_tries_again_where_the_others_did_not_come(tmp_path):
+    ended, ran, _ = local(tmp_path, "alone", "--grace", "0", "--restarts", "1")
+    assert ended.returncode == 75 and len(ran) == 4
+    assert "not all hosts came in time; restarting from the last checkpoint (exit code 75" in ended.stderr
+    assert "not all hosts came in time (exit code 75); not restarted (limit 1)" in ended.stderr
 
 
 def test_local_passes_sigterm_on(tmp_path):
@@ -279,7 +331,8 @@ def test_tpu_restarts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("training", "code", "times"), [("0 1 1", 1, 1), ("0 2 2", 2, 1), ("0 0 137", 137, 3), ("0", 255, 3)]
+    ("training", "code", "times"),
+    [("0 1 1", 1, 1), ("0 2 2", 2, 1), ("0 75 75", 75, 3), ("0 0 137", 137, 3), ("0", 255, 3)],
 )
 def test_tpu_gives_up(tmp_path, training, code, times):
     ended, log = train_on_pod(tmp_path, ["ACTIVE"] * 9, [training] * 9, "--restarts", "2")
@@ -306,7 +359,8 @@ def test_slurm_dry_run():
 
 @pytest.mark.parametrize(
     ("code", "before", "requeued"),
-    [(0, "0", False), (1, "0", False), (2, "0", False), (143, "0", True), (137, "1", True), (143, "2", False)],
+    [(0, "0", False), (1, "0", False), (2, "0", False), (75, "0", True), (143, "0", True)]
+    + [(137, "1", True), (143, "2", False)],
 )
 def test_slurm_requeues(tmp_path, code, before, requeued):
     srun = f'#!/bin/sh\nfor word; do echo "$word"; done >"$LOG.srun"\nexit {code}\n'
@@ -318,79 +372,3 @@ def test_slurm_requeues(tmp_path, code, before, requeued):
     assert log.exists() == requeued == ("restarting from the last checkpoint" in ended.stderr)
     assert not requeued or log.read_text() == "requeue 77\n"
     assert Path(f"{log}.srun").read_text().splitlines()[-5:] == ["moma", "train", *RECIPE]
-
-
-# gke_jobset.sh --------------------------------------------------------------------------------------------------------
-
-
-def render(*words):
-    shown = run("gke_jobset.sh", *JOBSET, *words, "render", *RECIPE)
-    assert shown.returncode == 0, shown.stderr
-    return yaml.safe_load(shown.stdout)
-
-
-def schema():
-    checked = json.loads((Path(__file__).parent / "jobset_schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(checked)
-    return jsonschema.Draft202012Validator(checked)
-
-
-@pytest.mark.parametrize("words", [TPU, [*TPU, "--spot", "--slices", "2", "--restarts", "0"], ["--gpu", "nvidia-l4"]])
-def test_jobset_keeps_the_schema(words):
-    schema().validate(render(*words))
-
-
-@pytest.mark.parametrize("mistake", ["maxRestart", "backOffLimit", "image"])
-def test_the_schema_is_strict(mistake):
-    jobset = render(*TPU)
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    match mistake:
-        case "maxRestart":
-            jobset["spec"]["failurePolicy"]["maxRestart"] = jobset["spec"]["failurePolicy"].pop("maxRestarts")
-        case "backOffLimit":
-            job["backOffLimit"] = job.pop("backoffLimit")
-        case "image":
-            del job["template"]["spec"]["containers"][0]["image"]
-    with pytest.raises(jsonschema.ValidationError):
-        schema().validate(jobset)
-
-
-def test_jobset_tpu():
-    jobset = render(*TPU, "--slices", "2", "--spot", "--restarts", "9", "--notice", "25", "--service-account", "writer")
-    assert jobset["metadata"]["name"] == "paper" and jobset["spec"]["failurePolicy"]["maxRestarts"] == 9
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    assert replicated["replicas"] == 2 and job["completions"] == job["parallelism"] == 16 and job["backoffLimit"] == 0
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
-    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    assert pod["terminationGracePeriodSeconds"] == 25 and pod["serviceAccountName"] == "writer"
-    assert container["args"] == RECIPE and container["resources"]["limits"] == {"google.com/tpu": 4}
-
-
-def test_jobset_gpu():
-    pod = render("--gpu", "nvidia-h100-80gb")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    hosts = ["--hosts.start", "on", "--hosts.coordinator", "paper-hosts-0-0.paper:8476", "--hosts.count", "16"]
-    assert container["args"] == [*RECIPE, *hosts, "--hosts.index", "$(JOB_COMPLETION_INDEX)"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-
-
-def test_jobset_arguments_arrive_as_they_are():
-    words = ['a "b" \\ c', "@NAME@ & $(HOME): {x}", "# no comment", "yes"]
-    shown = run("gke_jobset.sh", *JOBSET, *TPU, "render", *words)
-    pod = yaml.safe_load(shown.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    # Kubernetes reads $$( as $( where it would else put in a variable.
-    assert [word.replace("$$(", "$(") for word in pod["containers"][0]["args"]] == words
-
-
-def test_jobset_dry_run_is_what_is_applied(tmp_path):
-    words = [*JOBSET, *TPU, "apply", *RECIPE]
-    shown = run("gke_jobset.sh", "--dry-run", *words)
-    first, *text, last = shown.stdout.splitlines()
-    assert first == "kubectl apply -f - <<'JOBSET'" and last == "JOBSET"
-    path = play(tmp_path, kubectl='#!/bin/sh\necho "$*"\ncat\n')
-    assert run("gke_jobset.sh", *words, path=path).stdout.splitlines() == ["apply -f -", *text]
-    shown = run("gke_jobset.sh", "--dry-run", "--name", "paper", "delete")
-    assert commands(shown.stdout) == [["kubectl", "delete", "jobset", "paper"]]

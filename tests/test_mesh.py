@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from tiny import tiny
 
+import moma_jax
 from moma_jax import sharding
-from moma_jax.config import Config, MeshConfig
+from moma_jax.config import Config, MeshConfig, RoutersConfig
 from moma_jax.data.stream import open_stream
 from moma_jax.model import slots as slots_lib
 from moma_jax.model.causal import first_thresholds
@@ -90,17 +92,19 @@ def _selections(program, state, batch) -> tuple[dict, int]:
 def curves(tmp_path_factory):
     """The curves of all layouts and meshes, by both; two processes of eight virtual devices make them."""
     folder = tmp_path_factory.mktemp("curves")
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda ffn: on_eight_devices(folder / f"{ffn}.json", ffn), LAYOUTS)
+        return dict(zip(LAYOUTS, made, strict=True))
+
+
+def on_eight_devices(path: Path, what: str) -> dict:
+    """What `main` writes where there are eight virtual devices."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     environment = os.environ | flags | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path)])}
-
-    def make(ffn):
-        words = [sys.executable, __file__, ffn, str(folder / f"{ffn}.json")]
-        run = subprocess.run(words, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-3000:]
-        return json.loads((folder / f"{ffn}.json").read_text())
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(LAYOUTS, pool.map(make, LAYOUTS), strict=True))
+    words = [sys.executable, __file__, what, str(path)]
+    run = subprocess.run(words, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
@@ -123,8 +127,33 @@ def test_devices_share_the_slots_equally(curves, ffn):
         assert curves[ffn][name]["slots"] * curves[ffn][name]["devices"] == one * tensor
 
 
-def main(ffn: str, path: str):
-    found = {name: curve(config(ffn, sizes)) for name, sizes in MESHES.items()}
+def evaluations(folder: Path) -> dict:
+    """Held-out figures of a run by the mesh that they were computed on, routers fitted on two meshes included."""
+    meshes = {"training": MeshConfig(2, 2, 2, 1), "whole": None, "other": MeshConfig(1, 2, 2, 2)}
+    small = tiny(folder / "run", model_heads=4, model_width=32, train_batch_rows=16, train_steps=4)
+    summary = moma_jax.train(dataclasses.replace(small, mesh=meshes["training"]), quiet=True)
+    found = {"training": summary["eval"]["heldout"]}
+    stage = RoutersConfig(steps=2, batch_rows=16, warmup_steps=1)
+    for name, mesh in list(meshes.items())[1:]:
+        run = shutil.copytree(folder / "run", folder / name)
+        moma_jax.fit_routers(str(run), stage, quiet=True, mesh=mesh)
+        found[name] = moma_jax.evaluate(str(run), mesh=mesh)
+    return found
+
+
+def test_a_run_is_evaluated_and_fitted_on_any_mesh(tmp_path):
+    found = on_eight_devices(tmp_path / "found.json", "evaluations")
+    for routing, names in (("choice", found), ("threshold", found), ("causal", ("whole", "other"))):
+        for figure in ("loss", "loss_text", "loss_image", "experts_per_token"):
+            one, *others = (found[name][routing][figure] for name in names)
+            assert others == pytest.approx([one] * len(others), rel=1e-5), (routing, figure)
+
+
+def main(what: str, path: str):
+    if what == "evaluations":
+        found = evaluations(Path(path).parent)
+    else:
+        found = {name: curve(config(what, sizes)) for name, sizes in MESHES.items()}
     Path(path).write_text(json.dumps(found))
 
 

@@ -289,7 +289,7 @@ def test_a_stage_that_is_not_complete_is_not_used(whole, tmp_path):
 
 def test_the_command_takes_the_runs_own_settings(run, monkeypatch):
     called = []
-    monkeypatch.setattr(moma_jax, "fit_routers", lambda *arguments: called.append(arguments), raising=False)
+    monkeypatch.setattr(moma_jax, "fit_routers", lambda *arguments, **_: called.append(arguments), raising=False)
     moma(["fit-routers", str(run), "--steps", "3", "--schedule", "cosine"])
     own = moma_jax.recipe(run).routers
     assert called == [(str(run), dataclasses.replace(own, steps=3, schedule="cosine"))]

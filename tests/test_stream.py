@@ -172,9 +172,21 @@ def test_cursors_of_different_batches_do_not_merge(views):
         merge_cursors([first.cursor, second.cursor])
 
 
-def test_lanes_that_hosts_cannot_share_are_refused(views):
-    with pytest.raises(InputError, match="data.lanes: 6 lanes .* use 8"):
-        open_stream(config(lanes=6), mine=(0, 1))
+@pytest.mark.parametrize(("lanes", "first_rows"), [(6, 8), (8, 4)])
+def test_hosts_plan_everything_where_lanes_serve_no_one_position(views, lanes, first_rows):
+    """Lanes that are no multiple of the batch, or a position in the middle of one: the batches are the same."""
+    cursor = take(open_stream(config(lanes=lanes), rows=first_rows), 1)[0].cursor
+    whole = take(open_stream(config(lanes=lanes), cursor=cursor), 3)
+    parts = [take(open_stream(config(lanes=lanes), cursor=cursor, mine=mine), 3) for mine in ((0, 3), (1, 2))]
+    for packed, one, other in zip(whole, *parts, strict=True):
+        groups = packed.batch.token_BS.reshape(4, 2, -1)
+        np.testing.assert_array_equal(one.batch.token_BS, groups[[0, 3]].reshape(4, -1))
+        np.testing.assert_array_equal(other.batch.token_BS, groups[[1, 2]].reshape(4, -1))
+        merged = merge_cursors([one.cursor, other.cursor])
+        assert all(np.array_equal(merged[name], value) for name, value in packed.cursor.items())
+
+
+def test_rows_that_are_no_whole_groups_are_refused(views):
     with pytest.raises(InputError, match="train.batch_rows: 7 rows .* use 8"):
         open_stream(config(), rows=7)
 

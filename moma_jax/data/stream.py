@@ -107,9 +107,10 @@ def open_stream(
         return Stream(steps, synthetic.packed, data.prefetch, data.read_threads)
     chosen = _chosen_stores(data, stores)
     vocabulary, views = _open_views(data, chosen, split)
-    planner = make_planner(data, chosen, views, seed=seed, groups=groups, mine=mine, epochs=epochs)
+    planned = planned_positions(data, groups, mine, cursor, epochs)
+    planner = make_planner(data, chosen, views, seed=seed, groups=groups, planned=planned, epochs=epochs)
     reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary.pad)
-    plans = _Plans(lambda: _PlanIterator(planner, groups, mine, cursor, epochs))
+    plans = _Plans(lambda: _PlanIterator(planner, groups, mine, planned, cursor, epochs))
     return Stream(plans, reader.packed, data.prefetch, data.read_threads)
 
 
@@ -120,6 +121,19 @@ def frame_of(data: DataConfig) -> Frame:
     return Frame(data.group_rows, data.sequence, quotas, tuple(m.span for m in data.modalities))
 
 
+def planned_positions(
+    data: DataConfig, groups: int, mine: Sequence[int], cursor: dict[str, Any] | None, epochs: int | None
+) -> Sequence[int]:
+    """Positions of every batch that a host has to plan, which reads positions `mine`.
+
+    Its own, where every lane serves one position: lanes a multiple of the batch's `groups`, and the data's position at
+    the start of such a batch. Else a lane's groups go to one host after the other, and each plans them all.
+    """
+    start = 0 if cursor is None else int(cursor["group"])
+    apart = epochs is None and data.lanes % groups == 0 and start % groups == 0
+    return mine if apart else range(groups)
+
+
 def make_planner(
     data: DataConfig,
     stores: Sequence[StoreConfig],
@@ -127,19 +141,13 @@ def make_planner(
     *,
     seed: int,
     groups: int,
-    mine: Sequence[int],
+    planned: Sequence[int],
     epochs: int | None = None,
 ) -> Planner:
-    """The planner of the lanes that positions `mine` of every batch of `groups` groups need."""
+    """The planner of the lanes that positions `planned` of every batch of `groups` groups need."""
     share_NM = resolve_shares(stores, [view.tokens_M for view in views], data.modalities, check=epochs is None)
     lanes = data.lanes if epochs is None else 1
-    shared = len(mine) < groups and epochs is None
-    if shared and lanes % groups:
-        raise InputError(
-            f"data.lanes: {lanes} lanes are not a multiple of the {groups} routing groups of a batch, which several "
-            f"hosts share; use {round_up(lanes, groups)}"
-        )
-    needed = [lane for lane in range(lanes) if lane % groups in mine] if shared else range(lanes)
+    needed = [lane for lane in range(lanes) if lane % groups in planned]
     return Planner(
         [Source(s.name, view, share_M) for s, view, share_M in zip(stores, views, share_NM, strict=True)],
         frame_of(data),
@@ -185,15 +193,24 @@ class _Plans(grain.IterDataset):
 class _PlanIterator(grain.DatasetIterator):
     """Plans batch after batch; its state is the cursor."""
 
-    def __init__(self, planner: Planner, groups: int, mine: tuple[int, ...], cursor: dict | None, epochs: int | None):
+    def __init__(
+        self,
+        planner: Planner,
+        groups: int,
+        mine: tuple[int, ...],
+        planned: Sequence[int],
+        cursor: dict | None,
+        epochs: int | None,
+    ):
         super().__init__()
         self._planner, self._groups, self._mine, self._epochs = planner, groups, mine, epochs
+        self._planned = planned
         self._group, self._state = 0, {}
         self.set_state(cursor if cursor is not None else {"group": 0, **planner.cursor()})
 
     def __next__(self) -> Plan:
         lanes = self._planner.lanes
-        planned = [(p, self._planner.next_group((self._group + p) % lanes)) for p in self._positions()]
+        planned = [(p, self._planner.next_group((self._group + p) % lanes)) for p in self._planned]
         if self._epochs is not None and not any(any(group.rows) for _, group in planned):
             raise StopIteration
         self._group += self._groups
@@ -203,21 +220,12 @@ class _PlanIterator(grain.DatasetIterator):
         self._state = {"group": np.array(self._group, np.int64), **self._planner.cursor()}
         return Plan(piece_N6, self._state, self._planner.epochs(), self._planner.waiting())
 
-    def _positions(self) -> Sequence[int]:
-        """Positions of the batch to plan: one's own, or all of them where one lane packs everything."""
-        return self._mine if self._epochs is None else range(self._groups)
-
     def get_state(self) -> dict[str, np.ndarray]:
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._state = {name: np.asarray(value, np.int64) for name, value in state.items()}
         self._group = int(self._state["group"])
-        if len(self._mine) < self._groups and self._epochs is None and self._group % self._groups:
-            raise InputError(
-                f"train.batch_rows: the checkpoint's data position, group {self._group}, is not the start of a batch "
-                f"of {self._groups} groups; use the batch_rows that the run began with"
-            )
         self._planner.restore(self._state)
 
 

@@ -251,14 +251,7 @@ class Decoder(nn.Module):
             jax.random.fold_in(step_key, step),
         )
         layout = parse_ffn(model.ffn, self.modalities)
-        layers = nn.scan(
-            rematerialised(model.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=model.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(model, rules, layout.shared, self.group_rows, train, return_selections, name="layers")
+        layers = stacked(model)(model, rules, layout.shared, self.group_rows, train, return_selections, name="layers")
         state = {} if routing_state is None else routing_state
         x_BSD = look_up(embedding_VD, token_BS, dtype)
         x_BSD, (state, losses, (taken_LM3, predicted_LM4), selections) = layers(
@@ -303,6 +296,18 @@ class Decoder(nn.Module):
                 eligible_GT = jnp.isin(modality_GT, jnp.array(group.modalities))
                 alone[group.name] = jax.vmap(lambda e, quota=quota: take_all(e, quota))(eligible_GT)
         return Place(modality_GT, hash_GT, group_G, alone)
+
+
+def stacked(model: ModelConfig):
+    """All layers as one module that is scanned, parameters stacked."""
+    return nn.scan(
+        rematerialised(model.remat),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=model.layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def rematerialised(policy: str):

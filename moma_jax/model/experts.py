@@ -186,7 +186,7 @@ def over_shards(x_GTD, place, drawn, state, weights: dict[str, Experts], *, rule
         output = feed_forward(x_GTD, place, drawn, state, weights, rules=rules, noise=noise)
         return output._replace(
             y_GTD=checkpoint_name(sharding.summed(output.y_GTD, TENSOR), KEPT),
-            state=sharding.averaged(output.state, *BATCH),
+            state=jax.tree.map(as_before, sharding.averaged(output.state, *BATCH), state),
             losses=sharding.averaged(output.losses, *BATCH),
             taken_M3=sharding.summed(output.taken_M3, *BATCH),
             predicted_M4=sharding.summed(output.predicted_M4, *BATCH),
@@ -196,6 +196,13 @@ def over_shards(x_GTD, place, drawn, state, weights: dict[str, Experts], *, rule
     specs = jax.tree.map(lambda _, own: sharding.spec(*own), weights, axes)
     out_specs = FfnOutput(mine, same, same, same, same, mine)
     return sharding.on_shards(local, (mine, mine, same, same, specs), out_specs)(x_GTD, place, drawn, state, weights)
+
+
+def as_before(mean, before):
+    """A mean of states in the type of the state before; flags and whole numbers are rounded."""
+    if not jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(mean.dtype, jnp.floating):
+        mean = jnp.round(mean)
+    return mean.astype(before.dtype)
 
 
 def feed_forward(x_GTD, place, drawn, state, weights: dict[str, Experts], *, rules: Rules, noise: bool) -> FfnOutput:
@@ -289,7 +296,7 @@ def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
         chosen, after, extra = jax.vmap(one)(own_GTE, eligible_GT, place.hash_GT, place.group_G, predicted_GTE)
         selections[group.name] = chosen
         if group.name in state:
-            state[group.name] = jax.tree.map(lambda new, old: new.mean(0).astype(old.dtype), after, before)
+            state[group.name] = jax.tree.map(lambda new: new.mean(0), after)
         for name, loss_G in extra.items():
             losses[name] = losses.get(name, 0.0) + loss_G.mean()
     return selections, state, losses

@@ -19,7 +19,7 @@ import numpy as np
 
 from moma_jax import hosts, sharding
 from moma_jax.batch import Batch
-from moma_jax.config import Config, EvalSet, HostsConfig
+from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig
 from moma_jax.cost import total_steps
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
@@ -47,6 +47,7 @@ def evaluate(
     select: Callable | None = None,
     step: int | None = None,
     eval_set: str | None = None,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Held-out losses of a run's checkpoint.
 
@@ -56,6 +57,7 @@ def evaluate(
       select: the run's own select function, where it was trained with one.
       step: which checkpoint; None: the newest.
       eval_set: name of one of the run's evaluation sets; None: the first.
+      mesh: devices to lay the parameters on; None: whole on every device.
 
     Returns:
       {routing: Figures, ..., "gap_percent": {causal routing: `gap_percent`'s}, "unigram": losses and tokens alone}. A
@@ -66,7 +68,7 @@ def evaluate(
         vocabulary is not the run's.
     """
     hosts.join(HostsConfig())
-    loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, select=select)
+    loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, select=select, mesh=mesh)
     decoders = {name: loaded.under(name) for name in routing or loaded.routings}
     if loaded.refused is not None and hosts.is_first():
         print(f"note: {loaded.refused}", file=sys.stderr)
@@ -236,7 +238,7 @@ def _above(loss: float | None, reference: float | None) -> float | None:
 
 
 def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Batch]:
-    """Batches of a held-out set, in its own order; whole routing groups, at most `eval_set.rows` of them weighed.
+    """Batches of a held-out set, in its own order; whole routing groups, padding beyond `eval_set.rows` rows.
 
     Raises:
       RunError: the held-out split is empty.
@@ -249,9 +251,9 @@ def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Ba
     stream = open_stream(config, split="validation", seed=eval_set.seed, stores=stores, rows=rows, epochs=1)
     with contextlib.closing(stream):
         for packed in stream:
-            weight_BS = np.array(packed.batch.weight_BS, np.float32)
-            weight_BS[left:] = 0
-            yield packed.batch._replace(weight_BS=weight_BS)
+            weight_BS, segment_BS = (np.array(x) for x in (packed.batch.weight_BS, packed.batch.segment_BS))
+            weight_BS[left:], segment_BS[left:] = 0, 0
+            yield packed.batch._replace(weight_BS=weight_BS, segment_BS=segment_BS)
             left -= rows
             if left <= 0:
                 return

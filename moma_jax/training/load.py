@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from moma_jax import sharding
 from moma_jax.config import Config, MeshConfig
@@ -107,18 +108,26 @@ def config_of(run: str) -> Config:
     return from_json(written)
 
 
-def load(run: str, *, step: int | None = None, select: Callable | None = None, fitted: bool = True) -> Loaded:
+def load(
+    run: str,
+    *,
+    step: int | None = None,
+    select: Callable | None = None,
+    fitted: bool = True,
+    mesh: MeshConfig | None = None,
+) -> Loaded:
     """The model of a run.
 
     Args:
       run: run directory. step: which checkpoint; None: the newest.
       select: the run's own select function, where it was trained with one.
       fitted: take the auxiliary routers that `moma fit-routers` left there.
+      mesh: devices to lay the parameters on, which need not be those of training; None: whole on every device.
 
     Raises:
       InputError: no such run or checkpoint, or the run was trained with another select function.
     """
-    config = dataclasses.replace(config_of(run), mesh=MeshConfig())  # it may have been trained on other devices
+    config = dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh)
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         steps = checkpoints.steps()
         step = max(steps, default=None) if step is None else step
@@ -150,7 +159,8 @@ def fingerprint(params: Any) -> str:
         params["final_norm"]["scale_D"],
         params["layers"]["ffn_norm"]["scale_D"],
     ]
-    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()
+    whole = [part if part.is_fully_addressable else process_allgather(part, tiled=True) for part in parts]
+    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in whole)).hexdigest()
 
 
 def joined(params: Any, routers: Any) -> Any:

@@ -14,8 +14,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from jax.sharding import NamedSharding
+
 from moma_jax import hosts, sharding
-from moma_jax.config import Config, HostsConfig, RoutersConfig, resolve
+from moma_jax.config import Config, HostsConfig, MeshConfig, RoutersConfig, resolve
 from moma_jax.config_json import to_json
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError, RunError
@@ -50,7 +53,12 @@ MAY_CHANGE = ("log_every", "checkpoint_every")
 
 
 def fit_routers(
-    run: str, settings: RoutersConfig | None = None, *, quiet: bool = False, select: Callable | None = None
+    run: str,
+    settings: RoutersConfig | None = None,
+    *,
+    quiet: bool = False,
+    select: Callable | None = None,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Fits auxiliary routers to the newest checkpoint of a run, or goes on with it.
 
@@ -59,6 +67,7 @@ def fit_routers(
       settings: of this stage; None: those of the run's config.
       quiet: print nothing.
       select: the run's own select function, where it was trained with one.
+      mesh: devices to lay the model on; None: whole on every device.
 
     Returns:
       The stage's summary, as in RUN/routers/summary.json: "model_step", "steps", "final" and, by held-out set, "eval":
@@ -73,7 +82,7 @@ def fit_routers(
     """
     hosts.join(HostsConfig())
     _require_routers(run, config_of(run))
-    loaded = load(run, select=select, fitted=False)
+    loaded = load(run, select=select, fitted=False, mesh=mesh)
     stage = stage_of(loaded.config, loaded.config.routers if settings is None else settings)
     where = RunDir(f"{run.rstrip('/')}/{ROUTERS}")
     model = fingerprint(loaded.params)
@@ -174,7 +183,10 @@ class _Session:
         self.status, self.cleanup, self.total = status, cleanup, program.config.routers.steps
         self.names = [m.name for m in self.config.data.modalities]
         # The stage's batch may split over other devices than the run's.
-        self.frozen, self.routing_state = replicate((loaded.params, loaded.routing_state), program.mesh)
+        self.frozen = jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(program.mesh, x.sharding.spec)), loaded.params
+        )
+        self.routing_state = replicate(loaded.routing_state, program.mesh)
         self.judge = HeldOut(program)
 
     def begin(self, select: str, quiet: bool) -> None:

@@ -147,8 +147,6 @@ class HeldOut:
         program, parts, group, judged = self._program, [], 0, 0
         rows = program.config.data.group_rows
         for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
-            weighed_B1 = batch.weight_BS.sum(axis=1, keepdims=True) > 0  # beyond the set's rows nothing is
-            batch = batch._replace(segment_BS=np.where(weighed_B1, batch.segment_BS, 0).astype(np.int32))
             number = replicate(group, program.mesh)
             parts.append(self._judge(routers, frozen, routing_state, put(batch, program.mesh, whole=True), number))
             group += len(batch.token_BS) // rows

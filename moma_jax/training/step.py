@@ -17,9 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.batch import Batch
+from moma_jax.checks import check_split
 from moma_jax.config import Config
 from moma_jax.model.causal import first_thresholds, training_select
 from moma_jax.model.decoder import compute_dtype, decoder_of
+from moma_jax.model.experts import as_before
 from moma_jax.training import objective
 from moma_jax.training.optimizer import Optimizer, make_optimizer, norm_of, router_norm
 from moma_jax.vocab import Vocabulary
@@ -88,8 +90,12 @@ def make_program(
 
     `select` is a routing function of one's own; None: the config's. `devices` are those to compile for; None: the ones
     that are here.
+
+    Raises:
+      InputError: the mesh does not fit the devices, the model's sizes or the routing groups of a microbatch.
     """
     mesh = sharding.make_mesh(config.mesh, micro_groups(config), devices)
+    check_split(config, mesh.shape)
     select = training_select(config) if select is None else select
     return Program(config, decoder_of(config, select), make_optimizer(config), mesh, vocabulary.modality_V)
 
@@ -352,10 +358,7 @@ def _mean_state(total, accumulate: int, before):
     """The select function's new state: the mean over microbatches of their sum, in the types of the state before."""
 
     def one(total, before):
-        mean = total if accumulate == 1 else total / accumulate
-        if not jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(mean.dtype, jnp.floating):
-            mean = jnp.round(mean)
-        return mean.astype(before.dtype)
+        return as_before(total if accumulate == 1 else total / accumulate, before)
 
     return jax.tree.map(one, total, before)
 
