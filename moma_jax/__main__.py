@@ -14,7 +14,7 @@ import tyro
 
 import moma_jax
 from moma_jax import recipes
-from moma_jax.config import Config, PrepareConfig, RoutersConfig, resolve
+from moma_jax.config import Config, MeshConfig, PrepareConfig, RoutersConfig, resolve
 from moma_jax.errors import InputError, RunError
 from moma_jax.host import keep_freed_memory
 
@@ -62,6 +62,8 @@ class FitRouters:
     run: tyro.conf.Positional[str] = ""
     """Run directory."""
     options: Annotated[RoutersConfig, tyro.conf.arg(name="")] = field(default_factory=RoutersConfig)
+    mesh: MeshConfig = MeshConfig()
+    """Devices to lay the model on."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Eval:
     routing: tuple[str, ...] = ()
     """Routings to evaluate under: choice (as in training, sees the future), causal (auxiliary routers), threshold
     (running thresholds); all that the run has where none is named."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to lay the model on."""
     json: bool = False
     """Print JSON."""
 
@@ -91,7 +95,7 @@ class Cost(Train):
 class Plan(Train):
     """Whether a run fits a pod and what it costs there: the real training step is compiled, no accelerator is needed.
 
-    Where no field of mesh is given, the mesh is chosen. For GPUs memory alone is reckoned.
+    Where the mesh is the default, data -1 and all else 1, one is chosen. For GPUs memory alone is reckoned.
     """
 
     topology: str = ""
@@ -263,7 +267,7 @@ def fit_routers(words: list[str]) -> None:
     elif not {"--help", "-h"} & set(words):
         raise InputError(f"{program}: name a run first, such as: {program} runs/quickstart")
     options = recipes.parse(FitRouters, default, words, program)
-    moma_jax.fit_routers(options.run, options.options)
+    moma_jax.fit_routers(options.run, options.options, mesh=options.mesh)
 
 
 def evaluate(options: Eval) -> None:
@@ -274,7 +278,7 @@ def evaluate(options: Eval) -> None:
     from moma_jax.training.journal import finite
     from moma_jax.training.tables import evaluation_tables
 
-    result = finite(moma_jax.evaluate(options.run, routing=options.routing))
+    result = finite(moma_jax.evaluate(options.run, routing=options.routing, mesh=options.mesh))
     if hosts.is_first():
         print(json.dumps(result, allow_nan=False)) if options.json else Console().print(*evaluation_tables(result))
 
@@ -294,6 +298,8 @@ def plan(options: Plan, config: Config) -> None:
 
     if not options.topology:
         raise InputError("--topology: name what to plan for, such as v5p-128, v5e-16 or h100:8")
+    if options.compiled < 1:
+        raise InputError(f"--compiled: must be positive, is {options.compiled}")
     if options.search:
         progress = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
         result, written = plan_search(config, options.topology, options.compiled, progress), format_search

@@ -242,6 +242,7 @@ _PEAKS = (  # how device kinds begin, less "NVIDIA", the longer name first; bf16
     ("tpu v5p", 459e12),
     ("tpu v6 lite", 918e12),
     ("tpu v6e", 918e12),
+    ("tpu7x", 1153.5e12),  # one of the chip's two cores
     ("a100", 312e12),
     ("h100 pcie", 756e12),
     ("h100 nvl", 835e12),

@@ -1,9 +1,12 @@
 """Planning: names of topologies, arithmetic, the choice of a mesh, the command."""
 
+import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 from planned import small
 
@@ -14,6 +17,8 @@ from moma_jax.cost import cost
 from moma_jax.errors import InputError
 from moma_jax.plan import arithmetic_plan, memory, plan, plan_search, search
 from moma_jax.plan.topology import KINDS, topology_of
+from moma_jax.training.step import make_program
+from moma_jax.vocab import contiguous
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -52,6 +57,9 @@ def test_names_of_topologies(name, canonical, devices, hosts):
         ("v5e:3x4", "2x2 chips"),
         ("h100-8", "GPUs are h100:8"),
         ("", "is not a name"),
+        ("h100:99999999999", "at most 131072 GPUs"),
+        ("99999999999xv5e-16", "64 slices"),
+        ("v5p:9999999998x2x2", "at most 8960 chips"),
     ],
 )
 def test_what_is_no_topology_is_refused_in_one_line(name, complaint):
@@ -76,12 +84,24 @@ def test_arithmetic_by_hand_and_gpus():
     total = cost(config)["parameters"]["total"]
     assert sizes["parameters"] == math.ceil(4 * total / 4) and sizes["optimizer"] == 2 * sizes["parameters"]
     assert sizes["gradients"] == 2 * sizes["parameters"]
-    assert sizes["logits"] == 2 * 4 * 768 * 2560
+    assert sizes["logits"] == 2 * 4 * 192 * 2560
     result = plan(config, "h100:8")
     assert result["method"] == "arithmetic" and result["fits"] and result["step_seconds_estimate"] is None
     assert result["bytes_per_device"]["total"] == sum(sizes.values())
     assert any("arithmetic" in w for w in result["warnings"]) and any("attention" in w for w in result["warnings"])
     assert arithmetic_plan(config, topology_of("h100:8"))["host_checkpoint_bytes"] == 8 * 3 * sizes["parameters"]
+
+
+def test_without_recomputation_heads_are_padded_to_128_lanes():
+    config = small("4t4i", MeshConfig(2, 2, 2, 1), batch_rows=32, accumulate=2)
+    assert memory.kept_beyond_cost(config) == 0, "with remat dots"
+    wide, narrow = (
+        dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none", heads=heads))
+        for heads in (2, 4)
+    )
+    assert memory.kept_beyond_cost(wide) > 0
+    padding = 256 * (6 * 4 + 4 * 2)  # six arrays of float32, four of bfloat16
+    assert memory.kept_beyond_cost(narrow) - memory.kept_beyond_cost(wide) == 16 * 384 * 4 * padding
 
 
 def test_a_mesh_is_chosen_and_fits():
@@ -99,7 +119,8 @@ def test_search_ranks_reports_and_can_be_interrupted():
     lines = []
     result = plan_search(config, "h100:8", 3, lines.append)
     assert len(result["plans"]) == 3 and len(lines) == 4 and result["considered"] >= result["fit_by_arithmetic"] > 3
-    assert {sum(p["mesh"].values()) for p in result["plans"]} and all(p["fits"] for p in result["plans"])
+    assert {math.prod(p["mesh"].values()) for p in result["plans"]} == {8} and all(p["fits"] for p in result["plans"])
+    assert not result["interrupted"] and result["refused"] == []
     done = []
 
     def interrupted(setting):
@@ -109,7 +130,83 @@ def test_search_ranks_reports_and_can_be_interrupted():
         return done[0] | {"accumulate": 1, "bytes_per_device": {"total": 1}, "step_seconds_estimate": 1.0}
 
     result = search.search(config, topology_of("h100:8"), 3, interrupted, lines.append)
-    assert len(result["plans"]) == 1 and "interrupted" in lines[-1]
+    assert len(result["plans"]) == 1 and "interrupted" in lines[-1] and result["interrupted"]
+
+
+def test_search_goes_on_after_a_setting_that_is_refused_and_varies():
+    config, target, asked, lines = small("4t4i", MeshConfig(), batch_rows=32), topology_of("h100:8"), [], []
+
+    def planned(setting):
+        asked.append((setting.model.remat, setting.train.accumulate))
+        if len(asked) < 3:
+            raise (InputError, RuntimeError)[len(asked) - 1]("no\nsuch thing")
+        return plan(setting, target.name)
+
+    result = search.search(config, target, 6, planned, lines.append)
+    assert [len(result["refused"]), len(result["plans"]), len(lines)] == [2, 4, 7]
+    assert all(reason.endswith(": no such thing") for reason in result["refused"]) and "no such thing" in lines[1]
+    assert max(asked.count(kind) for kind in asked) == 2
+
+    def never(setting):
+        raise InputError("never")
+
+    with pytest.raises(InputError, match="none of 6 settings could be planned, the last because .*never"):
+        search.search(config, target, 6, never, lines.append)
+
+
+def test_what_the_compiler_does_not_fit_is_tried_with_more_microbatches_then_with_less_kept(monkeypatch):
+    tried = []
+
+    def compiled_plan(config, target):
+        tried.append((config.model.remat, config.train.accumulate))
+        return arithmetic_plan(config, target) | {"fits": config.model.remat == "full"}
+
+    monkeypatch.setattr(sys.modules["moma_jax.plan"], "compiled_plan", compiled_plan)
+    config = small("4t4i", MeshConfig(), batch_rows=64)
+    result = plan(dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none")), "v5e-16")
+    assert result["fits"] and result["mesh_chosen"] and result["remat"] == "full"
+    policies = [remat for remat, _ in tried]
+    assert policies == sorted(policies, key=list(search.REMAT_FLOPS).index) and set(policies) == set(search.REMAT_FLOPS)
+    for policy in ("none", "dots"):
+        counts = [count for remat, count in tried if remat == policy]
+        assert counts[0] == 1 and counts == sorted(counts) and len(counts) > 1
+    assert policies.count("full") == 1
+
+
+def test_a_policy_that_keeps_less_is_chosen_where_it_is_faster(monkeypatch):
+    config, target = small("4t4i", MeshConfig(), batch_rows=64), topology_of("v5e-16")
+    asked = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+    assert search.choose(asked, target).model.remat == "none"
+    monkeypatch.setitem(search.REMAT_FLOPS, "dots", 0.5)
+    assert search.choose(asked, target).model.remat == "dots"
+    monkeypatch.setitem(search.REMAT_FLOPS, "none", 0.1)
+    assert search.choose(config, target).model.remat == "dots", "what the config recomputes stays"
+
+
+def test_every_candidate_splits_over_the_slices():
+    found = list(search.candidates(small("8x", MeshConfig(), batch_rows=64), topology_of("2xv5e-16")))
+    assert found and all(c.mesh.data % 2 == 0 or c.mesh.fsdp % 2 == 0 for c in found)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "topology", "complaint"),
+    [
+        (MeshConfig(1, 1, 1, 4), "h100:4", "mesh.tensor: 4 devices do not divide model.heads 2"),
+        (MeshConfig(1, 3, 1, 1), "h100:3", "mesh.fsdp x mesh.expert: 3 devices do not divide model.width 256"),
+        (MeshConfig(28, 1, 1, 1), "h100:4x7", "16 routing groups of a microbatch do not split over the 28 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(mesh, topology, complaint):
+    config = small("4t4i", mesh, batch_rows=32)
+    with pytest.raises(InputError, match=complaint) as refused:
+        plan(config, topology)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_training_step_refuses_such_a_mesh_before_it_is_traced():
+    config = small("4t4i", MeshConfig(1, 1, 1, 4), batch_rows=32)
+    with pytest.raises(InputError, match="mesh.tensor: 4 devices do not divide model.heads 2"):
+        make_program(config, contiguous(config.data.modalities), devices=jax.devices() * 4)
 
 
 def test_what_does_not_fit_anywhere_is_said(capsys):
@@ -117,9 +214,14 @@ def test_what_does_not_fit_anywhere_is_said(capsys):
         plan_search(recipes.recipe(CONFIGS / "paper_1b4.py"), "l4:1", 1, print)
     with pytest.raises(InputError, match="product is 8"):
         plan(small("dense", MeshConfig(fsdp=3), batch_rows=32), "h100:8")
-    with pytest.raises(SystemExit):
-        main(["plan", str(CONFIGS / "paper_90m.py")])
-    assert "--topology: name what to plan for" in capsys.readouterr().err
+    for words, complaint in (
+        ([], "--topology: name what to plan for"),
+        (["--topology", "h100:8", "--search", "--compiled", "0"], "--compiled: must be positive, is 0"),
+        (["--topology", "v5e-16", "--mesh.tensor", "16", "--mesh.data", "1"], "mesh.tensor: 16 devices do not divide"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(CONFIGS / "paper_90m.py"), *words])
+        assert ended.value.code == 2 and complaint in capsys.readouterr().err
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
@@ -131,7 +233,10 @@ def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
 def test_the_command_prints_json_and_tables(capsys):
     main(["plan", str(CONFIGS / "paper_90m.py"), "--topology", "h100:8", "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert {"fits", "devices", "bytes_per_device", "flops_per_device", "mfu_estimate"} <= set(result)
+    promised = {"fits", "devices", "bytes_per_device", "flops_per_device", "collective_bytes", "mfu_estimate"}
+    assert promised | {"step_seconds_estimate", "expert_stacks_gathered", "replicated_logits"} <= set(result)
+    sizes = result["bytes_per_device"]
+    assert sum(sizes.values()) == 2 * sizes["total"]
     main(["plan", str(CONFIGS / "paper_90m.py"), "--topology", "h100:8", "--search", "--compiled", "2"])
     printed = capsys.readouterr()
-    assert "does it fit" not in printed.out and "there is" in printed.out and "2/2" in printed.err
+    assert "fits (arithmetic alone)" in printed.out and "there is" in printed.out and "2/2" in printed.err

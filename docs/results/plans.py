@@ -3,9 +3,11 @@
 Command: python docs/results/plans.py                           (all rows; two to three minutes each on two cores)
          python docs/results/plans.py paper_90m 4t4i v5e-16     (only rows that have these words)
 Needs:   pip install -e ".[plan]"; no accelerator.
+Exit:    1 where a step moves the weights of experts that live apart, or holds logits beyond a chunk of a device's own.
 
 Meshes, microbatches and, where the recipe's own does not fit, the remat policy are those that `moma plan` chooses.
-Finished rows are kept in plans.json; the same command again does the rest. Remove the file to begin anew.
+Finished rows are kept in plans.json, and plans.md is written, after each row; the same command again does the rest.
+Remove plans.json to begin anew.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import itertools
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import moma_jax
@@ -25,12 +28,14 @@ TOPOLOGIES = ("v4-32", "v5e-16", "v5e-64", "v5p-64", "v5p-128", "v6e-64")
 KEPT = (
     *("topology", "devices", "mesh", "accumulate", "remat", "fits", "bytes_per_device", "memory_per_device"),
     *("step_seconds_estimate", "tokens_per_second_estimate", "mfu_estimate", "exposed_communication_share"),
+    *("expert_stacks_gathered", "replicated_logits"),
 )
+COMPILERS = ("jax", "libtpu")
 HEAD = """# What the paper's models need on six slices
 
 By `python docs/results/plans.py`: the real training step, with the paper's batch, compiled for each slice by the TPU
-compiler (jax {jax}, libtpu {libtpu}) on a machine without one. Memory is the compiler's; seconds, tokens/s and MFU are
-estimates from the compiled program ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements.
+compiler ({versions}) on a machine without one. Memory is the compiler's; seconds, tokens/s and MFU are estimates from
+the compiled program ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements.
 MFU counts the FLOPs of `moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
 
 | recipe | ffn | slice | devices | mesh | accumulate | remat | GiB per device | s/step | tokens/s | MFU | waiting |
@@ -38,11 +43,14 @@ MFU counts the FLOPs of `moma cost`. Any row again: `moma plan configs/RECIPE.py
 """
 
 
-def main(words: list[str]) -> None:
-    """Does what is not done yet and writes the table."""
+def main(words: list[str]) -> int:
+    """Does what is not done yet and writes the table; the exit code."""
     path = HERE / "plans.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
     wanted = [row for row in itertools.product(RECIPES, VARIANTS, TOPOLOGIES) if set(words) <= set(row)]
+    if not wanted:
+        print(f"{' '.join(words)}: in no row; words are {' '.join(RECIPES + VARIANTS + TOPOLOGIES)}", file=sys.stderr)
+        return 2
     for recipe, ffn, topology in wanted:
         name = f"{recipe} {ffn} {topology}"
         if name in rows:
@@ -50,19 +58,24 @@ def main(words: list[str]) -> None:
         start = time.monotonic()
         config = moma_jax.recipe(HERE.parent.parent / "configs" / f"{recipe}.py", {"model.ffn": ffn})
         plan = moma_jax.plan(config, topology)
-        rows[name] = {key: plan[key] for key in KEPT}
+        made_by = ", ".join(f"{package} {version(package)}" for package in COMPILERS)
+        rows[name] = {**{key: plan[key] for key in KEPT}, "versions": made_by}
         path.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{name}: {written(name, rows[name])} ({time.monotonic() - start:.0f} s)", flush=True)
-    (HERE / "plans.md").write_text(table(rows))
+        (HERE / "plans.md").write_text(table(rows))
+    wrong = [name for name, row in rows.items() if row.get("expert_stacks_gathered") or row.get("replicated_logits")]
+    for name in wrong:
+        row = rows[name]
+        print(f"{name}: moves {row['expert_stacks_gathered']}, logits replicated: {row['replicated_logits']}")
+    return 1 if wrong else 0
 
 
 def table(rows: dict[str, dict]) -> str:
     """The page."""
-    from importlib.metadata import version
-
     order = [" ".join(row) for row in itertools.product(RECIPES, VARIANTS, TOPOLOGIES)]
     lines = [written(name, rows[name]) for name in order if name in rows]
-    return HEAD.format(jax=version("jax"), libtpu=version("libtpu")) + "\n".join(lines) + "\n"
+    versions = "; ".join(sorted({row["versions"] for row in rows.values() if "versions" in row}))
+    return HEAD.format(versions=versions or "of unknown version") + "\n".join(lines) + "\n"
 
 
 def written(name: str, row: dict) -> str:
@@ -85,4 +98,4 @@ def written(name: str, row: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

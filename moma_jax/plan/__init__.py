@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from moma_jax.checks import check_split
 from moma_jax.config import Config, MeshConfig, resolve
 from moma_jax.cost import flops_per_token
 from moma_jax.plan import memory, search
@@ -23,15 +24,16 @@ def plan(config: Config, name: str) -> dict[str, Any]:
     """What a run needs on a topology, per step and device.
 
     Args:
-      config: the run. Where it leaves its mesh at the default, one is chosen (`search.choose`), and as many
-        microbatches as it takes to fit.
+      config: the run. Where its mesh is the default (data -1, all else 1), one is chosen (`search.choose`), with as
+        many microbatches as it takes to fit, and a remat policy that keeps less where they are not enough.
       name: as `topology.topology_of` reads it: v5p-128, v5p:4x4x4, v5e-16, h100:8.
 
     Returns:
       "fits", "devices", "bytes_per_device" (bytes by category, with "total"), "flops_per_device" (of a step, by
       `moma cost`'s convention), "collective_bytes" (kind -> mesh axes -> bytes that a device sends in a step),
       "step_seconds_estimate", "mfu_estimate", "tokens_per_second_estimate", "exposed_communication_share" and the
-      settings that were planned. "method" is "compiled" or "arithmetic". Estimates are None where there is no program.
+      settings that were planned. "expert_stacks_gathered" and "replicated_logits" are what a step must not do
+      (`placement`). "method" is "compiled" or "arithmetic". What a program says is None where there is no program.
 
     Raises:
       InputError: no such topology, the config contradicts itself or the topology, or libtpu is missing.
@@ -40,9 +42,9 @@ def plan(config: Config, name: str) -> dict[str, Any]:
     config = with_dtype(resolve(config), target)
     if config.mesh != MeshConfig():
         return {**planned(memory.with_mesh(config, target.devices, target.name), target), "mesh_chosen": False}
-    config = search.choose(config, target)
-    result = planned(config, target)
-    for smaller in search.smaller_microbatches(config, target):  # where the compiler needs more than arithmetic says
+    chosen = search.choose(config, target)
+    result = planned(chosen, target)
+    for smaller in search.smaller(config, chosen, target):  # where the compiler needs more than arithmetic says
         if result["fits"]:
             break
         result = planned(smaller, target)
@@ -58,10 +60,10 @@ def plan_search(config: Config, name: str, compiled: int = 6, report: Callable[[
 
     Returns:
       "plans": dictionaries of `plan`, those that fit first, the fastest first; "considered", "fit_by_arithmetic": how
-      many settings there were.
+      many settings there were; "refused": why some could not be planned; "interrupted": whether it ended early.
 
     Raises:
-      InputError: as `plan`; or nothing fits even by arithmetic.
+      InputError: as `plan`; or nothing fits even by arithmetic, or no setting could be planned.
     """
     target = topology_of(name)
     config = with_dtype(resolve(config), target)
@@ -78,6 +80,7 @@ def with_dtype(config: Config, target: Topology) -> Config:
 def planned(config: Config, target: Topology) -> dict[str, Any]:
     """`plan` of a config whose mesh and dtype are settled."""
     mesh = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    check_split(config, mesh)
     flops = flops_per_token(config) * config.batch_tokens
     shape = {
         "topology": target.name,
@@ -109,6 +112,8 @@ def arithmetic_plan(config: Config, target: Topology) -> dict[str, Any]:
         "tokens_per_second_estimate": None,
         "exposed_communication_share": None,
         "host_checkpoint_bytes": _host_bytes(sizes, target),
+        "expert_stacks_gathered": None,
+        "replicated_logits": None,
         "warnings": ["memory by arithmetic alone: no program was compiled for GPUs"],
     }
 
@@ -116,7 +121,7 @@ def arithmetic_plan(config: Config, target: Topology) -> dict[str, Any]:
 def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
     """The part of a plan that is read from the compiled step."""
     from moma_jax.plan import compile as compiler
-    from moma_jax.plan import estimate, held, hlo, network
+    from moma_jax.plan import estimate, held, hlo, network, placement
 
     compiled = compiler.compile_step(config, target)
     module = hlo.parse(compiled.text) if compiled.error is None else None
@@ -131,6 +136,8 @@ def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
         "tokens_per_second_estimate": None,
         "exposed_communication_share": None,
         "host_checkpoint_bytes": _host_bytes(sizes, target),
+        "expert_stacks_gathered": None,
+        "replicated_logits": None,
         "warnings": [],
     }
     if module is None:
@@ -140,6 +147,8 @@ def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
     flops = flops_per_token(config) * config.batch_tokens
     units = ["network", "network between slices"][: 1 + (target.slices > 1)]
     result |= {
+        "expert_stacks_gathered": placement.expert_stacks_gathered(module, config),
+        "replicated_logits": placement.replicated_logits(module, config),
         "collective_bytes": {kind: dict(axes) for kind, axes in step.collective_bytes.items()},
         "step_seconds_estimate": step.seconds,
         "mfu_estimate": flops / (step.seconds * target.devices * target.peak),
@@ -151,11 +160,19 @@ def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
         "unestimated": _unestimated(step),
         "slowest": [cost._asdict() for cost in sorted(step.costs, key=lambda c: -c.seconds)[:20]],
     }
-    for loop in step.unknown_loops:
-        result["warnings"].append(f"the turns of the loop {loop} are unknown; it is counted once")
-    for kernel in sorted(step.unknown_kernels):
-        result["warnings"].append(f"the kernel {kernel} has no model here; it is counted by its bytes")
+    result["warnings"] += _program_warnings(result, step)
     return result
+
+
+def _program_warnings(result: dict[str, Any], step) -> list[str]:
+    """What a compiled step should not do, and what is not known of it."""
+    moved = result["expert_stacks_gathered"]
+    lines = [f"the weights of experts that live apart are moved over expert: {', '.join(moved)}"] if moved else []
+    if result["replicated_logits"]:
+        lines.append("a device holds logits beyond one chunk of its own tokens and its own part of the vocabulary")
+    lines += [f"the turns of the loop {loop} are unknown; it is counted once" for loop in step.unknown_loops]
+    kernels = sorted(step.unknown_kernels)
+    return lines + [f"the kernel {kernel} has no model here; it is counted by its bytes" for kernel in kernels]
 
 
 def _unestimated(step) -> dict[str, float]:

@@ -89,10 +89,13 @@ def topology_devices(topology: Topology) -> list[Any]:
         raise InputError(f"plan: libtpu does not give a topology {name}: {str(error).splitlines()[0]}") from error
 
 
-def needed_bytes(error: str) -> int | None:
-    """Bytes that the compiler says a program needs, from its complaint; None where it names none."""
+def needed_bytes(error: str, arguments: int) -> int | None:
+    """Bytes that the compiler says a program needs, from its complaint; None where it names none.
+
+    Where it speaks of temporaries alone, the bytes of the arguments are added.
+    """
     found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of|usage >= ([\d.]+)([KMGT]?)", error)
     if found is None:
         return None
     number, unit = [group for group in found.groups() if group is not None][:2]
-    return int(float(number) * _UNITS[unit])
+    return int(float(number) * _UNITS[unit]) + (arguments if "HLO temporaries" in error else 0)

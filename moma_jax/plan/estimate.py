@@ -43,7 +43,7 @@ PIECE = 512
 
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
-    *("add-dependency", "opt-barrier", "domain", "iota", "send"),
+    *("add-dependency", "opt-barrier", "domain", "iota"),
 }
 
 
@@ -86,6 +86,18 @@ class Estimate:
     collective_bytes: dict[str, dict[str, float]] = field(default_factory=dict)
     unknown_loops: list[str] = field(default_factory=list)
     unknown_kernels: set[str] = field(default_factory=set)
+
+    def add(self, other: Estimate) -> None:
+        """Takes in the costs of a part of the step, all but its seconds."""
+        for unit, seconds in other.exposed.items():
+            self.exposed[unit] += seconds
+        self.costs += other.costs
+        for kind, axes in other.collective_bytes.items():
+            crossed = self.collective_bytes.setdefault(kind, {})
+            for axis, size in axes.items():
+                crossed[axis] = crossed.get(axis, 0.0) + size
+        self.unknown_loops += other.unknown_loops
+        self.unknown_kernels |= other.unknown_kernels
 
     def by(self, name: str, unit: str = "core") -> dict[str, float]:
         """Seconds of a unit by an attribute of Cost, largest first."""
@@ -166,9 +178,11 @@ def _step(reader: _Reader, computation: Computation, instruction: Instruction, t
             clock.now += _run(reader, module.computations[instruction.called("to_apply")], turns)
             return
         case "conditional":
-            clock.now += max(_run(reader, module.computations[name], turns) for name in _branches(instruction))
+            clock.now += _slowest(reader, _branches(instruction), turns)
             return
-    asked = network.between_slices(instruction, layout)
+    asked = network.between_slices(computation, instruction, layout)
+    if asked is None and instruction.opcode in ("send", "recv"):
+        return
     if asked is None:
         asked = network.collective_of(module, computation, instruction, layout.axes)
     if asked is not None:
@@ -199,13 +213,23 @@ def _communicate(reader: _Reader, instruction: Instruction, asked, turns: int, c
         clock.wait(asked.key)
         return
     seconds = network.seconds(asked, reader.layout, reader.kind)
-    unit = "network between slices" if instruction.opcode == "recv" else "network"
+    unit = "network between slices" if instruction.opcode == "send" else "network"
     clock.start(unit, asked.key, seconds)
     if asked.phase == "sync":
         clock.wait(asked.key)
     crossed, axes = reader.result.collective_bytes.setdefault(asked.kind, {}), " x ".join(asked.axes) or "none"
     crossed[axes] = crossed.get(axes, 0.0) + asked.sent_bytes * turns
     reader.note(instruction, asked.kind, unit, seconds, turns, "network")
+
+
+def _slowest(reader: _Reader, names: list[str], turns: int) -> float:
+    """Seconds of one turn of the slowest of several computations, one of which runs; only its costs count."""
+    branches = [Estimate() for _ in names]
+    for name, branch in zip(names, branches, strict=True):
+        branch.seconds = _run(reader._replace(result=branch), reader.module.computations[name], turns)
+    slowest = max(branches, key=lambda branch: branch.seconds)
+    reader.result.add(slowest)
+    return slowest.seconds
 
 
 def _branches(instruction: Instruction) -> list[str]:

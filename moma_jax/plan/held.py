@@ -24,12 +24,13 @@ def state_bytes(state: Any) -> dict[str, int]:
 
 
 def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dict[str, int | None]:
-    """Bytes of one device by category, and "total", their sum where temporaries are not 0.
+    """Bytes of one device by category, and "total", their sum where temporaries are not 0 and all are known.
 
     parameters and optimizer are the state's shards, gradients one float32 copy of the parameters', activations what
     the forward pass over the layers keeps for the backward pass (read from the program), logits one chunk's with its
     gradient, temporaries everything else that the program needs beside its arguments, code the program itself. Where
-    the program does not fit, the total is what the compiler says and activations and temporaries are unknown.
+    the program has no loop over the layers, what it keeps is unknown (None) and among the temporaries. Where it does
+    not fit, the total is what the compiler says and activations and temporaries are unknown.
     """
     state = state_bytes(compiled.state)
     width = FLOAT32 if config.model.dtype == "float32" else 2
@@ -39,24 +40,30 @@ def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dic
     logits = (FLOAT32 + width) * chunk * config.vocabulary_size // mesh["tensor"]
     result = {**state, "gradients": state["parameters"], "logits": logits}
     if module is None:
-        return {**result, "activations": None, "temporaries": None, "total": needed_bytes(compiled.error)}
+        total = needed_bytes(compiled.error, sum(state.values()))
+        return {**result, "activations": None, "temporaries": None, "total": total}
     memory = compiled.memory
     result |= {
         "activations": kept_bytes(module, config.model.layers),
         "batch": memory.argument_size_in_bytes - sum(state.values()),
         "code": memory.generated_code_size_in_bytes,
     }
-    total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     # Gradients and logits may take the place of what is kept: they are not needed at the same time.
-    return {**result, "temporaries": max(0, total - sum(result.values())), "total": total}
+    return {**result, "temporaries": max(0, total - sum(size or 0 for size in result.values())), "total": total}
 
 
-def kept_bytes(module: Module, layers: int) -> int:
-    """Bytes that the forward pass over the layers keeps: what its loop writes and stacks by layer."""
-    total = 0
+def kept_bytes(module: Module, layers: int) -> int | None:
+    """Bytes of HBM that the forward pass over the layers keeps: what its loop writes and stacks by layer.
+
+    None where there is no such loop.
+    """
+    total = None
     for computation, loop in module.loops():
         if not re.search(r"/jvp\(\w+\)/while$", loop.op_name) or module.trips(computation, loop) != layers:
             continue
+        total = total or 0
         body = module.computations[loop.called("body")]
         carried = body.parameters[0].name
         for name, array in zip(body.by_name[body.root].operands, loop.arrays, strict=True):

@@ -147,21 +147,34 @@ class Module:
             return None
         if sides[0].opcode != "get-tuple-element":
             return None
-        start = self._carried(computation, loop, sides[0])
+        start, step = self._carried(computation, loop, sides[0]), self._step(loop, sides[0])
         limit = _integer(sides[1])
         if limit is None and sides[1].opcode == "get-tuple-element":
             limit = self._carried(computation, loop, sides[1])
-        if limit is None:
+        if start is None or limit is None or step is None or step < 1:
             return None
-        return max(0, limit - (start or 0) + (direction.group(1) == "LE"))
+        return max(0, -(-(limit - start + (direction.group(1) == "LE")) // step))
+
+    def _step(self, loop: Instruction, element: Instruction) -> int | None:
+        """The constant that every turn adds to a place of the loop's tuple; None where it does something else."""
+        body, place = self.computations[loop.called("body")], _place(element)
+        leaving = body.by_name[body.root]
+        if leaving.opcode != "tuple" or place is None:
+            return None
+        added = _source(body, leaving.operands[place])
+        if added is None or added.opcode != "add":
+            return None
+        sources = [_source(body, operand) for operand in added.operands]
+        counter = [s for s in sources if s is not None and s.opcode == "get-tuple-element" and _place(s) == place]
+        return next((n for n in map(_integer, sources) if n is not None), None) if counter else None
 
     def _carried(self, computation: Computation, loop: Instruction, element: Instruction) -> int | None:
         """The constant that enters the loop at a place of its tuple; None where it is none."""
         entering = computation.by_name.get(loop.operands[0])
-        place = re.search(r"index=(\d+)", element.attributes)
+        place = _place(element)
         if entering is None or entering.opcode != "tuple" or place is None:
             return None
-        return _integer(_source(computation, entering.operands[int(place.group(1))]))
+        return _integer(_source(computation, entering.operands[place]))
 
 
 def parse(text: str) -> Module:
@@ -239,6 +252,12 @@ def _source(computation: Computation, name: str) -> Instruction | None:
     while instruction is not None and instruction.opcode in _SAME:
         instruction = computation.by_name.get(instruction.operands[0])
     return instruction
+
+
+def _place(element: Instruction) -> int | None:
+    """Which part of a tuple a get-tuple-element is."""
+    found = re.search(r"index=(\d+)", element.attributes)
+    return int(found.group(1)) if found else None
 
 
 def _integer(instruction: Instruction | None) -> int | None:

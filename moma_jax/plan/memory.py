@@ -1,7 +1,8 @@
 """Bytes of one device in closed form: what `moma cost` knows, divided by a mesh. No JAX.
 
 Every weight, its gradient and its two moments are stored in equal parts over fsdp x expert x tensor. Activations are
-those of `cost.activation_bytes`, split over data x fsdp x expert; what is D wide is whole on every device of `tensor`.
+those of `cost.activation_bytes`, with remat none those of TPU programs (`kept_beyond_cost`), split over data x fsdp x
+expert; what is D wide is whole on every device of `tensor`.
 Meshes here have no -1 (`with_mesh`).
 """
 
@@ -11,7 +12,7 @@ import dataclasses
 import math
 
 from moma_jax.config import Config, MeshConfig
-from moma_jax.cost import FLOAT32, activation_bytes, parameter_count
+from moma_jax.cost import FLOAT32, activation_bytes, group_slots, parameter_count
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 
@@ -49,7 +50,7 @@ def arithmetic_bytes(config: Config) -> dict[str, int]:
     tokens = config.batch_tokens // train.accumulate
     vocabulary = config.vocabulary_size // config.mesh.tensor
     all_logits = 2 * FLOAT32 * min(train.loss_chunk, tokens) * config.vocabulary_size
-    activations = (activation_bytes(config) - all_logits) / row_parts(config)
+    activations = (activation_bytes(config) + kept_beyond_cost(config) - all_logits) / row_parts(config)
     chunk = min(train.loss_chunk, tokens // row_parts(config))
     layer = gathered_parameters(config)
     return {
@@ -59,6 +60,26 @@ def arithmetic_bytes(config: Config) -> dict[str, int]:
         "temporaries": math.ceil(2 * width * layer + (width + FLOAT32) * vocabulary * config.model.width),
         "logits": 2 * FLOAT32 * chunk * vocabulary,
     }
+
+
+def kept_beyond_cost(config: Config) -> float:
+    """Bytes over all devices that TPU programs keep beyond `cost.activation_bytes` with remat none; 0 otherwise.
+
+    Per position and layer: three float32 operands of each of the four norms, those of q and k with their rotations; in
+    compute type q, k, v and the attention's output, three arrays D wide, and of every slot two D and four F wide (two
+    to six: compilers for different TPUs differ). Heads are padded to 128 lanes. Read from compiled programs.
+    """
+    model = config.model
+    if model.remat != "none":
+        return 0.0
+    width, lanes = FLOAT32 if model.dtype == "float32" else 2, 128
+    padded = model.heads * -(-model.width // model.heads // lanes) * lanes
+    routed = sum(g.experts * group_slots(config, g) for g in config.experts.groups) / config.group_tokens
+    slots = routed + config.experts.shared
+    compute = 4 * padded + 3 * model.width + slots * (2 * model.width + 4 * model.hidden)
+    counted = 15 * model.width + slots * (model.width + 2 * model.hidden)  # by cost.activation_bytes
+    per_position = FLOAT32 * 6 * (padded + model.width) + width * (compute - counted)
+    return config.batch_tokens / config.train.accumulate * model.layers * per_position
 
 
 def gathered_parameters(config: Config) -> float:

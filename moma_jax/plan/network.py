@@ -6,7 +6,7 @@ bytes/s in one direction, n_d how many different places the group has along dime
     all-gather, reduce-scatter, all-reduce   bytes sent / sum over d of (2b on a ring, b on a line)
     all-to-all                               operand bytes x max over d of (n_d / 8b on a ring, n_d / 4b on a line)
     collective-permute                       operand bytes / b
-    between slices                           bytes sent / DCN, whatever the kind
+    between slices                           bytes sent / `between` of the kind of TPU, whatever the collective
 
 Links that several groups share (a mesh axis laid out with gaps along a dimension) give each its part. Every hop adds
 LATENCY. Bytes sent by one device, for operands of B bytes and groups of n devices: all-gather B(n-1), reduce-scatter
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moma_jax.plan.hlo import Computation, Instruction, Module
-from moma_jax.plan.topology import DCN, Kind
+from moma_jax.plan.topology import Kind
 
 KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
@@ -104,16 +104,16 @@ def collective_of(
     AsyncCollectiveDone, between which ordinary fusions carry them forward. A fusion of an all-reduce and a slice is a
     reduce-scatter.
     """
-    kind, phase = _kind(instruction.opcode)
+    kind, phase = kind_and_phase(instruction.opcode)
     if kind:
         return _collective(computation, instruction, kind, phase, axes)
     body = module.computations.get(instruction.called() or "")
     if instruction.opcode not in ("fusion", "async-start", "async-done") or body is None:
         return None
-    inner = next((i for i in body.instructions if _kind(i.opcode)[0]), None)
+    inner = next((i for i in body.instructions if kind_and_phase(i.opcode)[0]), None)
     if inner is None:
         return None
-    kind, _ = _kind(inner.opcode)
+    kind, _ = kind_and_phase(inner.opcode)
     if instruction.opcode != "fusion":
         phase = instruction.opcode.removeprefix("async-")
         found = _collective(body, inner, kind, phase, axes)
@@ -131,23 +131,28 @@ def collective_of(
     return _collective(body, inner, kind, "sync", axes)
 
 
-def between_slices(instruction: Instruction, layout: Layout) -> Collective | None:
-    """The collective over several slices that a `recv` of the Megascale runtime waits for; None where it is none.
+def between_slices(computation: Computation, instruction: Instruction, layout: Layout) -> Collective | None:
+    """The collective over several slices that a `send` of the Megascale runtime starts; None where it is none.
 
-    What happens inside the slices before and after it is in the program as ordinary collectives.
+    Its key is the name of the `recv` that belongs to it, whose `recv-done` waits for it. What happens inside the slices
+    before and after it is in the program as ordinary collectives.
     """
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    if instruction.opcode != "recv" or found is None:
+    if instruction.opcode != "send" or found is None:
         return None
+    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', instruction.attributes).group()
+    received = (i for i in computation.instructions if i.opcode == "recv" and meeting in i.attributes)
+    end = next(received, instruction)
     kind = found.group(1).lower().replace("_", "-")
     by_place = layout.slices.reshape(tuple(layout.axes.values()))
-    crossed = tuple(axis for n, axis in enumerate(layout.axes) if (np.diff(by_place, axis=n) != 0).any())
+    axes = tuple(axis for n, axis in enumerate(layout.axes) if (np.diff(by_place, axis=n) != 0).any())
     one_of_each = np.unique(layout.slices, return_index=True)[1]
-    size = instruction.arrays[0].nbytes
-    return Collective(kind, "start", instruction.name, size, tuple(int(d) for d in one_of_each), crossed)
+    places = tuple(int(d) for d in one_of_each)
+    return Collective(kind, "start", end.name, end.arrays[0].nbytes, places, axes)
 
 
-def _kind(opcode: str) -> tuple[str | None, str]:
+def kind_and_phase(opcode: str) -> tuple[str | None, str]:
+    """("all-gather", "start") of all-gather-start; (None, "sync") of what is no collective."""
     base, _, phase = opcode.rpartition("-")
     if phase in ("start", "done") and base in KINDS:
         return base, phase
@@ -159,8 +164,8 @@ def _collective(computation: Computation, instruction: Instruction, kind: str, p
         return Collective(kind, phase, instruction.operands[0], 0, (0,), ())
     operands = [computation.by_name[o] for o in instruction.operands]
     size = sum(a.nbytes for o in operands for a in o.arrays)
-    crossed, farthest = _crossed(device_groups(instruction.attributes, math.prod(axes.values())), axes)
-    return Collective(kind, phase, instruction.name, size, farthest, crossed)
+    axes_crossed, farthest = crossed(device_groups(instruction.attributes, math.prod(axes.values())), axes)
+    return Collective(kind, phase, instruction.name, size, farthest, axes_crossed)
 
 
 def device_groups(attributes: str, devices: int) -> np.ndarray:
@@ -222,7 +227,7 @@ def _meshed(axes: str, ids: str | None, named: str) -> np.ndarray:
     return flat.reshape(shape).transpose(others + chosen).reshape(-1, members)
 
 
-def _crossed(groups: np.ndarray, axes: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def crossed(groups: np.ndarray, axes: Mapping[str, int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(mesh axes along which the members of a group differ, the group that crosses most)."""
     places = np.stack(np.unravel_index(groups, tuple(axes.values())), -1)
     differs = (places != places[:, :1]).any(1)
@@ -239,7 +244,7 @@ def seconds(collective: Collective, layout: Layout, kind: Kind) -> float:
     if len(devices) == 1:
         return 0.0
     if len(set(layout.slices[devices])) > 1:
-        return collective.sent_bytes / (DCN / kind.devices) + LATENCY
+        return collective.sent_bytes / (kind.between / kind.devices) + LATENCY
     dimensions = list(_dimensions(layout.places[devices], layout.extents, kind))
     hops = sum(number / 2 if ring else number - 1 for number, ring, _ in dimensions)
     match collective.kind:

@@ -28,8 +28,10 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 def format_search(result: dict[str, Any]) -> str:
     """What `plan_search` returned: settings, the best first, and the first in full."""
-    lines = [f"{result['considered']} settings, {result['fit_by_arithmetic']} fit by arithmetic; compiled:"]
+    end = " (interrupted)" if result["interrupted"] else ""
+    lines = [f"{result['considered']} settings, {result['fit_by_arithmetic']} fit by arithmetic; planned{end}:"]
     lines += [f"  {written(plan)}" for plan in result["plans"]]
+    lines += [f"  not planned: {reason}" for reason in result["refused"]]
     return "\n".join(lines) + "\n\n" + format_plan(result["plans"][0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,24 +25,36 @@ GPU_LINK = 100e9
 def choose(config: Config, target: Topology) -> Config:
     """The config with the mesh that promises most by arithmetic, and no more microbatches than it takes to fit.
 
-    The remat policy stays the config's, or becomes the next one that keeps less where nothing fits with it. Where
+    The remat policy is the config's, or one that keeps less where that is faster or where nothing else fits. Where
     nothing fits at all, the settings that come nearest.
     """
     options = list(candidates(config, target))
     if not options:
         raise InputError(_no_candidates(config, target))
-    policies = list(REMAT_FLOPS)
-    for policy in policies[policies.index(config.model.remat) :]:
-        fitting = [c for c in options if c.model.remat == policy and fits(c, target)]
-        if fitting:
-            return min(fitting, key=lambda c: arithmetic_seconds(c, target))
+    policies = _from(config.model.remat)
+    fitting = [c for c in options if c.model.remat in policies and fits(c, target)]
+    if fitting:
+        return min(fitting, key=lambda c: arithmetic_seconds(c, target))
     return min(options, key=lambda c: sum(memory.arithmetic_bytes(c).values()))
 
 
-def smaller_microbatches(config: Config, target: Topology) -> list[Config]:
-    """The same setting with more microbatches, and so fewer rows in each."""
-    same = [c for c in candidates(config, target) if c.mesh == config.mesh and c.model.remat == config.model.remat]
-    return [c for c in same if c.train.accumulate > config.train.accumulate]
+def smaller(config: Config, chosen: Config, target: Topology) -> list[Config]:
+    """Settings of `config` on the mesh that was chosen which need less memory, in the order to try them.
+
+    First those with more microbatches, and so fewer rows in each; then, with each remat policy that keeps less, those
+    that fit by arithmetic.
+    """
+    same, remat = [c for c in candidates(config, target) if c.mesh == chosen.mesh], chosen.model.remat
+    more = [c for c in same if c.model.remat == remat and c.train.accumulate > chosen.train.accumulate]
+    for policy in _from(remat)[1:]:
+        more += [c for c in same if c.model.remat == policy and fits(c, target)]
+    return more
+
+
+def _from(policy: str) -> list[str]:
+    """A remat policy and those that keep less."""
+    policies = list(REMAT_FLOPS)
+    return policies[policies.index(policy) :]
 
 
 def search(
@@ -62,24 +75,58 @@ def search(
             f"--topology: {target.name} has {target.memory / 2**30:.0f} GiB per device, and the least that any mesh "
             f"needs is about {least / 2**30:.0f} GiB; take more devices"
         )
-    best, plans = fitting[:compiled], []
+    best = varied(fitting, compiled)
     report(f"{len(options)} settings, {len(fitting)} fit by arithmetic; planning the best {len(best)}")
-    try:
-        for number, setting in enumerate(best, 1):
-            plans.append(planned(setting))
-            report(f"{number}/{len(best)} {written(plans[-1])}")
-    except KeyboardInterrupt:
-        if not plans:
-            raise
-        report("interrupted: what follows is what was done")
+    plans, refused, interrupted = _each(best, planned, report)
+    if not plans:
+        raise InputError(f"--search: none of {len(best)} settings could be planned, the last because {refused[-1]}")
     plans.sort(key=lambda p: (not p["fits"], -(p["tokens_per_second_estimate"] or 0)))
-    return {"plans": plans, "considered": len(options), "fit_by_arithmetic": len(fitting)}
+    counts = {"considered": len(options), "fit_by_arithmetic": len(fitting)}
+    return {"plans": plans, **counts, "refused": refused, "interrupted": interrupted}
+
+
+def varied(ranked: list[Config], number: int) -> list[Config]:
+    """The first of a ranking, at most two of each remat policy and number of microbatches: ranks are only rough."""
+    taken, chosen = Counter(), []
+    for setting in ranked:
+        kind = (setting.model.remat, setting.train.accumulate)
+        if taken[kind] < 2 and len(chosen) < number:
+            chosen.append(setting)
+        taken[kind] += 1
+    return chosen
+
+
+def _each(
+    settings: list[Config], planned: Callable[[Config], dict[str, Any]], report: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """(plans, why others could not be planned, whether it was interrupted) of settings, one after the other."""
+    plans, refused = [], []
+    for number, setting in enumerate(settings, 1):
+        try:
+            plans.append(planned(setting))
+        except KeyboardInterrupt:
+            if not plans:
+                raise
+            report("interrupted: what follows is what was done")
+            return plans, refused, True
+        except (InputError, RuntimeError) as error:  # the compiler's are RuntimeErrors
+            refused.append(f"{_setting(setting)}: {' '.join(str(error).split())[:300]}")
+            report(f"{number}/{len(settings)} {refused[-1]}")
+        else:
+            report(f"{number}/{len(settings)} {written(plans[-1])}")
+    return plans, refused, False
+
+
+def _setting(config: Config) -> str:
+    return written({"mesh": vars(config.mesh), "accumulate": config.train.accumulate, "remat": config.model.remat})
 
 
 def written(plan: dict[str, Any]) -> str:
-    """A plan's settings and outcome in one line."""
+    """A plan's settings and, where it has one, outcome in one line."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     setting = f"{mesh}, accumulate {plan['accumulate']}, remat {plan['remat']}"
+    if "fits" not in plan:
+        return setting
     if not plan["fits"]:
         return f"{setting}: does not fit"
     total = f"{plan['bytes_per_device']['total'] / 2**30:.1f} GiB"
@@ -100,7 +147,7 @@ def candidates(config: Config, target: Topology) -> Iterator[Config]:
         for expert in _divisors(math.gcd(most, target.devices // tensor)):
             for fsdp in _divisors(target.devices // (tensor * expert)):
                 data = target.devices // (tensor * expert * fsdp)
-                if model.width % (fsdp * expert):
+                if model.width % (fsdp * expert) or (data % target.slices and fsdp % target.slices):
                     continue
                 for accumulate in _divisors(groups):
                     if accumulate < config.train.accumulate or (groups // accumulate) % (data * fsdp * expert):
@@ -115,7 +162,8 @@ def _with(config: Config, mesh: MeshConfig, accumulate: int) -> Iterator[Config]
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
 
 
 def _no_candidates(config: Config, target: Topology) -> str:

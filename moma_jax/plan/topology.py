@@ -4,10 +4,13 @@ All figures are public ones of one JAX device: on v4 and later TPUs a whole chip
 of a chip's two cores, and a GPU. "Link" is one ICI link in one direction.
 
 Sources: the system architecture pages of Cloud TPU (v4, v5e, v5p, v6e, TPU7x: peak, memory, its bandwidth; the number
-and the bandwidth of ICI links per chip) and, for the links, "How to scale your model" (jax-ml.github.io/scaling-book,
-chapter 2); data sheets of NVIDIA (A100 SXM, H100 SXM, H200, B200). The clock of a TPU is what its peak implies: peak /
-(2 x cells of its matrix units); the cells are those of four 128 x 128 units per core (v6e and tpu7x: 256 x 256),
-and agree with the compiler's own estimate for a large matrix product (90% of peak on v4 to v5p).
+and the bandwidth of ICI links per chip; network cards of a host: 200 Gbit/s for four chips of v5p, and so taken for v4,
+or for eight of v5e, 800 Gbit/s for eight of v6e, 400 Gbit/s for four of TPU7x) and, for the links, "How to scale your
+model" (jax-ml.github.io/scaling-book, chapter 2); data sheets of NVIDIA (A100 SXM, H100 SXM, H200, B200).
+
+The clock of a TPU is what its peak implies: peak / (2 x cells of its matrix units); the cells are those of four 128 x
+128 units per core, and agree with the compiler's own estimate for a large matrix product (90% of peak on v4 to v5p).
+For v6e and tpu7x four times as many are taken, of which public pages say different things; it gives v6e v5p's clock.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ class Kind(NamedTuple):
     Attributes:
       device_kind: what JAX calls it (`cost.peak_flops` knows the peak).
       memory: bytes of HBM. bandwidth: of HBM, bytes/s. clock: cycles/s, those that the compiler counts.
-      link: bytes/s of an ICI link in one direction.
+      link: bytes/s of an ICI link in one direction. between: of a chip between slices, in one direction.
       dimensions: of the torus.
       devices: JAX devices of a chip.
+      most: chips of a pod, so of a slice.
       counted: what the number in a name counts of a chip: v5p-128 are 128 cores, so 64 chips.
       sizes: names in use, by the number of chips: extent along each dimension.
     """
@@ -42,15 +46,17 @@ class Kind(NamedTuple):
     bandwidth: float
     clock: float
     link: float
+    between: float
     dimensions: int
     devices: int
+    most: int
     counted: int
     sizes: dict[int, tuple[int, ...]]
 
     @property
     def peak(self) -> float:
         """bfloat16 FLOP/s of one device."""
-        return _TPU7X_PEAK if self.device_kind == "TPU7x" else peak_flops(self.device_kind)
+        return peak_flops(self.device_kind)
 
     def closes(self, extents: tuple[int, ...], dimension: int) -> bool:
         """Whether a dimension of a slice is a ring rather than a line.
@@ -65,23 +71,22 @@ _CUBES = {
     **{4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)},
     **{512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)},
 }
-_TPU7X_PEAK = 1153.5e12
 
 KINDS = {
     # Four 128 x 128 units in each of two cores: 131,072 cells.
-    "v4": Kind("TPU v4", 32 * GIB, 1228 * GB, 275e12 / (2 * 131072), 45 * GB, 3, 1, 2, _CUBES),
-    "v5p": Kind("TPU v5p", 95 * GIB, 2765 * GB, 459e12 / (2 * 131072), 90 * GB, 3, 1, 2, _CUBES),
-    # Four 128 x 128 units: 65,536 cells.
-    "v5e": Kind("TPU v5e", 16 * GIB, 819 * GB, 197e12 / (2 * 65536), 45 * GB, 2, 1, 1, _FLAT),
-    # Four times as many cells in the matrix units of a core: 262,144.
-    "v6e": Kind("TPU v6e", 32 * GIB, 1640 * GB, 918e12 / (2 * 262144), 90 * GB, 2, 1, 1, _FLAT),
+    "v4": Kind("TPU v4", 32 * GIB, 1228 * GB, 275e12 / (2 * 131072), 45 * GB, 25 * GB / 4, 3, 1, 4096, 2, _CUBES),
+    "v5p": Kind("TPU v5p", 95 * GIB, 2765 * GB, 459e12 / (2 * 131072), 90 * GB, 25 * GB / 4, 3, 1, 8960, 2, _CUBES),
+    # Four 128 x 128 units: 65,536 cells. Of 16 GiB the compiler leaves a program 15.75.
+    "v5e": Kind("TPU v5e", 15.75 * GIB, 819 * GB, 197e12 / (2 * 65536), 45 * GB, 25 * GB / 8, 2, 1, 256, 1, _FLAT),
+    # Taken to have four times as many cells in the matrix units of a core: 262,144.
+    "v6e": Kind("TPU v6e", 32 * GIB, 1640 * GB, 918e12 / (2 * 262144), 90 * GB, 100 * GB / 8, 2, 1, 256, 1, _FLAT),
     # A device is one of a chip's two cores: half of 192 GiB, 7380 GB/s and six links of 100 GB/s.
-    "tpu7x": Kind("TPU7x", 96 * GIB, 3690 * GB, _TPU7X_PEAK / (2 * 262144), 50 * GB, 3, 2, 2, _CUBES),
+    "tpu7x": Kind("TPU7x", 96 * GIB, 3690 * GB, 1153.5e12 / (2 * 262144), 50 * GB, 50 * GB / 4, 3, 2, 9216, 2, _CUBES),
 }
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "v5": "v5p", "v7x": "tpu7x", "tpu7": "tpu7x"}
 
-DCN = 25 * GB / 4
-"""Bytes/s of a chip between slices, in one direction: 200 Gbit/s of a host, shared by four chips."""
+MOST_SLICES, MOST_GPUS = 64, 2**17
+"""More than one run has had; what is above is taken for a slip of the pen."""
 
 GPUS = {  # data-sheet memory, bytes
     "a100": 80 * GIB,
@@ -160,6 +165,9 @@ def _tpus(name: str, kind: str, number: int | None, extents: tuple[int, ...] | N
         raise InputError(f"--topology: {name!r} has no size; give {kind}-{4 * figures.counted} or {_example(kind)}")
     if len(extents) != figures.dimensions or slices < 1 or 0 in extents:
         raise InputError(f"--topology: {name!r}: {kind} has {figures.dimensions} dimensions, {_example(kind)}")
+    if math.prod(extents) > figures.most or slices > MOST_SLICES:
+        most = f"a {kind} slice has at most {figures.most} chips, and a plan {MOST_SLICES} slices"
+        raise InputError(f"--topology: {name!r}: {most}, {_example(kind)}")
     if any(extent % 2 for extent in extents[:2]):
         raise InputError(f"--topology: {name!r}: a host is 2x2 chips, so the first two are even, {_example(kind)}")
     canonical = f"{f'{slices}x' if slices > 1 else ''}{kind}:{'x'.join(map(str, extents))}"
@@ -174,5 +182,7 @@ def _gpus(name: str, kind: str, extents: tuple[int, ...] | None, other: str | No
     extents = extents or (1,)
     if other or len(extents) > 2 or 0 in extents:
         raise InputError(f"--topology: {name!r}: GPUs are {kind}:8 (one node) or {kind}:4x8 (four nodes of eight)")
+    if math.prod(extents) > MOST_GPUS:
+        raise InputError(f"--topology: {name!r}: a plan has at most {MOST_GPUS} GPUs, such as {kind}:4x8")
     nodes, each = extents if len(extents) == 2 else (1, extents[0])
     return Topology(f"{kind}:{nodes}x{each}", None, (nodes, each), 1, GPUS[kind], peak_flops(kind))
