@@ -17,6 +17,11 @@ from moma_jax.cost import flops_per_token
 from moma_jax.plan import memory, search
 from moma_jax.plan.topology import Topology, topology_of
 
+FROM_PROGRAM = (
+    *("collective_bytes", "step_seconds_estimate", "mfu_estimate", "tokens_per_second_estimate"),
+    *("exposed_communication_share", "expert_stacks_gathered", "replicated_logits"),
+)
+"""Parts of a plan that are None where there is no program."""
 MESH_AXES = tuple(f.name for f in dataclasses.fields(MeshConfig))
 
 
@@ -106,14 +111,8 @@ def arithmetic_plan(config: Config, target: Topology) -> dict[str, Any]:
         "method": "arithmetic",
         "fits": total <= memory.USABLE * target.memory,
         "bytes_per_device": {**sizes, "total": total},
-        "collective_bytes": None,
-        "step_seconds_estimate": None,
-        "mfu_estimate": None,
-        "tokens_per_second_estimate": None,
-        "exposed_communication_share": None,
+        **dict.fromkeys(FROM_PROGRAM),
         "host_checkpoint_bytes": _host_bytes(sizes, target),
-        "expert_stacks_gathered": None,
-        "replicated_logits": None,
         "warnings": ["memory by arithmetic alone: no program was compiled for GPUs"],
     }
 
@@ -130,14 +129,8 @@ def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
         "method": "compiled",
         "fits": compiled.error is None,
         "bytes_per_device": sizes,
-        "collective_bytes": None,
-        "step_seconds_estimate": None,
-        "mfu_estimate": None,
-        "tokens_per_second_estimate": None,
-        "exposed_communication_share": None,
+        **dict.fromkeys(FROM_PROGRAM),
         "host_checkpoint_bytes": _host_bytes(sizes, target),
-        "expert_stacks_gathered": None,
-        "replicated_logits": None,
         "warnings": [],
     }
     if module is None:
