@@ -48,7 +48,7 @@ def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dic
         "batch": memory.argument_size_in_bytes - sum(state.values()),
         "code": memory.generated_code_size_in_bytes,
     }
-    # The peak, arguments included: the sum of the compiler's parts can exceed the memory of a chip that it compiled for.
+    # The peak, arguments included: the sum of the parts can exceed the memory of a chip that it was compiled for.
     total = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     # Gradients and logits may take the place of what is kept: they are not needed at the same time.
     return {**result, "temporaries": max(0, total - sum(size or 0 for size in result.values())), "total": total}
