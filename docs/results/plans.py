@@ -33,10 +33,11 @@ KEPT = (
 COMPILERS = ("jax", "libtpu")
 HEAD = """# What the paper's models need on six slices
 
-By `python docs/results/plans.py`, {done} of {rows} rows so far: the real training step, with the paper's batch, compiled for each slice by the TPU
-compiler ({versions}) on a machine without one. Memory is the compiler's; seconds, tokens/s and MFU are estimates from
-the compiled program ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements.
-MFU counts the FLOPs of `moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
+By `python docs/results/plans.py`, {done} of {rows} rows so far: the real training step, with the paper's batch, compiled
+for each slice by the TPU compiler ({versions}) on a machine without one. Memory is the compiler's; seconds, tokens/s
+and MFU are estimates from the compiled program ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not
+measurements. MFU counts the FLOPs of `moma cost`. Any row again:
+`moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
 
 | recipe | ffn | slice | devices | mesh | accumulate | remat | GiB per device | s/step | tokens/s | MFU | waiting |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -75,7 +76,8 @@ def table(rows: dict[str, dict]) -> str:
     order = [" ".join(row) for row in itertools.product(RECIPES, VARIANTS, TOPOLOGIES)]
     lines = [written(name, rows[name]) for name in order if name in rows]
     versions = "; ".join(sorted({row["versions"] for row in rows.values() if "versions" in row}))
-    return HEAD.format(versions=versions or "of unknown version", done=len(lines), rows=len(order)) + "\n".join(lines) + "\n"
+    head = HEAD.format(versions=versions or "of unknown version", done=len(lines), rows=len(order))
+    return head + "\n".join(lines) + "\n"
 
 
 def written(name: str, row: dict) -> str:
