@@ -34,10 +34,10 @@ COMPILERS = ("jax", "libtpu")
 HEAD = """# What the paper's models need on six slices
 
 By `python docs/results/plans.py`, {done} of {rows} rows so far: the real training step, with the paper's batch,
-compiled for each slice by the TPU compiler ({versions}) on a machine without one. Memory is the compiler's; seconds, tokens/s
-and MFU are estimates from the compiled program ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not
-measurements. MFU counts the FLOPs of `moma cost`. Any row again:
-`moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
+compiled for each slice by the TPU compiler ({versions}) on a machine without one. Memory is the
+compiler's; seconds, tokens/s and MFU are estimates from the compiled program
+([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements. MFU counts the FLOPs of
+`moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
 
 | recipe | ffn | slice | devices | mesh | accumulate | remat | GiB per device | s/step | tokens/s | MFU | waiting |
 |---|---|---|---|---|---|---|---|---|---|---|---|
