@@ -22,7 +22,6 @@ FROM_PROGRAM = (
     *("exposed_communication_share", "expert_stacks_gathered", "replicated_logits"),
 )
 """Parts of a plan that are None where there is no program."""
-MESH_AXES = tuple(f.name for f in dataclasses.fields(MeshConfig))
 
 
 def plan(config: Config, name: str) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def with_dtype(config: Config, target: Topology) -> Config:
 
 def planned(config: Config, target: Topology) -> dict[str, Any]:
     """`plan` of a config whose mesh and dtype are settled."""
-    mesh = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    mesh = dataclasses.asdict(config.mesh)
     check_split(config, mesh)
     flops = flops_per_token(config) * config.batch_tokens
     shape = {
