@@ -161,7 +161,27 @@ def _check_model(config: Config) -> None:
             f"model.heads: {model.heads} heads do not divide the width {model.width} into even head widths; "
             f"{right} would"
         )
-    parse_ffn(model.ffn, config.data.modalities)
+    _check_depth(config)
+
+
+def _check_depth(config: Config) -> None:
+    """Mixture of depths, where the FFN has it in front."""
+    model, sequence = config.model, config.data.sequence
+    require(model.depth_by in ("modality", "all"), f"model.depth_by: {model.depth_by!r} is none of modality, all")
+    share = model.depth_capacity
+    require(0 < share <= 1, f"model.depth_capacity: must be above 0 and at most 1, such as 0.25; is {share}")
+    if not parse_ffn(model.ffn, config.data.modalities).depth:
+        return
+    require(
+        model.layers % 2 == 0,
+        f"model.layers: {model.layers} layers do not pair up, and {model.ffn} skips every second one; use "
+        f"{model.layers + 1}",
+    )
+    least = min(sequence, *config.quotas) if model.depth_by == "modality" else sequence
+    require(
+        math.floor(share * least) >= 1,
+        f"model.depth_capacity: {share} of {least} tokens lets nobody in; use {math.ceil(1e4 / least) / 1e4} or more",
+    )
 
 
 def _check_modalities(config: Config) -> None:
@@ -222,9 +242,8 @@ def _check_eval_routings(config: Config) -> None:
     for name in names:
         require(name in known, f"train.eval_routings: {name!r} is none of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")
-    routed = any(group.experts > 1 for group in config.experts.groups)
     require(
-        "causal" not in names or config.model.auxiliary or not routed,
+        "causal" not in names or config.model.auxiliary or not config.routed,
         "train.eval_routings: causal needs auxiliary routers; set model.auxiliary, or leave it out",
     )
 

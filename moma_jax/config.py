@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from moma_jax.checks import check, round_up
-from moma_jax.ffn import FfnLayout, parse_ffn
+from moma_jax.ffn import ExpertGroup, FfnLayout, depth_groups, parse_ffn
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class ModelConfig:
     """The decoder (paper sections 2.1 and 2.2)."""
 
     ffn: str = "4t4i"
-    """FFN notation: dense, 8x (mixed-modal experts), 1t1i, 4t4i, ...; +1x adds an always-on shared expert."""
+    """FFN notation: dense, 8x (mixed-modal experts), 1t1i, 4t4i, ...; +1x adds an always-on shared expert; mod+4t4i has
+    a mixture of depths in front of it in every second layer."""
     layers: int = 8
     """Decoder layers."""
     width: int = 512
@@ -55,6 +56,11 @@ class ModelConfig:
     """Norm after each sub-layer (Chameleon-34B, used by MoMa) or before it (Chameleon-7B)."""
     capacity: float | None = None
     """Share of its modality's tokens that one expert takes; 1/|E| of each group where None."""
+    depth_capacity: float = 0.25
+    """mod+ only: share of a row's tokens that enter the layers 0, 2, 4, ...; the others pass them by."""
+    depth_by: Literal["modality", "all"] = "modality"
+    """mod+ only: rank tokens against those of their own modality, each of which has that share; or all together (the
+    paper), so that experts need slots for a layer full of their modality."""
     gumbel: bool = False
     """Gumbel-Sigmoid noise on router scores in training (paper Eq. 5)."""
     jitter: float = 1e-3
@@ -355,6 +361,16 @@ class Config:
     def experts(self) -> FfnLayout:
         """The parsed FFN notation."""
         return parse_ffn(self.model.ffn, self.data.modalities)
+
+    @cached_property
+    def depth(self) -> tuple[ExpertGroup, ...]:
+        """The routers of mixture of depths; () without it."""
+        return depth_groups(self.model.depth_by, self.data.modalities) if self.experts.depth else ()
+
+    @property
+    def routed(self) -> tuple[ExpertGroup, ...]:
+        """What a router lets some tokens enter: groups of several experts, and layers (mixture of depths)."""
+        return tuple(group for group in self.experts.groups if group.routed) + self.depth
 
 
 def quota_tokens(modality: Modality, group_tokens: int) -> int:

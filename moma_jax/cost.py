@@ -7,6 +7,8 @@ The convention, used for MFU, for matching models and for `train.flops`:
   * Tokens are split between modalities at the normalised quotas' ratio. An expert takes k_e = capacity * count of its
     group's `count` tokens, not rounded up; its router scores those `count` tokens. A group of one expert takes all and
     has no router. Shared experts take every token.
+  * With mixture of depths half of the layers cost the share `model.depth_capacity` of a layer, and the square of it in
+    attention; a token meets one column of their routers.
   * The embedding look-up is free; the unembedding is a product with all V ids at every position.
   * The backward pass costs twice the forward pass (`train` = 3 * `forward`); remat, the optimizer and padding are free.
   * Auxiliary routers are no part of the model: neither `total`, `active` nor `train` count them (as the paper does
@@ -20,11 +22,11 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from moma_jax.config import Config, resolve
 from moma_jax.errors import InputError
-from moma_jax.ffn import ExpertGroup
+from moma_jax.ffn import ExpertGroup, depth_quotas, depth_share, depth_slots
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass: one product per operand."""
@@ -109,31 +111,41 @@ def parameter_count(config: Config) -> dict[str, int]:
     qk_norm = 4 * d  # scale and bias for every head of q and of k
     attention = 4 * d * d + qk_norm
     norms = 2 * d
-    always = layers * (attention + norms + layout.shared * expert) + d
+    inside = attention + norms + layout.shared * expert
     routed = layers * sum(g.experts * expert + _router_width(g) * d for g in layout.groups)
-    passed = layers * sum(
-        share * (g.experts * g.capacity(model.capacity) * expert + _router_width(g) * d)
-        for g, share in zip(layout.groups, _group_shares(config), strict=True)
-    )
+    shares = zip(layout.groups, _group_shares(config), strict=True)
+    passed = sum(s * (g.experts * g.capacity(model.capacity) * expert + _router_width(g) * d) for g, s in shares)
+    depth = layers // 2 * len(config.depth) * d
+    met = layers // 2 * d if config.depth else 0  # of the routers' columns a token meets one
     embedding = 2 * config.vocabulary_size * d
-    active = round(always + passed)
+    active = round(_entered_layers(config) * (inside + passed)) + met + d
     return {
-        "total": always + routed + embedding,
+        "total": layers * inside + d + routed + depth + embedding,
         "active": active + embedding,
         "active_non_embedding": active,
         "embedding": embedding,
-        "auxiliary": layers * sum(d * (d // 2) + d // 2 * e for e in _predicted_experts(config)),
+        "auxiliary": sum(times * (d * (d // 2) + d // 2 * e) for times, e in _predictors(config)),
     }
 
 
-def _predicted_experts(config: Config) -> list[int]:
-    """Experts of each group that has an auxiliary router in training."""
-    return [g.experts for g in config.experts.groups if config.model.auxiliary and g.experts > 1]
+def _entered_layers(config: Config) -> Fraction:
+    """Layers that an average token enters."""
+    layers = config.model.layers
+    return Fraction(layers) if not config.depth else layers // 2 * (1 + depth_share(config.model))
+
+
+def _predictors(config: Config) -> list[tuple[int, int]]:
+    """(layers, columns) of each auxiliary router in training."""
+    if not config.model.auxiliary:
+        return []
+    layers = config.model.layers
+    of_experts = [(layers, g.experts) for g in config.experts.groups if g.routed]
+    return of_experts + [(layers // 2, g.experts) for g in config.depth]
 
 
 def _router_width(group: ExpertGroup) -> int:
     """Columns of the group's router."""
-    return group.experts if group.experts > 1 else 0
+    return group.experts if group.routed else 0
 
 
 def _group_shares(config: Config) -> list[Fraction]:
@@ -152,48 +164,82 @@ def _forward_by_part(config: Config) -> dict[str, Fraction | int]:
     for group, share in zip(config.experts.groups, _group_shares(config), strict=True):
         taken += share * group.experts * group.capacity(model.capacity)
         scored += share * _router_width(group)
-    return _by_part(config, taken, scored)
+    if not config.depth:
+        return _by_part(config, [_Layers(model.layers, Fraction(1), taken, scored)])
+    share, pairs = depth_share(model), model.layers // 2
+    skipped = _Layers(pairs, share, share * taken, share * scored)
+    return _by_part(config, [skipped, _Layers(pairs, Fraction(1), taken, scored)], columns=1)
 
 
 def _executed_by_part(config: Config) -> dict[str, Fraction | int]:
     """Forward FLOPs of one position as the static shapes run them: slots instead of k_e tokens."""
-    layout = config.experts
+    model, rows, sequence = config.model, config.data.group_rows, config.data.sequence
+    if not config.depth:
+        return _by_part(config, [_executed_layers(config, model.layers, sequence, config.quotas)])
+    slots, pairs = depth_slots(model, sequence), model.layers // 2
+    quotas = depth_quotas(model, config.quotas, rows, sequence)
+    layers = [_executed_layers(config, pairs, slots, quotas), _executed_layers(config, pairs, sequence, config.quotas)]
+    return _by_part(config, layers, columns=len(config.depth))
+
+
+def _executed_layers(config: Config, number: int, sequence: int, quotas: tuple[int, ...]) -> _Layers:
+    """Layers on rows of `sequence` slots, with their experts' slots."""
+    layout, tokens = config.experts, config.data.group_rows * sequence
+    share = Fraction(sequence, config.data.sequence)
     if layout.dense:
-        return _by_part(config, Fraction(1), Fraction(0))
-    slots = sum(g.experts * group_slots(config, g) for g in layout.groups)
-    return _by_part(config, Fraction(slots, config.group_tokens), sum(map(_router_width, layout.groups)))
+        return _Layers(number, share, share, Fraction(0))
+    slots = sum(g.experts * group_slots(config, g, quotas, tokens) for g in layout.groups)
+    return _Layers(number, share, Fraction(slots, config.group_tokens), share * sum(map(_router_width, layout.groups)))
 
 
 def _auxiliary_flops(config: Config) -> int:
     """FLOPs of the auxiliary routers at one position, forward and backward; nothing flows back to what they read."""
     d, inner = config.model.width, config.model.width // 2
     first, second = 2 * d * inner, 2 * inner
-    return config.model.layers * sum(2 * first + 3 * second * experts for experts in _predicted_experts(config))
+    return sum(times * (2 * first + 3 * second * experts) for times, experts in _predictors(config))
 
 
-def group_slots(config: Config, group: ExpertGroup) -> int:
-    """Slots C of one expert of `group` in a routing group: ceil(capacity * quota); more under threshold routing."""
+def group_slots(
+    config: Config, group: ExpertGroup, quotas: tuple[int, ...] | None = None, tokens: int | None = None
+) -> int:
+    """Slots C of one expert of `group` in a routing group: ceil(capacity * quota); more under threshold routing.
+
+    `quotas` and `tokens` are those of a layer that some tokens enter (mixture of depths); None: the config's.
+    """
     model = config.model
-    quota = min(config.group_tokens, sum(config.quotas[m] for m in group.modalities))
+    quotas, tokens = config.quotas if quotas is None else quotas, config.group_tokens if tokens is None else tokens
+    quota = min(tokens, sum(quotas[m] for m in group.modalities))
     slots = math.ceil(quota * group.capacity(model.capacity))
-    if model.routing == "choice" or group.experts == 1:
+    if model.routing == "choice" or not group.routed:
         return slots
-    return min(config.group_tokens, math.ceil(slots * model.routing_slack))
+    return min(tokens, math.ceil(slots * model.routing_slack))
 
 
-def _by_part(config: Config, taken, scored) -> dict[str, Fraction | int]:
-    """Forward FLOPs of one position that passes `taken` routed experts and meets `scored` router columns."""
+class _Layers(NamedTuple):
+    """Layers alike, and what an average position of the model does in one of them: the `share` of it that enters, the
+    routed experts that it passes and the router columns that it meets."""
+
+    number: int
+    share: Fraction
+    taken: Fraction
+    scored: Fraction
+
+
+def _by_part(config: Config, layers: list[_Layers], columns: int = 0) -> dict[str, Fraction | int]:
+    """Forward FLOPs of one position; `columns`: of the routers of mixture of depths that it meets in every pair."""
     model = config.model
-    d, layers = model.width, model.layers
+    d = model.width
     expert = 3 * 2 * d * model.hidden
-    return {
-        "attention_projections": layers * 4 * 2 * d * d,
-        "attention_scores": layers * 2 * 2 * config.data.sequence * d,
-        "router": layers * scored * 2 * d,
-        "experts": layers * taken * expert,
-        "shared_experts": layers * config.experts.shared * expert,
+    scores = 2 * 2 * config.data.sequence * d
+    parts = {
+        "attention_projections": sum(own.number * own.share for own in layers) * 4 * 2 * d * d,
+        "attention_scores": sum(own.number * own.share**2 for own in layers) * scores,
+        "router": sum(own.number * own.scored for own in layers) * 2 * d,
+        "experts": sum(own.number * own.taken for own in layers) * expert,
+        "shared_experts": sum(own.number * own.share for own in layers) * config.experts.shared * expert,
         "unembedding": 2 * config.vocabulary_size * d,
     }
+    return parts | ({"depth_router": model.layers // 2 * columns * 2 * d} if columns else {})
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -215,18 +261,21 @@ def activation_bytes(config: Config) -> int:
     """
     config = resolve(config)
     model, data = config.model, config.data
-    d, hidden, layers = model.width, model.hidden, model.layers
+    d, hidden = model.width, model.hidden
+    layers = _executed_by_part(config)["attention_projections"] / (8 * d * d)  # full ones, or as many parts of them
     width = FLOAT32 if model.dtype == "float32" else 2
     positions = config.batch_tokens // config.train.accumulate
     slots = _executed_by_part(config)["experts"] / (layers * 6 * d * hidden) + config.experts.shared
     products = 6 * d + slots * (2 * hidden + d)
     weights = FLOAT32 * model.heads * data.sequence if data.sequence <= model.attention_chunk else 0
     one_chunk = FLOAT32 * model.heads * min(model.attention_chunk, data.sequence)
-    inner = FLOAT32 * (d // 2) * len(_predicted_experts(config))  # of auxiliary routers; kept before and after SiLU
+    predictors = sum(times for times, _ in _predictors(config)) / layers
+    inner = FLOAT32 * (d // 2) * predictors  # of auxiliary routers; kept before and after SiLU
     everything = width * (products + 9 * d) + weights + 2 * inner
     per_layer = {"full": width * d, "dots": width * products + inner, "none": everything}[model.remat]
     logits = 2 * FLOAT32 * min(config.train.loss_chunk, positions) * config.vocabulary_size
-    return math.ceil(positions * (layers * per_layer + everything + one_chunk + 2 * width * d) + logits)
+    seen = width * d * (model.layers // 2 if config.depth else 0)  # by the routers of mixture of depths
+    return math.ceil(positions * (layers * per_layer + seen + everything + one_chunk + 2 * width * d) + logits)
 
 
 # Devices --------------------------------------------------------------------------------------------------------------

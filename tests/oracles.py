@@ -122,3 +122,74 @@ def attention(x_SD, segment_S, position_S, weights, *, theta=10000.0, epsilon=1e
             mixed = (weight / weight.sum()) @ np.array([x_SD[r] @ weights["value_DHK"][:, h] for r in seen])
             y_SD[s] += mixed @ weights["out_HKD"][h]
     return y_SD
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * scale
+
+
+def layer(rows, weights, groups, *, norm, group_rows, rank_jitter):
+    """Rows through one Chameleon layer.
+
+    Args:
+      rows: for each row (x_SD, segment_S, position_S, modality_S, place_S: where in the row each token was at first).
+      weights: attention, ffn and the two norms. rank_jitter: (row, place, expert) -> float.
+
+    Returns:
+      x_SD of each row.
+    """
+
+    def attention(xs):
+        return [oracle_row(x, row, weights["attention"]) for x, row in zip(xs, rows, strict=True)]
+
+    def ffn(xs):
+        out = []
+        for start in range(0, len(rows), group_rows):
+            mine = range(start, start + group_rows)
+            address = [(r, place) for r in mine for place in rows[r][4]]
+            y_1TD, _, _ = moma_ffn(
+                np.concatenate([xs[r] for r in mine])[None],
+                np.concatenate([rows[r][3] for r in mine])[None],
+                groups,
+                weights["ffn"],
+                rank_jitter=lambda _, t, e, address=address: rank_jitter(*address[t], e),
+            )
+            out += np.split(y_1TD[0], np.cumsum([len(xs[r]) for r in mine])[:-1])
+        return out
+
+    xs = [np.asarray(row[0], np.float64) for row in rows]
+    for body, scale in ((attention, weights["attention_norm"]["scale_D"]), (ffn, weights["ffn_norm"]["scale_D"])):
+        ys = body([rms_norm(x, scale) for x in xs] if norm == "pre" else xs)
+        xs = [x + (y if norm == "pre" else rms_norm(y, scale)) for x, y in zip(xs, ys, strict=True)]
+    return xs
+
+
+def oracle_row(x_SD, row, weights):
+    return attention(x_SD, row[1], row[2], weights) if len(x_SD) else x_SD
+
+
+def skipping_layer(rows, weights, routers, groups, *, share, depth_jitter, **of_layer):
+    """A layer that some tokens enter (paper section 2.3): x + gate * (layer(x) - x) for them, x for the others.
+
+    Args:
+      routers: (router_D, modalities) each; one lets floor(share * count) of its modalities' tokens of a row in.
+      depth_jitter: (row, place) -> float. of_layer: of `layer`. Others as there.
+
+    Returns:
+      (x_SD of each row, the tokens of each row that entered).
+    """
+    entered, gates, inner = [], [], []
+    for r, row in enumerate(rows):
+        gate_of = {}
+        for router_D, modalities in routers:
+            logit_S = np.asarray(row[0], np.float64) @ np.asarray(router_D, np.float64)
+            tokens = [s for s in range(len(logit_S)) if row[3][s] in modalities]
+            tokens.sort(key=lambda s: (-(logit_S[s] + depth_jitter(r, row[4][s])), s))
+            gate_of |= {s: sigmoid(logit_S[s]) for s in tokens[: math.floor(share * len(tokens))]}
+        entered.append(sorted(gate_of))
+        gates.append([gate_of[s] for s in entered[-1]])
+        inner.append(tuple(np.asarray(part)[entered[-1]] for part in row))
+    xs = [np.array(row[0], np.float64) for row in rows]
+    for x, own, gate, y in zip(xs, entered, gates, layer(inner, weights, groups, **of_layer), strict=True):
+        x[own] += np.asarray(gate)[:, None] * (y - x[own])
+    return xs, entered

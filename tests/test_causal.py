@@ -21,7 +21,15 @@ from tiny import tiny
 import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
-from moma_jax.model.causal import ByPrediction, ByThreshold, Choice, ThresholdTraining, follow, take_passing
+from moma_jax.model.causal import (
+    ByPrediction,
+    ByThreshold,
+    Choice,
+    ThresholdTraining,
+    follow,
+    passes_threshold,
+    take_passing,
+)
 from moma_jax.model.routing import Quota, Score, expert_choice
 from moma_jax.training.step import compile_step, create_state, first_routing_state, make_program, put, run_decoder
 from moma_jax.vocab import contiguous
@@ -34,7 +42,8 @@ QUOTA = Quota(TOKENS, Fraction(1, EXPERTS))
 def fresh(threshold=0.0, updates=0.0):
     """A state of one layer."""
     zero_E = np.zeros(EXPERTS, np.float32)
-    return {"threshold_E": zero_E + threshold, "updates": np.float32(updates), "load_E": zero_E, "dropped_E": zero_E}
+    seen = {"threshold_E": zero_E + threshold, "unseen_E": zero_E + (updates == 0), "updates": np.float32(updates)}
+    return seen | {"load_E": zero_E, "dropped_E": zero_E}
 
 
 def drawn(rng, noise=0.0, eligible=0.7):
@@ -91,6 +100,25 @@ def test_an_empty_modality_moves_no_threshold():
     state = follow(fresh(threshold=1.5, updates=4), score, nobody_T, taken, 0.9)
     assert state["threshold_E"].tolist() == [1.5, 1.5] and state["load_E"].tolist() == [0, 0]
     assert state["updates"] == 5
+
+
+def test_groups_without_the_modality_leave_the_mean_of_the_others():
+    """The mean of the states of several routing groups, some of which lack the modality from the first update on."""
+    rng, state, seen = np.random.default_rng(1), fresh(), []
+    for update in range(4):
+        lowest_G = [None if (group + update) % 3 else rng.normal() for group in range(6)]
+        after = []
+        for lowest in lowest_G:
+            plain_TE = np.full((TOKENS, EXPERTS), 0.0 if lowest is None else lowest, np.float32)
+            score, eligible_T = Score(plain_TE, plain_TE, plain_TE), np.full(TOKENS, lowest is not None)
+            taken = expert_choice(score, eligible_T, QUOTA, None, None)[0]
+            after.append(follow(state, score, eligible_T, taken, 0.0))
+        state = jax.tree.map(lambda *x: np.mean(x, 0), *after)
+        seen.append(np.mean([lowest for lowest in lowest_G if lowest is not None]))
+    passing = np.array([[min(seen) - 1e-3] * EXPERTS, [max(seen) + 1e-3] * EXPERTS], np.float32)
+    assert np.asarray(passes_threshold(passing, state)).tolist() == [[False] * EXPERTS, [True] * EXPERTS]
+    share = np.asarray(state["threshold_E"] / (1 - state["unseen_E"]))
+    assert min(seen) < share[0] < max(seen), "an average of what was seen, without the 0 it began with"
 
 
 # Selections -----------------------------------------------------------------------------------------------------------
@@ -199,7 +227,10 @@ def test_a_starved_expert_recovers_in_the_whole_model():
         state = create_state(program, first_routing_state(config, None))
         high = jax.tree.map(lambda x: x, state.routing_state)
         high["text"]["threshold_E"] = high["text"]["threshold_E"].at[0, 1].set(40.0)
-        high = {name: group | {"updates": group["updates"] + 30} for name, group in high.items()}
+        high = {
+            name: group | {"updates": group["updates"] + 30, "unseen_E": 0 * group["unseen_E"]}
+            for name, group in high.items()
+        }
         state = dataclasses.replace(state, routing_state=high)
         step = compile_step(program, state)
         for _ in range(50):

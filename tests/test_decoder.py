@@ -16,6 +16,7 @@ from moma_jax import sharding
 from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
 from moma_jax.model import decoder as decoder_lib
 from moma_jax.model.decoder import Decoder, decoder_of
+from moma_jax.model.precision import compute_dtype
 
 MODALITIES = (Modality("text", "t", 20), Modality("image", "i", 12, 4))
 MODEL = ModelConfig(ffn="2t2i", layers=2, width=16, heads=2, hidden=24, dtype="float32")
@@ -222,7 +223,7 @@ def test_compute_type_is_the_configs_and_parameters_stay_float32():
     assert hidden_BSD.dtype == jnp.bfloat16
     exact = run(make(ffn="dense"), params, inputs).hidden_BSD
     assert np.median(np.abs(hidden_BSD[real].astype(np.float32) - exact[real])) < 0.05
-    assert decoder_lib.compute_dtype(dataclasses.replace(MODEL, dtype="auto")) in (jnp.float32, jnp.bfloat16)
+    assert compute_dtype(dataclasses.replace(MODEL, dtype="auto")) in (jnp.float32, jnp.bfloat16)
 
 
 def test_built_from_a_config():

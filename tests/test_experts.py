@@ -251,7 +251,7 @@ ON_EIGHT_DEVICES = """
             eight = compiled(params, *put)
             assert "all-to-all" not in compiled.as_text()
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(a).max())))
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(a).max(initial=1.0)))
         same = lambda a, b: np.testing.assert_array_equal(a, b)
         jax.tree.map(same, [s.index_EC for s in one[0][1].selections.values()],
                      [s.index_EC for s in eight[0][1].selections.values()])

@@ -19,7 +19,14 @@ from moma_jax.vocab import contiguous
 
 AUDIO = Modality("audio", "a", size=8, span=2, quota=0.25)
 THREE = (MODALITIES[0], dataclasses.replace(MODALITIES[1], quota=0.25), AUDIO)
-MODELS = {"2t2i": MODALITIES, "4x": MODALITIES, "2t2i+1x": MODALITIES, "2t2i2a": THREE}
+MODELS = {
+    "2t2i": MODALITIES,
+    "4x": MODALITIES,
+    "2t2i+1x": MODALITIES,
+    "2t2i2a": THREE,
+    "mod+2t2i": MODALITIES,
+    "mod+dense": MODALITIES,
+}
 CHANGES = 24
 
 
@@ -90,8 +97,9 @@ def test_no_later_token_changes_an_earlier_logit(ffn, routing):
 @pytest.mark.parametrize(("slack", "drops"), [(1.0, True), (4.0, False)])
 def test_nor_where_slots_run_out(ffn, slack, drops):
     def threshold_training(program):
-        rows = program.config.data.group_rows
-        return program.decoder.clone(select=ThresholdTraining(rows, 0, slack, Choice(0.99, False)))
+        rules = [ThresholdTraining(rows, 0, slack, Choice(0.99, False)) for rows in (program.config.data.group_rows, 1)]
+        model = dataclasses.replace(program.config.model, routing="threshold", routing_slack=slack)
+        return program.decoder.clone(model=model, select=rules[0], select_depth=rules[1])
 
     found, state = changed(ffn, threshold_training, shift=-1.0 if drops else 0.0)
     dropped = max(float(np.max(group["dropped_E"])) for group in state.values())

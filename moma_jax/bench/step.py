@@ -52,7 +52,8 @@ def bench_step(
       config: what is trained; its `model.ffn` and data are replaced.
       ffn: variants.
       repeats: timed steps of each variant.
-      parts: also measure where the time goes, piece by piece (see `measure_parts`).
+      parts: also measure where the time goes, piece by piece (see `measure_parts`); not of mixture of depths, whose
+        layers differ.
 
     Returns:
       {"variants": {name: {"tokens_per_second", "spread", "relative_to_dense", "relative_flops", "mfu",
@@ -73,7 +74,7 @@ def bench_step(
         seconds = _step_seconds(variants, batch, repeats)
     dense = _variant_of(config, "dense")
     figures = {v.name: _figures(v, seconds[v.name], seconds.get("dense"), dense, batch) for v in variants}
-    for variant in variants if parts else ():
+    for variant in [v for v in variants if parts and not v.program.config.depth]:
         say(f"where the time of {variant.name} goes")
         with _out_of_memory_is_named():
             measured = measure_parts(variant.program, variant.fresh(), batch, repeats=min(repeats, 5))

@@ -15,6 +15,7 @@ from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.model.experts import normal, output_scale
 from moma_jax.model.fused_attention import attend_fused, refusal, warn
+from moma_jax.model.precision import wide
 from moma_jax.sharding import TENSOR
 
 AXES = {
@@ -77,7 +78,8 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
 def attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
     """Attention of some queries (their q, segments, positions) to all keys; softmax in float32."""
     q_BQHK, segment_BQ, position_BQ = query
-    score_BHQS = jnp.einsum("bqhk,bshk->bhqs", q_BQHK, k_BSHK, preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(q_BQHK.dtype, jnp.float32)
+    score_BHQS = jnp.einsum("bqhk,bshk->bhqs", q_BQHK, k_BSHK, preferred_element_type=dtype)
     score_BHQS = score_BHQS / math.sqrt(q_BQHK.shape[-1])
     same_BQS = segment_BQ[:, :, None] == segment_BS[:, None, :]
     visible_BQS = same_BQS & (position_BQ[:, :, None] >= position_BS[:, None, :])
@@ -90,7 +92,7 @@ def attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
 
 def qk_norm(x_BSHK, scale_HK, bias_HK, epsilon: float):
     """LayerNorm over each head's channels with scale and bias of its own per head (Chameleon); float32."""
-    x_BSHK = x_BSHK.astype(jnp.float32)
+    x_BSHK = wide(x_BSHK)
     centred = x_BSHK - x_BSHK.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(variance + epsilon) * scale_HK + bias_HK

@@ -50,8 +50,8 @@ class AuxiliaryWeights(nn.Module):
 
 
 def has_auxiliary(group: ExpertGroup) -> bool:
-    """Only experts that have a router need a prediction of it."""
-    return group.experts > 1
+    """Only what has a router needs a prediction of it."""
+    return group.routed
 
 
 def predict(x_ND, auxiliary: Auxiliary):

@@ -6,8 +6,8 @@ Expert choice ranks a token against later ones. Two rules do not: a token enters
   * whose running threshold its router logit reaches (`ByThreshold`; for text alone: arXiv 2603.11535). Each expert
     keeps an average over updates of the lowest logit, without noise, among the k_e tokens that expert choice takes:
     the score that its top share of its modality exceeds. It lives in the routing state, so in checkpoints, and is
-    averaged over routing groups and devices. A group without the modality votes for what was there, so where many lack
-    it the first updates stay longer near the 0 that they begin with.
+    averaged over routing groups and devices. A group without the modality votes for what was there; how much of the
+    average is still the 0 that it began with is kept beside it, and divided out.
 
 Both give each expert a list of slots in the order of positions (of several rows, row by row within a position). Where
 slots run out the latest positions are dropped, never the lowest scores: that would look ahead.
@@ -24,35 +24,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moma_jax.config import Config
+from moma_jax.config import Config, ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 from moma_jax.model.routing import Quota, Score, Selection, expert_choice
 
 State = dict[str, Any]
-"""Of one group of experts, float32: `threshold_E`; `updates` seen so far, a scalar; `load_E`, tokens that the
-threshold lets pass over those that expert choice takes; `dropped_E`, share of passing tokens that found no slot. The
-last two are of the latest update."""
+"""Of one group of experts, float32: `threshold_E`, the running average from 0; `unseen_E`, how much of it is still that
+0; `updates` seen so far, a scalar; `load_E`, tokens that the threshold lets pass over those that expert choice takes;
+`dropped_E`, share of passing tokens that found no slot. The last two are of the latest update."""
 
 
 def first_thresholds(config: Config) -> dict[str, State]:
-    """The routing state of a run that has not begun, stacked over layers, by group of experts that have a router."""
-    layers = config.model.layers
+    """The routing state of a run that has not begun, by group of experts that have a router, stacked over layers; and
+    by router of mixture of depths ("depth_text"), stacked over the layers that have it."""
 
-    def state(group: ExpertGroup) -> State:
+    def state(group: ExpertGroup, layers: int) -> State:
         zero_LE = jnp.zeros((layers, group.experts), jnp.float32)
-        return {"threshold_E": zero_LE, "updates": zero_LE[:, 0], "load_E": zero_LE, "dropped_E": zero_LE}
+        seen = {"threshold_E": zero_LE, "unseen_E": zero_LE + 1, "updates": zero_LE[:, 0]}
+        return seen | {"load_E": zero_LE, "dropped_E": zero_LE}
 
-    return {group.name: state(group) for group in config.experts.groups if group.experts > 1}
+    layers = config.model.layers
+    return {g.name: state(g, layers) for g in config.experts.groups if g.routed} | {
+        g.name: state(g, layers // 2) for g in config.depth
+    }
 
 
 def training_select(config: Config):
-    """The select function that a config trains with."""
-    model = config.model
-    choice = Choice(model.threshold_decay, model.gumbel)
+    """The select function that a config trains its experts with."""
+    return _rule(config.model, config.data.group_rows, config.model.gumbel)
+
+
+def depth_select(model: ModelConfig):
+    """The select function that a model trains its mixture of depths with, which looks at single rows."""
+    return _rule(model, 1, False)
+
+
+def _rule(model: ModelConfig, rows: int, noisy: bool):
+    """The rule of training for routing groups of `rows` rows, on logits that bear noise or do not."""
+    choice = Choice(model.threshold_decay, noisy)
     if model.routing == "choice":
         return choice
-    return ThresholdTraining(config.data.group_rows, model.routing_warmup, model.routing_slack, choice)
+    return ThresholdTraining(rows, model.routing_warmup, model.routing_slack, choice)
 
 
 # In training ----------------------------------------------------------------------------------------------------------
@@ -110,6 +123,8 @@ class ThresholdTraining:
 def follow(state: State, score: Score, eligible_T, taken: Selection, decay: float) -> State:
     """The state after this update: a plain mean of the first ones, then an exponential one.
 
+    Linear in this routing group's part, so that the mean over routing groups and devices is exact.
+
     Args:
       taken: what expert choice takes of this routing group by `score.plain_TE`.
     """
@@ -118,10 +133,12 @@ def follow(state: State, score: Score, eligible_T, taken: Selection, decay: floa
     lowest_E = jnp.where(taken.filled_EC, taken_EC, jnp.inf).min(axis=1)
     old_E, updates = state["threshold_E"], state["updates"]
     weight = jnp.maximum(1.0 / (updates + 1.0), 1.0 - decay)
-    threshold_E = jnp.where(jnp.isfinite(lowest_E), old_E + weight * (lowest_E - old_E), old_E)
-    passed_E = jnp.sum(eligible_T & (plain_ET >= old_E[:, None]), axis=1)
+    seen_E = jnp.where(jnp.isfinite(lowest_E), weight, 0.0)
+    threshold_E = old_E + jnp.where(seen_E > 0, seen_E * (lowest_E - old_E), 0.0)
+    passed_E = jnp.sum(eligible_T & passes_threshold(plain_ET.T, state).T, axis=1)
     load_E = passed_E / jnp.maximum(taken.filled_EC.sum(axis=1), 1)
-    return state | {"threshold_E": threshold_E, "updates": updates + 1.0, "load_E": load_E}
+    unseen_E = state["unseen_E"] * (1.0 - seen_E)
+    return state | {"threshold_E": threshold_E, "unseen_E": unseen_E, "updates": updates + 1.0, "load_E": load_E}
 
 
 def _without_noise(score: Score, eligible_T, quota: Quota) -> Selection:
@@ -165,7 +182,8 @@ def passes_threshold(logit_TE, state: State):
     """Tokens and experts whose threshold the token's logit reaches."""
     if state is None:
         raise InputError("routing_state: threshold routing needs the model's thresholds; pass its routing_state")
-    return logit_TE >= state["threshold_E"]
+    seen_E = 1.0 - state["unseen_E"]
+    return logit_TE >= jnp.where(seen_E > 0, state["threshold_E"] / jnp.where(seen_E > 0, seen_E, 1.0), 0.0)
 
 
 def passes_prediction(predicted_TE):

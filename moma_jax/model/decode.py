@@ -17,9 +17,13 @@ from moma_jax.config import Config
 from moma_jax.ffn import ExpertGroup
 from moma_jax.model import auxiliary, causal
 from moma_jax.model.attention import attend_block, project, project_out, rotary_angles
-from moma_jax.model.decoder import compute_dtype, rms_norm, sub_layer
-from moma_jax.model.experts import EXACT, experts_of
+from moma_jax.model.experts import experts_of
+from moma_jax.model.layer import rms_norm, sub_layer
+from moma_jax.model.precision import EXACT, compute_dtype, wide
 from moma_jax.model.slots import Experts, combine, dispatch, swiglu_of
+
+NOWHERE = 2**31 - 1
+"""The place of a key that is not there: behind every position."""
 
 LEAST_BLOCK = 4
 """Tokens that an expert computes together, at least: reading its weights takes as long."""
@@ -30,11 +34,14 @@ class Cache(NamedTuple):
 
     Attributes:
       keys, values: for each layer (B, P, H, K) in compute dtype; P positions are allocated.
+      places: for each layer that some tokens alone enter (mixture of depths) int32 (B, P), the position in the row of
+        each key; None for the others, where it is the key's own number. A token that passed by left none.
       length_B: int32 tokens in each row. Lowering it rewinds the row: what lies beyond is overwritten, never seen.
     """
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
+    places: tuple[Any, ...]
     length_B: Any
 
 
@@ -45,7 +52,9 @@ def new_cache(config: Config, rows: int, positions: int) -> Cache:
     keys, values = (
         tuple(jnp.zeros(shape, compute_dtype(model)) for _ in range(model.layers)) for _ in ("keys", "values")
     )
-    return Cache(keys, values, jnp.zeros(rows, jnp.int32))
+    nobody = jnp.full((rows, positions), NOWHERE, jnp.int32)
+    places = tuple(nobody if config.depth and number % 2 == 0 else None for number in range(model.layers))
+    return Cache(keys, values, places, jnp.zeros(rows, jnp.int32))
 
 
 def unstack(params: Any, config: Config) -> dict[str, Any]:
@@ -53,18 +62,22 @@ def unstack(params: Any, config: Config) -> dict[str, Any]:
 
     Returns:
       {"embedding_VD", "unembedding_DV", "final_norm_D", "layers": for each layer {"attention", "attention_norm_D",
-      "ffn_norm_D", "ffn": {group: {"experts": Experts of two-dimensional weights, "router_DE", "auxiliary"}}}}.
+      "ffn_norm_D", "ffn": {group: {"experts": Experts of two-dimensional weights, "router_DE", "auxiliary"}}, "depth":
+      the routers in front of it, Experts by name; {} where every token enters}}.
     """
     dtype = compute_dtype(config.model)
 
     def layer(number: int) -> dict[str, Any]:
-        own = jax.tree.map(lambda x_L: x_L[number], params["layers"])
+        own = jax.tree.map(lambda x_L: x_L[number // 2 if config.depth else number], params["layers"])
+        depth = experts_of(own.pop("depth", {})) if number % 2 == 0 else {}
+        own = own[("even", "odd")[number % 2]] if config.depth else own
         matrices = {name: w.astype(dtype) for name, w in own["attention"].items() if not name.endswith("_norm")}
         return {
             "attention": own["attention"] | matrices,
             "attention_norm_D": own["attention_norm"]["scale_D"],
             "ffn_norm_D": own["ffn_norm"]["scale_D"],
             "ffn": {name: _apart(experts, dtype) for name, experts in experts_of(own["ffn"]).items()},
+            "depth": depth,
         }
 
     return {
@@ -109,73 +122,148 @@ def extend(
     Returns:
       (hidden_BQD after the final norm, of no meaning behind the count; the cache).
     """
-    model = config.model
+    model, size = config.model, token_BQ.shape
     token_BQ, count_B = jnp.asarray(token_BQ), jnp.asarray(count_B)
-    offset_Q = jnp.arange(token_BQ.shape[1])
+    offset_Q = jnp.arange(size[1])
     position_BQ = cache.length_B[:, None] + offset_Q
     counts_BQ = offset_Q < count_B[:, None]
     angles = rotary_angles(position_BQ, model.width // model.heads, model.rope_theta)
     modality_BQ = jnp.take(jnp.asarray(vocabulary_modality_V, jnp.int32), token_BQ)
-    modality_N = jnp.where(counts_BQ, modality_BQ, -1).reshape(-1)
-    groups = {group.name: group for group in config.experts.groups}
+    groups = {group.name: group for group in (*config.experts.groups, *config.depth)}
     x_BQD = weights["embedding_VD"][token_BQ]
-    keys, values = [], []
+    memories = []
     for number, layer in enumerate(weights["layers"]):
-        thresholds = jax.tree.map(lambda x_L, n=number: x_L[n], routing_state) if routing == "threshold" else {}
-        memory = (cache.keys[number], cache.values[number])
+        thresholds = _of_layer(routing_state, number) if routing == "threshold" else {}
+        rule = _Rule(groups, routing, thresholds)
+        memory = (cache.keys[number], cache.values[number], cache.places[number])
 
-        def attention(y_BQD, layer=layer, memory=memory):
-            return _attend(y_BQD, layer["attention"], memory, position_BQ, counts_BQ, angles, model.norm_epsilon)
+        def through(x_BQD, enters_BQ, memory, layer=layer, rule=rule):
+            tokens = _Tokens(position_BQ, jnp.where(enters_BQ, modality_BQ, -1), cache.length_B, angles)
+            return _layer(x_BQD, tokens, memory, layer, rule, model)
 
-        def feed_forward(y_BQD, layer=layer, thresholds=thresholds):
-            x_ND = y_BQD.reshape(-1, model.width)
-            y_ND = _feed_forward(x_ND, modality_N, groups, layer["ffn"], routing, thresholds)
-            return y_ND.reshape(y_BQD.shape), None
-
-        def norm(name, layer=layer):
-            return lambda y_BQD: rms_norm(y_BQD, layer[name], model.norm_epsilon)
-
-        x_BQD, (key, value) = sub_layer(x_BQD, attention, norm("attention_norm_D"), model.norm == "pre")
-        x_BQD, _ = sub_layer(x_BQD, feed_forward, norm("ffn_norm_D"), model.norm == "pre")
-        keys.append(key)
-        values.append(value)
+        if layer["depth"]:
+            x_BQD, memory = _enter(x_BQD, jnp.where(counts_BQ, modality_BQ, -1), memory, layer["depth"], rule, through)
+        else:
+            x_BQD, memory = through(x_BQD, counts_BQ, memory)
+        memories.append(memory)
     hidden_BQD = rms_norm(x_BQD, weights["final_norm_D"], model.norm_epsilon)
-    return hidden_BQD, Cache(tuple(keys), tuple(values), cache.length_B + count_B)
+    return hidden_BQD, Cache(*(tuple(part) for part in zip(*memories, strict=True)), cache.length_B + count_B)
 
 
-def _attend(x_BQD, weights, memory, position_BQ, counts_BQ, angles, epsilon):
-    """The attention sub-layer on new tokens and all that their rows hold; (its output, the memory with them)."""
-    q_BQHK, k_BQHK, v_BQHK = project(x_BQD, weights, angles, epsilon)
-    rows, positions = memory[0].shape[:2]
-    place_BQ = jnp.where(counts_BQ, position_BQ, positions)  # beyond the end: dropped
-    row_B1 = jnp.arange(rows)[:, None]
-    memory = tuple(
-        old.at[row_B1, place_BQ].set(new, mode="drop") for old, new in zip(memory, (k_BQHK, v_BQHK), strict=True)
+class _Rule(NamedTuple):
+    """Who enters an expert or a layer: groups by name, the routing's name, the layer's thresholds by group."""
+
+    groups: dict[str, ExpertGroup]
+    routing: str
+    thresholds: dict[str, Any]
+
+
+class _Tokens(NamedTuple):
+    """What a layer knows of new tokens: position in the row, modality (-1: not to be computed), tokens that each row
+    had before, rotary angles."""
+
+    position_BQ: Any
+    modality_BQ: Any
+    length_B: Any
+    angles: Any
+
+
+def _of_layer(routing_state: Any, number: int) -> Any:
+    """The part of layer `number`; that of mixture of depths is stacked over every second layer."""
+    index = {name: number // 2 if name.startswith("depth_") else number for name in routing_state}
+    return {name: jax.tree.map(lambda x_L, n=index[name]: x_L[n], own) for name, own in routing_state.items()}
+
+
+def _enter(x_BQD, modality_BQ, memory, routers: dict[str, Experts], rule: _Rule, through):
+    """A layer that some tokens alone enter (paper section 2.3): x + gate * (layer(x) - x) for those, else x.
+
+    Where no token of any row does, nothing of the layer is read. Args: through: (x_BQD, enters_BQ, memory) -> the same
+    of the layer itself.
+    """
+    x_ND, modality_N = x_BQD.reshape(-1, x_BQD.shape[-1]), modality_BQ.reshape(-1)
+    enters_N, gate_N = jnp.zeros(len(x_ND), bool), jnp.zeros(len(x_ND), jnp.float32)
+    for name, router in routers.items():
+        passes_N1, gate_N1 = _passes(x_ND, modality_N, name, router.router_DE, router.auxiliary, rule)
+        enters_N, gate_N = enters_N | passes_N1[:, 0], jnp.where(passes_N1[:, 0], gate_N1[:, 0], gate_N)
+    enters_BQ, gate_BQ = enters_N.reshape(modality_BQ.shape), gate_N.reshape(modality_BQ.shape)
+
+    def enter(x_BQD, memory):
+        y_BQD, memory = through(x_BQD, enters_BQ, memory)
+        change_BQD = (gate_BQ[..., None] * (y_BQD - x_BQD)).astype(x_BQD.dtype)
+        return x_BQD + jnp.where(enters_BQ[..., None], change_BQD, 0), memory
+
+    return jax.lax.cond(enters_BQ.any(), enter, lambda *same: same, x_BQD, memory)
+
+
+def _layer(x_BQD, tokens: _Tokens, memory, layer, rule: _Rule, model):
+    """A whole layer on new tokens: (its output, the memory with them)."""
+
+    def attention(y_BQD):
+        return _attend(y_BQD, layer["attention"], memory, tokens, model.norm_epsilon)
+
+    def feed_forward(y_BQD):
+        y_ND = _feed_forward(y_BQD.reshape(-1, model.width), tokens.modality_BQ.reshape(-1), layer["ffn"], rule)
+        return y_ND.reshape(y_BQD.shape), None
+
+    def norm(name):
+        return lambda y_BQD: rms_norm(y_BQD, layer[name], model.norm_epsilon)
+
+    x_BQD, memory = sub_layer(x_BQD, attention, norm("attention_norm_D"), model.norm == "pre")
+    x_BQD, _ = sub_layer(x_BQD, feed_forward, norm("ffn_norm_D"), model.norm == "pre")
+    return x_BQD, memory
+
+
+def _attend(x_BQD, weights, memory, tokens: _Tokens, epsilon):
+    """The attention sub-layer on new tokens and all that their rows hold; (its output, the memory with them).
+
+    Where some tokens alone enter, keys lie one after the other and their places tell who sees them.
+    """
+    q_BQHK, k_BQHK, v_BQHK = project(x_BQD, weights, tokens.angles, epsilon)
+    key_BPHK, value_BPHK, place_BP = memory
+    rows, positions = key_BPHK.shape[:2]
+    enters_BQ, row_B1 = tokens.modality_BQ >= 0, jnp.arange(rows)[:, None]
+    if place_BP is None:
+        slot_BQ, seen_BP = tokens.position_BQ, jnp.broadcast_to(jnp.arange(positions), (rows, positions))
+    else:
+        place_BP = jnp.where(place_BP < tokens.length_B[:, None], place_BP, NOWHERE)  # what a rewound row forgot
+        held_B1 = (place_BP != NOWHERE).sum(axis=1, dtype=jnp.int32)[:, None]
+        slot_BQ = held_B1 + jnp.cumsum(enters_BQ, axis=1, dtype=jnp.int32) - 1
+    slot_BQ = jnp.where(enters_BQ, slot_BQ, positions)  # beyond the end: dropped
+    key_BPHK, value_BPHK = (
+        old.at[row_B1, slot_BQ].set(new, mode="drop") for old, new in ((key_BPHK, k_BQHK), (value_BPHK, v_BQHK))
     )
-    one_BQ, one_BP = jnp.ones_like(position_BQ), jnp.ones((rows, positions), jnp.int32)
-    query = (q_BQHK, one_BQ, position_BQ)
-    y_BQHK = attend_block(query, *memory, one_BP, jnp.broadcast_to(jnp.arange(positions), (rows, positions)))
-    return project_out(y_BQHK, weights), memory
+    if place_BP is not None:
+        seen_BP = place_BP = place_BP.at[row_B1, slot_BQ].set(tokens.position_BQ, mode="drop")
+    one_BQ, one_BP = jnp.ones_like(tokens.position_BQ), jnp.ones((rows, positions), jnp.int32)
+    y_BQHK = attend_block((q_BQHK, one_BQ, tokens.position_BQ), key_BPHK, value_BPHK, one_BP, seen_BP)
+    return project_out(y_BQHK, weights), (key_BPHK, value_BPHK, place_BP)
 
 
-def _feed_forward(x_ND, modality_N, groups: dict[str, ExpertGroup], ffn, routing: str, thresholds):
+def _passes(x_ND, modality_N, name: str, router_DE, predictor, rule: _Rule):
+    """(bool, float32 gate) (N, E) of tokens and the experts of a group, or the layer, that they enter."""
+    eligible_N1 = jnp.isin(modality_N, jnp.array(rule.groups[name].modalities))[:, None]
+    logit_NE = jnp.matmul(wide(x_ND), router_DE, precision=EXACT)
+    match rule.routing:
+        case "causal":
+            passes_NE = eligible_N1 & causal.passes_prediction(auxiliary.predict(x_ND, predictor))
+        case "threshold":
+            passes_NE = eligible_N1 & causal.passes_threshold(logit_NE, rule.thresholds[name])
+    return passes_NE, jax.nn.sigmoid(logit_NE)
+
+
+def _feed_forward(x_ND, modality_N, ffn, rule: _Rule):
     """The feed-forward sub-layer (Eq. 1) on N tokens, expert by expert; modality_N is -1 where none is."""
     y_ND = jnp.zeros_like(x_ND)
     one_N = jnp.ones(len(x_ND), jnp.float32)
     for name, own in ffn.items():
-        if name not in groups:  # shared: always on, of one expert
+        if name not in rule.groups:  # shared: always on, of one expert
             y_ND = add_expert(y_ND, x_ND, modality_N >= 0, one_N, own["experts"][0])
             continue
-        eligible_N = jnp.isin(modality_N, jnp.array(groups[name].modalities))
-        passes_NE, gate_NE = eligible_N[:, None], one_N[:, None]
-        if own["router_DE"] is not None:
-            logit_NE = jnp.matmul(x_ND.astype(jnp.float32), own["router_DE"], precision=EXACT)
-            gate_NE = jax.nn.sigmoid(logit_NE)
-            match routing:
-                case "causal":
-                    passes_NE &= causal.passes_prediction(auxiliary.predict(x_ND, own["auxiliary"]))
-                case "threshold":
-                    passes_NE &= causal.passes_threshold(logit_NE, thresholds[name])
+        if own["router_DE"] is None:
+            passes_NE = jnp.isin(modality_N, jnp.array(rule.groups[name].modalities))[:, None]
+            gate_NE = one_N[:, None]
+        else:
+            passes_NE, gate_NE = _passes(x_ND, modality_N, name, own["router_DE"], own["auxiliary"], rule)
         for e, expert in enumerate(own["experts"]):
             y_ND = add_expert(y_ND, x_ND, passes_NE[:, e], gate_NE[:, e], expert)
     return y_ND

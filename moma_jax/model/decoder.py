@@ -22,6 +22,10 @@ Parameters, all float32; layers are stacked with a leading axis L, also where th
     final_norm/scale_D                      [norm]
     unembedding/kernel_DV                   [embed, vocab]
 
+With mixture of depths (mod+4t4i) layers come in pairs, of which only some tokens enter the first: layers/even/... and
+layers/odd/... have half of the layers each, and layers/depth/<router>/router_DE [layers, embed, -] decides, with
+<router> "depth_<modality>", or "depth_all" (model.depth_by); its auxiliary router is layers/depth/<router>_auxiliary.
+
 <group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), and `shared` (+1x, of N times the
 hidden width, one expert).
 
@@ -33,6 +37,7 @@ start. Projections into the residual stream are scaled by a further 1/sqrt(2L) u
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,11 +49,14 @@ import jax.numpy as jnp
 from moma_jax import sharding
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.errors import InputError
-from moma_jax.ffn import parse_ffn
-from moma_jax.model import causal, experts, fused_attention
-from moma_jax.model.attention import Attention, rotary_angles
-from moma_jax.model.experts import Drawn, Ffn, Place, Rules, is_dense, normal
-from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash, take_all
+from moma_jax.ffn import FfnLayout, depth_groups, depth_quotas, depth_share, depth_slots, parse_ffn
+from moma_jax.model import causal
+from moma_jax.model.attention import rotary_angles
+from moma_jax.model.depth import DepthRules, Pair, of_layers, of_pairs
+from moma_jax.model.experts import Place, Rules, normal, placed
+from moma_jax.model.layer import Common, RmsNorm, rematerialised
+from moma_jax.model.precision import compute_dtype
+from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash
 from moma_jax.sharding import BATCH, DATA, EXPERT, FSDP, TENSOR
 
 
@@ -60,7 +68,9 @@ class DecoderOutput(NamedTuple):
       routing_state: the state after this step, stacked over layers, by group of experts.
       losses: float32 scalars of the select function, averaged over routing groups, summed over layers.
       report: tokens taken, layer by layer.
-      selections: by group of experts, stacked (L, G, E, C), where asked for; else None.
+      selections: by group of experts, stacked (L, G, E, C), where asked for; else None. With mixture of depths they are
+        stacked over pairs of layers, as "even/<group>" and "odd/<group>"; and "depth", who entered the even layers, in
+        rows (P, B, 1, C).
     """
 
     hidden_BSD: Any
@@ -68,33 +78,6 @@ class DecoderOutput(NamedTuple):
     losses: dict[str, Any]
     report: RoutingReport
     selections: dict[str, Selection] | None
-
-
-def rms_norm(x_BSD, scale_D, epsilon: float):
-    """Root-mean-square norm over the width, in float32, back in the dtype of x."""
-    x32_BSD = x_BSD.astype(jnp.float32)
-    square_BS1 = jnp.square(x32_BSD).mean(-1, keepdims=True)
-    return (x32_BSD * jax.lax.rsqrt(square_BS1 + epsilon) * scale_D).astype(x_BSD.dtype)
-
-
-def sub_layer(x_BSD, body: Callable, norm: Callable, pre: bool, dropout: Callable = lambda y: y):
-    """x plus a sub-layer with its norm before it (pre: Chameleon-7B) or behind it (swin: Chameleon-34B, MoMa).
-
-    `body` maps activations to (activations, whatever else it has to say); returns the same.
-    """
-    y_BSD, said = body(norm(x_BSD) if pre else x_BSD)
-    return x_BSD + dropout(y_BSD if pre else norm(y_BSD)), said
-
-
-class RmsNorm(nn.Module):
-    """`rms_norm` with its parameter."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x_BSD):
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return rms_norm(x_BSD, self.param("scale_D", ones, x_BSD.shape[-1:], jnp.float32), self.epsilon)
 
 
 def look_up(table_VD, token_BS, dtype):
@@ -133,65 +116,6 @@ class Kernel(nn.Module):
         return self.param(self.kernel, nn.with_logical_partitioning(self.init, self.axes), self.shape, jnp.float32)
 
 
-class Common(NamedTuple):
-    """What every layer sees alike."""
-
-    segment_BS: Any
-    position_BS: Any
-    angles: Any
-    place: Place
-    jitter_key: Any
-    step_key: Any
-
-
-class Layer(nn.Module):
-    """One Chameleon layer. Norms behind the sub-layers (swin: Chameleon-34B, MoMa) or before them (pre)."""
-
-    model: ModelConfig
-    rules: Rules
-    shared: int
-    group_rows: int
-    train: bool
-    return_selections: bool
-
-    @nn.compact
-    def __call__(self, x_BSD, scanned, common: Common):
-        number, state = scanned
-        model, pre = self.model, self.model.norm == "pre"
-        key = jax.random.fold_in(common.step_key, number)
-
-        def through(x_BSD, body, norm, which):
-            norm = RmsNorm(model.norm_epsilon, name=norm)
-            dropout_key = jax.random.fold_in(key, which)
-            return sub_layer(x_BSD, body, norm, pre, lambda y: self.dropout(y, common.place.group_G, dropout_key))
-
-        def attend(y_BSD):
-            attention = Attention(model, name="attention")
-            return attention(y_BSD, common.segment_BS, common.position_BS, common.angles), None
-
-        def feed_forward(y_BSD):
-            y_GTD = y_BSD.reshape(-1, self.group_rows * y_BSD.shape[1], model.width)
-            ffn = Ffn(model, self.rules, self.shared, self.train, name="ffn")(y_GTD, common.place, drawn, state)
-            return ffn.y_GTD.reshape(y_BSD.shape), ffn
-
-        drawn = Drawn(jax.random.bits(jax.random.fold_in(common.jitter_key, number)), jax.random.fold_in(key, 0))
-        x_BSD, _ = through(x_BSD, attend, "attention_norm", 1)
-        x_BSD, ffn = through(x_BSD, feed_forward, "ffn_norm", 2)
-        selections = ffn.selections if self.return_selections else None
-        return x_BSD, (ffn.state, ffn.losses, (ffn.taken_M3, ffn.predicted_M4), selections)
-
-    def dropout(self, y_BSD, group_G, key):
-        """Dropout on a sub-layer's output, drawn per routing group so that microbatches draw the same."""
-        rate = self.model.dropout
-        if not self.train or rate == 0.0:
-            return y_BSD
-        y_GX = y_BSD.reshape(group_G.shape[0], -1)
-        keep_GX = jax.vmap(lambda g: jax.random.bernoulli(jax.random.fold_in(key, g), 1 - rate, y_GX.shape[1:]))(
-            group_G
-        )
-        return jnp.where(keep_GX, y_GX / (1 - rate), 0).astype(y_BSD.dtype).reshape(y_BSD.shape)
-
-
 class Decoder(nn.Module):
     """The decoder. Build it with `decoder_of`.
 
@@ -202,6 +126,7 @@ class Decoder(nn.Module):
       group_rows: rows of a routing group.
       select: who takes which token, in groups of more than one expert.
       filled_only: compute filled slots alone (`experts.in_blocks`); without gradient.
+      select_depth: who enters a layer of mixture of depths; None: the model's rule of training.
     """
 
     model: ModelConfig
@@ -210,6 +135,7 @@ class Decoder(nn.Module):
     group_rows: int
     select: Callable = expert_choice
     filled_only: bool = False
+    select_depth: Callable | None = None
 
     @nn.compact
     def __call__(
@@ -250,112 +176,97 @@ class Decoder(nn.Module):
             jitter_key,
             jax.random.fold_in(step_key, step),
         )
-        layout = parse_ffn(model.ffn, self.modalities)
-        layers = stacked(model)(model, rules, layout.shared, self.group_rows, train, return_selections, name="layers")
         state = {} if routing_state is None else routing_state
         x_BSD = look_up(embedding_VD, token_BS, dtype)
-        x_BSD, (state, losses, (taken_LM3, predicted_LM4), selections) = layers(
-            x_BSD, (jnp.arange(model.layers), state), common
+        through = self.in_pairs if parse_ffn(model.ffn, self.modalities).depth else self.in_layers
+        x_BSD, state, losses, (taken_LM3, *predicted), selections = through(
+            x_BSD, rules, common, state, (train, return_selections)
         )
-        count_M = taken_LM3[0].sum(-1)
         return DecoderOutput(
             RmsNorm(model.norm_epsilon, name="final_norm")(x_BSD),
             state,
             {name: loss_L.sum() for name, loss_L in losses.items()},
-            RoutingReport(taken_LM3, jnp.broadcast_to(count_M, taken_LM3.shape[:2]), predicted_LM4),
+            RoutingReport(taken_LM3, taken_LM3.sum(-1), *predicted),
             selections,
         )
 
+    def in_layers(self, x_BSD, rules: Rules, common: Common, state, asked):
+        """All layers, one after the other: (x_BSD, state, losses, the fields of a RoutingReport, selections)."""
+        layers = stacked(rematerialised(self.model.remat), self.model.layers)
+        body = layers(self.model, rules, self._layout.shared, self.group_rows, *asked, name="layers")
+        x_BSD, (state, losses, taken, selections) = body(x_BSD, (jnp.arange(self.model.layers), state), common)
+        return x_BSD, state, losses, (*taken, jnp.zeros((0, len(self.modalities), 4), jnp.int32)), selections
+
+    def in_pairs(self, x_BSD, rules: Rules, common: Common, state, asked):
+        """`in_layers` where some tokens alone enter the first of every two layers (mixture of depths)."""
+        model, depth = self.model, self.depth(rules.dtype, x_BSD.shape[1])
+        pairs = stacked(Pair, model.layers // 2)
+        body = pairs(model, rules, depth, self._layout.shared, self.group_rows, *asked, name="layers")
+        numbers = jnp.arange(model.layers).reshape(-1, 2)
+        scanned = (numbers, *of_pairs(state, depth.routers.groups))
+        x_BSD, (state, own, losses, (taken, predicted, entered_PM4), selections) = body(x_BSD, scanned, common)
+        return x_BSD, of_layers(state) | own, losses, (of_layers(taken), of_layers(predicted), entered_PM4), selections
+
+    @property
+    def _layout(self) -> FfnLayout:
+        return parse_ffn(self.model.ffn, self.modalities)
+
     def rules(self, dtype, sequence: int) -> Rules:
         """The static side of routing for rows of `sequence` positions."""
-        model, tokens = self.model, self.group_rows * sequence
-        groups = parse_ffn(model.ffn, self.modalities).groups
-        bounds = [min(tokens, sum(self.quotas[m] for m in g.modalities)) for g in groups]
-        quotas = tuple(Quota(b, g.capacity(model.capacity)) for b, g in zip(bounds, groups, strict=True))
+        return self._of_experts(dtype, self.quotas, self.group_rows * sequence)
+
+    def _of_experts(self, dtype, quotas: tuple[int, ...], tokens: int) -> Rules:
+        """The same for groups of `tokens` positions, at most quotas[m] of modality m."""
+        groups = self._layout.groups
+        bounds = [min(tokens, sum(quotas[m] for m in g.modalities)) for g in groups]
+        capacities = [g.capacity(self.model.capacity) for g in groups]
+        return self._rules(dtype, groups, map(Quota, bounds, capacities), self.select, self.model.gumbel)
+
+    def depth(self, dtype, sequence: int) -> DepthRules:
+        """The static side of mixture of depths for rows of `sequence` positions."""
+        model, share = self.model, depth_share(self.model)
+        groups = depth_groups(model.depth_by, self.modalities)
+        bounds = [min(sequence, sum(self.quotas[m] for m in g.modalities)) for g in groups]
+        select = causal.depth_select(model) if self.select_depth is None else self.select_depth
+        routers = self._rules(dtype, groups, (Quota(b, share, down=True) for b in bounds), select, False)
+        if self.filled_only:  # however many a rule lets in
+            return DepthRules(routers, self.rules(dtype, sequence), sequence)
+        slots, quotas = depth_slots(model, sequence), depth_quotas(model, self.quotas, self.group_rows, sequence)
+        return DepthRules(routers, self._of_experts(dtype, quotas, self.group_rows * slots), slots)
+
+    def _rules(self, dtype, groups, quotas, select: Callable, gumbel: bool) -> Rules:
+        model = self.model
         return Rules(
             groups,
-            quotas,
+            tuple(quotas),
             len(self.modalities),
-            self.select,
+            select,
             model.jitter,
-            model.gumbel,
+            gumbel,
             dtype,
             model.auxiliary,
             self.filled_only,
         )
 
     def place(self, rules: Rules, segment_BS, modality_BS, group_G) -> Place:
-        """What routing knows about each token, the same in every layer."""
+        """What routing knows about each token, the same in every layer that all tokens enter."""
         groups, sequence = group_G.shape[0], segment_BS.shape[1]
         modality_GT = jnp.where(segment_BS > 0, modality_BS.astype(jnp.int32), -1).reshape(groups, -1)
         row_GR1 = (group_G[:, None] * self.group_rows + jnp.arange(self.group_rows))[..., None]
         hash_GT = place_hash(row_GR1, jnp.arange(sequence)).reshape(groups, -1)
-        alone = {}
-        for group, quota in zip(rules.groups, rules.quotas, strict=True):
-            if group.experts == 1 and not is_dense(rules):
-                eligible_GT = jnp.isin(modality_GT, jnp.array(group.modalities))
-                alone[group.name] = jax.vmap(lambda e, quota=quota: take_all(e, quota))(eligible_GT)
-        return Place(modality_GT, hash_GT, group_G, alone)
+        return placed(rules, modality_GT, hash_GT, group_G)
 
 
-def stacked(model: ModelConfig):
-    """All layers as one module that is scanned, parameters stacked."""
+def stacked(layer, length: int):
+    """So many layers, or pairs of them, as one module that is scanned, parameters stacked."""
     return nn.scan(
-        rematerialised(model.remat),
+        layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
-        length=model.layers,
+        length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-
-
-def rematerialised(policy: str):
-    """The layer, with the named remat policy.
-
-    Who was taken is never decided anew. Weights that are stored in parts are always gathered anew: kept, the model
-    would lie whole on every device.
-    """
-    match policy:
-        case "none" if sharding.size(FSDP, EXPERT) == 1:
-            return Layer
-        case "none":
-            return nn.remat(Layer, prevent_cse=False, policy=_all_but_gathered)
-        case "dots":
-            return nn.remat(Layer, prevent_cse=False, policy=_weight_products)
-        case "full":
-            return nn.remat(Layer, prevent_cse=False, policy=_choices)
-
-
-def _all_but_gathered(primitive, *_, **__) -> bool:
-    return primitive.name != "all_gather"
-
-
-def _choices(primitive, *_, **__) -> bool:
-    return primitive.name == "top_k"
-
-
-def _weight_products(primitive, *_, **parameters) -> bool:
-    """True for products with weights, the experts' batch included, and for slots that travelled; attention's scores, a
-    product for each row and head, are made anew: kept, they would outweigh everything else."""
-    if primitive.name == "dot_general":
-        return len(parameters["dimension_numbers"][1][0]) <= 1
-    return primitive.name in ("top_k", "all_to_all") or parameters.get("name") in (fused_attention.KEPT, experts.KEPT)
-
-
-def compute_dtype(model: ModelConfig):
-    """The dtype of activations; auto is bfloat16 where the hardware computes in it, else float32."""
-    if model.dtype != "auto":
-        return jnp.dtype(model.dtype)
-    device = jax.devices()[0]
-    match device.platform:
-        case "tpu":
-            return jnp.dtype("bfloat16")
-        case "gpu":  # CUDA names it "8.0"; of the others all that JAX supports have it
-            major = device.compute_capability.split(".")[0]
-            return jnp.dtype("float32" if major.isdigit() and int(major) < 8 else "bfloat16")
-        case _:
-            return jnp.dtype("float32")
 
 
 def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:
@@ -366,7 +277,10 @@ def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:
 def choice_decoder(decoder: Decoder) -> Decoder:
     """A training decoder under expert choice: where thresholds are the rule, that of their warm-up."""
     select = decoder.select
-    return decoder.clone(select=select.choice) if isinstance(select, causal.ThresholdTraining) else decoder
+    if not isinstance(select, causal.ThresholdTraining):
+        return decoder
+    model = dataclasses.replace(decoder.model, routing="choice")
+    return decoder.clone(select=select.choice, model=model)
 
 
 def causal_decoder(config: Config, routing: str) -> Decoder:
@@ -375,7 +289,9 @@ def causal_decoder(config: Config, routing: str) -> Decoder:
     Every token finds a slot at every expert that it enters, whatever the documents' mixture of modalities; what is
     computed is what was taken.
     """
-    group = config.group_tokens
-    select = causal.inference_select(routing, config.data.group_rows)
-    everyone = (group,) * len(config.data.modalities)
-    return Decoder(config.model, config.data.modalities, everyone, config.data.group_rows, select, filled_only=True)
+    data, everyone = config.data, (config.group_tokens,) * len(config.data.modalities)
+    rules = {
+        "select": causal.inference_select(routing, data.group_rows),
+        "select_depth": causal.inference_select(routing, 1),
+    }
+    return Decoder(config.model, data.modalities, everyone, data.group_rows, filled_only=True, **rules)

@@ -22,11 +22,11 @@ from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 from moma_jax.model import auxiliary as auxiliary_lib
 from moma_jax.model.auxiliary import SUFFIX, Auxiliary, AuxiliaryWeights
-from moma_jax.model.routing import Quota, Selection, checked, count_taken, make_score
+from moma_jax.model.precision import EXACT, wide
+from moma_jax.model.routing import Quota, Selection, checked, count_taken, make_score, take_all
 from moma_jax.model.slots import Experts, axes_of, gathered, in_blocks, in_slots, joined, offset, swiglu
 from moma_jax.sharding import BATCH, TENSOR
 
-EXACT = jax.lax.Precision.HIGHEST
 KEPT = "feed_forward"
 """Name, for remat policies, of router logits and the layer's output: with it, slots need not be combined anew."""
 
@@ -165,6 +165,16 @@ def output_scale(model: ModelConfig) -> float:
     return 1.0 / math.sqrt(2 * model.layers) if model.norm == "pre" else 1.0
 
 
+def placed(rules: Rules, modality_GT, hash_GT, group_G) -> Place:
+    """The Place of these tokens, for experts of these rules; -1 is the modality of padding."""
+    alone = {}
+    for group, quota in zip(rules.groups, rules.quotas, strict=True):
+        if not group.routed and not is_dense(rules):
+            eligible_GT = jnp.isin(modality_GT, jnp.array(group.modalities))
+            alone[group.name] = jax.vmap(lambda e, quota=quota: take_all(e, quota))(eligible_GT)
+    return Place(modality_GT, hash_GT, group_G, alone)
+
+
 # Computation ----------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +266,7 @@ def routed_ffn(x_GTD, place: Place, drawn: Drawn, state, routed, *, rules: Rules
 @jax.custom_vjp
 def router_logits(x_GTD, router_DE):
     """Router logits, float32 on every platform, so that all choose alike; gradients are as exact as all others are."""
-    return jnp.einsum("gtd,de->gte", x_GTD.astype(jnp.float32), router_DE, precision=EXACT)
+    return jnp.einsum("gtd,de->gte", wide(x_GTD), router_DE, precision=EXACT)
 
 
 def _router_gradients(saved, d_logit_GTE):
@@ -270,7 +280,7 @@ router_logits.defvjp(lambda *operands: (router_logits(*operands), operands), _ro
 
 def choose(x_GTD, place, drawn, state, routed, *, rules: Rules, noise: bool):
     """Selections (G, E, C) by group name, the new state and the losses, both averaged over routing groups."""
-    many = [(g, q, i) for i, (g, q) in enumerate(zip(rules.groups, rules.quotas, strict=True)) if g.experts > 1]
+    many = [(g, q, i) for i, (g, q) in enumerate(zip(rules.groups, rules.quotas, strict=True)) if g.routed]
     selections, losses = dict(place.alone), {}
     if not many:
         return selections, state, losses

@@ -31,24 +31,26 @@ class Quota:
     Attributes:
       tokens: hard bound on the eligible tokens of one routing group; the packer keeps it.
       capacity: share of the eligible tokens that each expert takes, exact.
+      down: the share is rounded down, so that shares of several modalities never add up to more than that of all.
     """
 
     tokens: int
     capacity: Fraction
+    down: bool = False
 
     @property
     def slots(self) -> int:
         """Slots C of one expert, static: what it takes when the quota is full."""
-        return -(-self.tokens * self.capacity.numerator // self.capacity.denominator)
+        return self.take(self.tokens)
 
     def take(self, count):
-        """Tokens k_e = ceil(count * capacity) for `count` eligible ones, in exact integers.
+        """Tokens k_e = ceil(count * capacity) for `count` eligible ones (floor if `down`), in exact integers.
 
         `count` may be a Python int or a traced int32 scalar; split so that products stay far below 2^31.
         """
         over, under = self.capacity.numerator, self.capacity.denominator
         whole, rest = count // under, count % under
-        return whole * over + (rest * over + under - 1) // under
+        return whole * over + (rest * over + (0 if self.down else under - 1)) // under
 
 
 class Score(NamedTuple):
@@ -87,14 +89,16 @@ class RoutingReport(NamedTuple):
 
     Attributes:
       taken_LM3: int32 real tokens of each modality taken by 0, 1, and 2 or more routed experts.
-      count_LM: int32 real tokens of each modality.
+      count_LM: int32 real tokens of each modality that entered the layer: all, without mixture of depths.
       predicted_LM4: int32 (token, expert) pairs of each modality's tokens: taken and predicted, predicted by the
         auxiliary router, taken, all; zeros where the model has none.
+      entered_PM4: the same of the tokens that a layer of mixture of depths let in, in the P layers that have it.
     """
 
     taken_LM3: Any
     count_LM: Any
     predicted_LM4: Any
+    entered_PM4: Any
 
 
 def expert_choice(score: Score, eligible_T, quota: Quota, state, key):

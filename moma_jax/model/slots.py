@@ -23,14 +23,15 @@ class Experts(NamedTuple):
     """Weights of one group of experts, float32.
 
     Attributes:
-      gate_EDF, up_EDF, down_EFD: projections of each expert's SwiGLU.
-      router_DE: None where the group has one expert.
+      gate_EDF, up_EDF, down_EFD: projections of each expert's SwiGLU; None where the "expert" is a whole layer that a
+        router lets some tokens enter (mixture of depths).
+      router_DE: None where the group has one expert and no router.
       auxiliary: the auxiliary router, where the model has one.
     """
 
-    gate_EDF: Any
-    up_EDF: Any
-    down_EFD: Any
+    gate_EDF: Any = None
+    up_EDF: Any = None
+    down_EFD: Any = None
     router_DE: Any = None
     auxiliary: Auxiliary | None = None
 

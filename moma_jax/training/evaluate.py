@@ -25,6 +25,7 @@ from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.model.causal import ROUTINGS
 from moma_jax.model.decoder import causal_decoder, choice_decoder
+from moma_jax.model.depth import SELECTED
 from moma_jax.training import objective
 from moma_jax.training.kinds import Kinds
 from moma_jax.training.load import load
@@ -102,7 +103,7 @@ def scheduled(program: Program, routing_state: Any) -> dict[str, Any]:
     Raises:
       InputError: a routing is named that the run has not.
     """
-    config, groups = program.config, [g.name for g in program.config.experts.groups if g.experts > 1]
+    config, groups = program.config, [group.name for group in program.config.routed]
     states = [routing_state.get(name) for name in groups]
     thresholds = all(isinstance(state, dict) and "threshold_E" in state for state in states)
     has = {"choice": True, "causal": not groups or config.model.auxiliary, "threshold": thresholds}
@@ -155,10 +156,13 @@ def make_eval_step(program: Program, kinds: int) -> Callable:
 
 
 def _entered(config: Config, selections, batch: Batch):
-    """`EvalReport.entered`; without selections (dense) every token enters one expert."""
-    if not selections:
-        return config.model.layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32)
-    return sum(jnp.sum(chosen.filled_EC, dtype=jnp.int32) for chosen in selections.values())
+    """`EvalReport.entered`; a dense layer is one expert for all tokens that enter the layer."""
+    filled = {name: jnp.sum(chosen.filled_EC, dtype=jnp.int32) for name, chosen in selections.items()}
+    of_depth = filled.pop(SELECTED, 0)
+    if config.experts.dense:
+        layers = config.model.layers // 2 if config.depth else config.model.layers
+        return layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32) + of_depth
+    return sum(filled.values())
 
 
 class Evaluator:
@@ -202,7 +206,7 @@ class Evaluator:
         figures = self._kinds.figures(total.sums.cross_entropy_J, total.sums.weight_J)
         # Expert choice is no causal routing, so it has no perplexity; but where no expert has to choose it is the
         # same as the causal ones.
-        if name != "choice" or all(group.experts == 1 for group in config.experts.groups):
+        if name != "choice" or not config.routed:
             figures |= _perplexities(figures)
         return figures | {"experts_per_token": float(total.entered / (tokens * config.model.layers))}
 

@@ -81,7 +81,7 @@ class Loaded:
 
     def _lacks(self, routing: str) -> str | None:
         """Why this model cannot be used under a routing, and the remedy."""
-        routed = [group.name for group in self.config.experts.groups if group.experts > 1]
+        routed = [group.name for group in self.config.routed]
         match routing:
             case "choice":
                 return None
@@ -154,19 +154,22 @@ def with_auxiliary(config: Config) -> Config:
 
 def fingerprint(params: Any) -> str:
     """SHA-256, as hex, of the embedding's first rows and of every norm's scale: which model these parameters are of."""
+    layers = params["layers"]
     parts = [
         params["embedding"]["kernel_VD"][:8],
         params["final_norm"]["scale_D"],
-        params["layers"]["ffn_norm"]["scale_D"],
+        layers.get("odd", layers)["ffn_norm"]["scale_D"],
     ]
     whole = [part if part.is_fully_addressable else process_allgather(part, tiled=True) for part in parts]
     return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in whole)).hexdigest()
 
 
 def joined(params: Any, routers: Any) -> Any:
-    """Parameters with those of auxiliary routers, {group + "_auxiliary": weights}, in their places."""
-    layers = params["layers"]
-    return params | {"layers": layers | {"ffn": layers["ffn"] | routers}}
+    """Parameters with those of auxiliary routers, as `auxiliary_params` gives them, in their places."""
+    return params | {
+        name: own if name not in params or name.endswith(SUFFIX) else joined(params[name], own)
+        for name, own in routers.items()
+    }
 
 
 def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
@@ -199,5 +202,10 @@ def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
 
 
 def auxiliary_params(params: Any) -> dict[str, Any]:
-    """Those of auxiliary routers alone, as `joined` takes them."""
-    return {name: weights for name, weights in params["layers"]["ffn"].items() if name.endswith(SUFFIX)}
+    """Those of auxiliary routers alone, at their places in the tree."""
+    inside = {
+        name: own if name.endswith(SUFFIX) else auxiliary_params(own)
+        for name, own in params.items()
+        if isinstance(own, dict)
+    }
+    return {name: own for name, own in inside.items() if own}

@@ -14,7 +14,7 @@ from moma_jax.training.step import StepReport
 
 
 def prediction_figures(predicted_M4: np.ndarray, names: list[str]) -> dict[str, float | None]:
-    """How well auxiliary routers predict, by modality, from `RoutingReport`'s counts of (token, expert) pairs.
+    """How well auxiliary routers predict, by modality's name, from `RoutingReport`'s counts of (token, expert) pairs.
 
     `precision_<modality>`: of the predicted pairs, the share that was taken; `recall_`: the reverse; `accuracy_`: pairs
     told right; `load_`: predicted over taken pairs.
@@ -155,6 +155,7 @@ def step_sums(report: StepReport) -> dict[str, Any]:
         "taken_M3": report.taken_M3,
         "grad_norm": report.grad_norm,
         "predicted_M4": report.predicted_M4,
+        "entered_M4": report.entered_M4,
     }
     if report.grad_norm_router is not None:
         sums["grad_norm_router"] = report.grad_norm_router
@@ -202,5 +203,14 @@ def _routing(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
         for label, taken in zip(("0", "1", "2plus"), taken_3, strict=True):
             record[f"taken_{name}_{label}"] = _over(taken, taken_3.sum())
     if config.model.auxiliary:
-        record |= prediction_figures(seen.get("predicted_M4", np.zeros((len(names), 4))), names)
+        record |= layers_predicted(config, seen.get("predicted_M4"), seen.get("entered_M4"))
     return record
+
+
+def layers_predicted(config: Config, predicted_M4: np.ndarray | None, entered_M4: np.ndarray | None) -> dict[str, Any]:
+    """`prediction_figures` of experts, and as accuracy_depth_text of mixture of depths; None: nothing was counted."""
+    names, zero_M4 = [m.name for m in config.data.modalities], np.zeros((len(config.data.modalities), 4))
+    figures = prediction_figures(zero_M4 if predicted_M4 is None else predicted_M4, names)
+    if config.depth:
+        figures |= prediction_figures(zero_M4 if entered_M4 is None else entered_M4, [f"depth_{n}" for n in names])
+    return figures

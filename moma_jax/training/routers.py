@@ -22,7 +22,6 @@ from moma_jax.config import Config, HostsConfig, MeshConfig, RoutersConfig, reso
 from moma_jax.config_json import to_json
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError, RunError
-from moma_jax.model.auxiliary import has_auxiliary
 from moma_jax.training.checkpoint import Checkpoints, Saved
 from moma_jax.training.journal import finite, open_journal, read_metrics
 from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
@@ -130,7 +129,7 @@ def stage_of(config: Config, settings: RoutersConfig) -> Config:
 
 def _require_routers(run: str, config: Config) -> None:
     """InputError where no auxiliary router is missing."""
-    if not any(has_auxiliary(group) for group in config.experts.groups):
+    if not config.routed:
         raise InputError(
             f"{run}: nothing to fit: model.ffn {config.model.ffn} has no router; its routing is causal already"
         )
@@ -296,7 +295,7 @@ class _Session:
             **{f"epoch_{name}": float(value) for name, value in epochs.items()},
             **self.meter.speed(seen),
         }
-        self.journal.write(record | layer_figures(seen["predicted_LM4"], self.names))
+        self.journal.write(record | layer_figures(self.config, seen["predicted_LM4"], seen["entered_PM4"]))
         self.status.write("running")
 
     def _evaluate(self) -> None:

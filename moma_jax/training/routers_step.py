@@ -16,7 +16,7 @@ from moma_jax.config import Config, EvalSet
 from moma_jax.model.auxiliary import LOSS, has_auxiliary
 from moma_jax.training.evaluate import held_out
 from moma_jax.training.load import auxiliary_params, joined
-from moma_jax.training.meter import prediction_figures
+from moma_jax.training.meter import layers_predicted, prediction_figures
 from moma_jax.training.optimizer import norm_of
 from moma_jax.training.step import (
     Program,
@@ -42,7 +42,7 @@ class RoutersReport(NamedTuple):
     Attributes:
       loss: float32 binary cross-entropy, nats per (token, expert) pair: a mean over layers and groups of experts.
       tokens_M: int32 real tokens by modality.
-      predicted_LM4: (token, expert) pairs (`RoutingReport`).
+      predicted_LM4, entered_PM4: (token, expert) pairs (`RoutingReport`).
       grad_norm: float32 global norm before clipping.
       finite: bool; where False the update was skipped.
     """
@@ -50,6 +50,7 @@ class RoutersReport(NamedTuple):
     loss: Any
     tokens_M: Any
     predicted_LM4: Any
+    entered_PM4: Any
     grad_norm: Any
     finite: Any
 
@@ -82,16 +83,16 @@ def make_routers_step(program: Program) -> Callable:
             params = joined(frozen, routers)
             output = run_decoder(program, params, micro, jnp.int32(0), group_G, routing_state, False)
             loss = output.losses[LOSS] / accumulate
-            return loss, (loss, output.report.predicted_LM4)
+            return loss, (loss, output.report.predicted_LM4, output.report.entered_PM4)
 
         def differentiate(micro: Batch, group_G):
             return jax.grad(objective_of, has_aux=True)(state.params, micro, group_G)
 
-        grads, (loss, predicted_LM4) = over_microbatches(program, differentiate, batch)
+        grads, (loss, *counts) = over_microbatches(program, differentiate, batch)
         grad_norm = norm_of(grads, "auxiliary")
         finite_ = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
         tokens_M = tokens_by_modality(program, batch)
-        report = RoutersReport(loss / cross_entropies(program.config), tokens_M, predicted_LM4, grad_norm, finite_)
+        report = RoutersReport(loss / cross_entropies(program.config), tokens_M, *counts, grad_norm, finite_)
         return update(program, state, grads, {}, finite_), report
 
     return routers_step
@@ -105,8 +106,10 @@ def compile_routers_step(program: Program, state: TrainState, frozen: Any, routi
 
 
 def cross_entropies(config: Config) -> int:
-    """Cross-entropies that the decoder adds up: one of each layer and group of experts with a router."""
-    return config.model.layers * sum(map(has_auxiliary, config.experts.groups))
+    """Cross-entropies that the decoder adds up: one of each layer and group of experts with a router, and one of each
+    router of mixture of depths."""
+    layers = config.model.layers
+    return layers * sum(map(has_auxiliary, config.experts.groups)) + layers // 2 * len(config.depth)
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -114,14 +117,21 @@ def cross_entropies(config: Config) -> int:
 
 def router_sums(report: RoutersReport) -> dict[str, Any]:
     """What is added up of an update of the stage."""
-    return {"loss": report.loss, "grad_norm": report.grad_norm, "predicted_LM4": report.predicted_LM4}
+    names = ("loss", "grad_norm", "predicted_LM4", "entered_PM4")
+    return {name: getattr(report, name) for name in names}
 
 
-def layer_figures(predicted_LM4: np.ndarray, names: list[str]) -> dict[str, float | None]:
-    """`prediction_figures` over all layers, precision_text, and of each, precision_text_layer_03 (from 00)."""
-    figures = prediction_figures(predicted_LM4.sum(0), names)
+def layer_figures(config: Config, predicted_LM4: np.ndarray, entered_PM4: np.ndarray) -> dict[str, float | None]:
+    """`prediction_figures` over all layers, precision_text, and of each, precision_text_layer_03 (from 00).
+
+    With mixture of depths also of who enters its layers: precision_depth_text, precision_depth_text_layer_02.
+    """
+    names = [m.name for m in config.data.modalities]
+    figures = layers_predicted(config, predicted_LM4.sum(0), entered_PM4.sum(0))
     for layer, predicted_M4 in enumerate(predicted_LM4):
         figures |= prediction_figures(predicted_M4, [f"{name}_layer_{layer:02d}" for name in names])
+    for pair, entered_M4 in enumerate(entered_PM4):
+        figures |= prediction_figures(entered_M4, [f"depth_{name}_layer_{2 * pair:02d}" for name in names])
     return figures
 
 
@@ -130,7 +140,6 @@ class HeldOut:
 
     def __init__(self, program: Program):
         self._program, config = program, program.config
-        self._names = [m.name for m in config.data.modalities]
 
         def judge(routers, frozen, routing_state, batch: Batch, first_group):
             groups = batch.token_BS.shape[0] // config.data.group_rows
@@ -138,7 +147,8 @@ class HeldOut:
                 program, joined(frozen, routers), batch, jnp.int32(0), first_group + jnp.arange(groups), routing_state,
                 False,
             )  # fmt: skip
-            return output.losses[LOSS] * groups / cross_entropies(config), output.report.predicted_LM4
+            loss = output.losses[LOSS] * groups / cross_entropies(config)
+            return loss, output.report.predicted_LM4, output.report.entered_PM4
 
         self._judge = jax.jit(judge, out_shardings=sharding.replicated(program.mesh))
 
@@ -151,5 +161,5 @@ class HeldOut:
             parts.append(self._judge(routers, frozen, routing_state, put(batch, program.mesh, whole=True), number))
             group += len(batch.token_BS) // rows
             judged += int((batch.segment_BS.reshape(-1, rows * batch.segment_BS.shape[1]) > 0).any(axis=1).sum())
-        loss, predicted_LM4 = (sum(np.asarray(x, np.float64) for x in part) for part in zip(*parts, strict=True))
-        return {"loss": float(loss / judged)} | layer_figures(predicted_LM4, self._names)
+        loss, *counts = (sum(np.asarray(x, np.float64) for x in part) for part in zip(*parts, strict=True))
+        return {"loss": float(loss / judged)} | layer_figures(program.config, *counts)

@@ -20,8 +20,9 @@ from moma_jax.batch import Batch
 from moma_jax.checks import check_split
 from moma_jax.config import Config
 from moma_jax.model.causal import first_thresholds, training_select
-from moma_jax.model.decoder import compute_dtype, decoder_of
+from moma_jax.model.decoder import decoder_of
 from moma_jax.model.experts import as_before
+from moma_jax.model.precision import compute_dtype
 from moma_jax.training import objective
 from moma_jax.training.optimizer import Optimizer, make_optimizer, norm_of, router_norm
 from moma_jax.vocab import Vocabulary
@@ -51,7 +52,8 @@ class StepReport(NamedTuple):
       sums: cross-entropy, weights and squared log-partition (`objective.Sums`).
       tokens_M: int32 real tokens (padding apart) by modality.
       taken_M3: int32 (token, layer) pairs by modality of the token, taken by 0, 1, 2 or more experts.
-      predicted_M4: the auxiliary routers' (token, expert) pairs (`RoutingReport`), summed over layers.
+      predicted_M4, entered_M4: the auxiliary routers' (token, expert) pairs, and those of mixture of depths
+        (`RoutingReport`), summed over layers.
       grad_norm: float32 global norm before clipping, auxiliary routers apart.
       grad_norm_router: the same of the routers' gradients; None where there are no routers.
       routing_losses: the select function's losses.
@@ -62,6 +64,7 @@ class StepReport(NamedTuple):
     tokens_M: Any
     taken_M3: Any
     predicted_M4: Any
+    entered_M4: Any
     grad_norm: Any
     grad_norm_router: Any
     routing_losses: dict[str, Any]
@@ -238,16 +241,14 @@ def make_train_step(program: Program) -> Callable:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         grads, sums, routed, routing_state = _gradient(program, state, batch)
         grad_norm, auxiliary_norm = norm_of(grads, "model"), norm_of(grads, "auxiliary")
-        taken_M3, predicted_M4, routing_losses = routed
+        *counts, routing_losses = routed
         losses = (sums.cross_entropy_J, routing_losses)
         finite = jnp.isfinite(grad_norm + auxiliary_norm) & jnp.isfinite(
             sum(jnp.sum(x) for x in jax.tree.leaves(losses))
         )
         new_state = update(program, state, grads, routing_state, finite)
         tokens_M = tokens_by_modality(program, batch)
-        report = StepReport(
-            sums, tokens_M, taken_M3, predicted_M4, grad_norm, router_norm(grads), routing_losses, finite
-        )
+        report = StepReport(sums, tokens_M, *counts, grad_norm, router_norm(grads), routing_losses, finite)
         return new_state, report
 
     return train_step
@@ -319,7 +320,8 @@ def replicate(value: Any, mesh: Mesh) -> Any:
 
 
 def _gradient(program: Program, state: TrainState, batch: Batch):
-    """(gradient, Sums, (taken_M3, predicted_M4, routing losses), routing_state), averaged over the update's weight."""
+    """(gradient, Sums, (taken_M3, predicted_M4, entered_M4, routing losses), routing_state), averaged over the update's
+    weight."""
     accumulate = program.config.train.accumulate
     weight = jnp.sum(batch.weight_BS)
 
@@ -327,10 +329,11 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
         total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state)
         routing_losses = jax.tree.map(lambda x: x / accumulate, output.losses)
         value = total / weight + sum(routing_losses.values(), jnp.float32(0))
-        taken_M3, predicted_M4 = (jnp.sum(x, axis=0) for x in (output.report.taken_LM3, output.report.predicted_LM4))
+        report = output.report
+        counts = [jnp.sum(x, axis=0) for x in (report.taken_LM3, report.predicted_LM4, report.entered_PM4)]
         # Flags and small integers are int32 until the mean over microbatches is taken, so that their sum fits.
         routing_state = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.int32)), output.routing_state)
-        return value, (sums, (taken_M3, predicted_M4, routing_losses), routing_state)
+        return value, (sums, (*counts, routing_losses), routing_state)
 
     differentiate = functools.partial(jax.grad(objective_of, has_aux=True), state.params)
     grads, (sums, routed, routing_state) = over_microbatches(program, differentiate, batch)

@@ -1,0 +1,21 @@
+"""MoMa 435M behind a mixture of depths, the paper's MoD recipe (arXiv 2407.21770, section 2.3, Table 1).
+
+Command:   moma train configs/paper_435m_mod.py   (--model.ffn mod+dense, mod+1t1i, mod+4t4i)
+           moma cost configs/paper_435m_mod.py    (--model.depth-by all: the paper's ranking, and its slots)
+Data:      as configs/paper_435m.py, from which it differs by the model alone: more layers, of which every second is
+           entered by a quarter of the tokens, so that FLOPs per token are the dense model's (within 2%).
+Losses:    not run here.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from moma_jax import recipes
+from moma_jax.config import Config, RunConfig
+
+
+def config() -> Config:
+    """The recipe."""
+    base = recipes.load(Path(__file__).with_name("paper_435m.py"))
+    model = dataclasses.replace(base.model, ffn="mod+4t4i", layers=40)
+    return dataclasses.replace(base, model=model, run=RunConfig())
