@@ -10,6 +10,9 @@ light; `cost` and `plan` need none, and are bound here because modules of their 
   evaluate(run)              held-out losses of a run
   load(run)                  a trained model: config, vocabulary, decoder, parameters
   cost(config)               parameters, FLOPs and bytes in closed form
+  upcycle(seed_run, config)  a run with more experts that goes on from its seed
+  from_chameleon, to_chameleon   Chameleon checkpoints to runs, and dense runs back
+  study(file)                trains the runs of a study that are not complete
   plan(config, topology)     what a run needs on a pod: memory, communication, an estimate of the step
   read_metrics(run)          the records of a run
 """
@@ -27,6 +30,10 @@ _HOME = {
     "evaluate": "moma_jax.training.evaluate",
     "load": "moma_jax.training.load",
     "read_metrics": "moma_jax.training.journal",
+    "upcycle": "moma_jax.training.upcycle",
+    "from_chameleon": "moma_jax.convert",
+    "to_chameleon": "moma_jax.convert",
+    "study": "moma_jax.studies.running",
 }
 __all__ = ["cost", "plan", *sorted(_HOME)]
 

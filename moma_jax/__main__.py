@@ -26,6 +26,9 @@ COMMANDS = {
     "cost": "parameters, FLOPs and bytes of a recipe, in closed form",
     "plan": "does a run fit a pod, and how fast is it: compiled for TPUs that need not be here",
     "generate": "text and pictures after a prompt",
+    "upcycle": "more experts from a trained run: a new run that goes on from its weights",
+    "study": "compare architectures at equal FLOPs on equal data; report with speed-up factors",
+    "convert": "Chameleon checkpoints to runs, and dense runs back",
     "bench": "measure: bench step, bench generate, bench data, bench ffn",
 }
 USAGE = "usage: moma COMMAND ...\n\n" + "\n".join(f"  {name:11} {text}" for name, text in COMMANDS.items())
@@ -226,6 +229,18 @@ def run_command(words: list[str]) -> None:
             cost(*_config(Cost, rest, "moma cost"))
         case "plan":
             plan(*_config(Plan, rest, "moma plan"))
+        case "upcycle":
+            from moma_jax.training import upcycle_command
+
+            upcycle_command.run(rest)
+        case "study":
+            from moma_jax.studies import command
+
+            command.run(rest)
+        case "convert":
+            from moma_jax.convert import command
+
+            command.run(rest)
         case "bench":
             bench(rest)
         case "--help" | "-h":

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "moma_jax"
 # A module may import from its own floor and from those after it.
 FLOORS = [
     ["__main__"],
-    ["bench", "evals", "plan"],
-    ["training", "generate"],
+    ["studies", "bench", "evals", "plan"],
+    ["training", "generate", "convert"],
     ["recipes"],
     ["model", "data", "cost"],
     ["config", "config_json", "checks", "batch"],
@@ -20,11 +20,13 @@ FLOORS = [
 MODEL_FLOORS = [
     ["decode"],
     ["decoder"],
-    ["depth", "attention"],
+    ["depth"],
+    ["layer"],
+    ["attention"],
     ["experts"],
     ["slots"],
     ["auxiliary", "causal"],
-    ["routing", "fused_attention"],
+    ["routing", "fused_attention", "precision"],
 ]
 
 

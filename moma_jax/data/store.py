@@ -49,7 +49,7 @@ class Codecs:
 
     Attributes:
       vocabulary: the id layout.
-      tokenizer: content of tokenizer.json.
+      tokenizer: content of tokenizer.json; empty where there is none (a converted model that came without).
       image: description of the image codec, plain JSON values with its `kind`; None where a store has no pictures or
         was made from ready codes without their codec.
     """
@@ -69,8 +69,9 @@ class Codecs:
         }
 
     def write(self, directory: Directory) -> None:
-        """Writes the three files, vocabulary.json last."""
-        directory.write("tokenizer.json", self.tokenizer)
+        """Writes the three files, those that there are, vocabulary.json last."""
+        if self.tokenizer:
+            directory.write("tokenizer.json", self.tokenizer)
         if self.image is not None:
             directory.write_json("codec-image.json", self.image)
         directory.write_json("vocabulary.json", {"layout": self.vocabulary.to_json(), "hashes": self.hashes})
@@ -94,7 +95,9 @@ def read_codecs(directory: Directory) -> Codecs | None:
 
 
 def text_codec(codecs: Codecs) -> TextCodec:
-    """The tokenizer, ready to use."""
+    """The tokenizer, ready to use; InputError where there is none."""
+    if not codecs.tokenizer:
+        raise InputError("tokenizer.json: this vocabulary came without one; convert again from a folder that has it")
     return TextCodec.from_json(codecs.tokenizer.decode())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -136,6 +137,12 @@ class Checkpoints:
         """Only the parameters of a checkpoint, with the shapes, types and shardings of `target`."""
         self._compare(step, target)
         return self._restore_part(step, {"params": target})["params"]
+
+    def restore_param(self, step: int, path: str, target: Any) -> Any:
+        """One parameter of a checkpoint, "layers/ffn_norm/scale_D", with the shape, type and sharding of `target`."""
+        names = ("params", *path.split("/"))
+        part = functools.reduce(lambda inner, name: {name: inner}, reversed(names), target)
+        return functools.reduce(lambda tree, name: tree[name], names, self._restore_part(step, part))
 
     def saved(self, step: int) -> Saved:
         """Cursor and plain values of a checkpoint; InputError where it is none of ours, or its format is another."""

@@ -96,7 +96,7 @@ def _take(run: RunDir, config: Config, select: Callable | None, quiet: bool, hel
     require_resumable(config, select)
     held.enter_context(run.locked())
     if (summary := finished(run, config)) is None:
-        _prepare_missing_stores(config, progress=not quiet)
+        prepare_missing_stores(config, progress=not quiet)
     return summary
 
 
@@ -148,6 +148,7 @@ class _Session:
         journal = open_journal(self.run, step=self.step, tensorboard=tensorboard, view=self.view)
         self.journal: Journal = self.cleanup.enter_context(contextlib.closing(journal))
         counters = None if saved is None else saved.meta["counters"]
+        self.kept = {} if saved is None else {n: saved.meta[n] for n in ("ancestry",) if n in saved.meta}
         self.hardware = Hardware(flops_per_token(config), _peak(self.program))
         self.meter = Meter(config, step_sums, counters)
         self.train_step = self.meter.timed(lambda: compile_step(self.program, self.state))
@@ -229,6 +230,7 @@ class _Session:
             "versions": versions(),
             "commit": commit(),
             "counters": self.meter.to_json(),
+            **self.kept,
         }
         self.checkpoints.save(self.state, Saved(self.step, cursor, meta))
 
@@ -269,7 +271,7 @@ class _Session:
 # Before the first step ------------------------------------------------------------------------------------------------
 
 
-def _prepare_missing_stores(config: Config, progress: bool) -> None:
+def prepare_missing_stores(config: Config, progress: bool) -> None:
     """Makes the stores' directories that do not exist, where the config says how."""
     if config.data.kind != "store" or config.data.prepare is None:
         return

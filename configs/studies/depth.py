@@ -1,0 +1,33 @@
+"""Mixture of depths in front of the experts (paper section 2.3): mod+1t1i and mod+4t4i against dense, 1t1i and 4t4i.
+
+Layers that three quarters of the tokens pass by are cheap, so at equal FLOPs the model is deeper: the number of layers
+is matched first, the hidden size for the rest.
+
+Command:   moma study configs/studies/depth.py
+           moma study configs/studies/depth.py --report
+Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
+Runs:      5, of which dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+"""
+
+from pathlib import Path
+
+from moma_jax import recipes
+from moma_jax.studies import Study, Variant
+
+
+def study() -> Study:
+    """The study."""
+    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    return Study(
+        base=base,
+        variants=(
+            Variant("dense", {"model.ffn": "dense"}),
+            Variant("1t1i", {"model.ffn": "1t1i"}),
+            Variant("4t4i", {"model.ffn": "4t4i"}, match="model.hidden"),
+            Variant("mod+1t1i", {"model.ffn": "mod+1t1i"}, match="model.layers"),
+            Variant("mod+4t4i", {"model.ffn": "mod+4t4i"}, match="model.layers"),
+        ),
+        seeds=(0,),
+        tokens=base.train.tokens,
+        dir="runs/corpus_study",
+    )

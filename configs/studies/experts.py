@@ -1,0 +1,31 @@
+"""How many experts each modality needs: 1t1i, 2t2i, 4t4i, 7t1i, 6t2i against dense, at equal FLOPs on equal data.
+
+Command:   moma study configs/studies/experts.py
+           moma study configs/studies/experts.py --report
+Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
+Runs:      6, of which dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+"""
+
+from pathlib import Path
+
+from moma_jax import recipes
+from moma_jax.studies import Study, Variant
+
+
+def study() -> Study:
+    """The study."""
+    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    return Study(
+        base=base,
+        variants=(
+            Variant("dense", {"model.ffn": "dense"}),
+            Variant("1t1i", {"model.ffn": "1t1i"}),
+            Variant("2t2i", {"model.ffn": "2t2i"}, match="model.hidden"),
+            Variant("4t4i", {"model.ffn": "4t4i"}, match="model.hidden"),
+            Variant("6t2i", {"model.ffn": "6t2i"}, match="model.hidden"),
+            Variant("7t1i", {"model.ffn": "7t1i"}, match="model.hidden"),
+        ),
+        seeds=(0,),
+        tokens=base.train.tokens,
+        dir="runs/corpus_study",
+    )

@@ -1,0 +1,33 @@
+"""Experts that begin as copies (paper section 2.5): 4t4i from scratch, and from a 1t1i seed at 10% and 20% of training.
+
+The seed's FLOPs are part of the budget. As in the paper, Gumbel noise on the router scores lets equal experts part.
+
+Command:   moma study configs/studies/upcycling.py
+           moma study configs/studies/upcycling.py --report
+Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
+Runs:      4, of which dense and 4t4i are those of configs/studies/ffn.py.
+"""
+
+from pathlib import Path
+
+from moma_jax import recipes
+from moma_jax.studies import Study, Upcycled, Variant
+
+
+def study() -> Study:
+    """The study."""
+    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    grown = {"model.ffn": "4t4i", "model.gumbel": True}
+    seed = {"model.ffn": "1t1i", "model.gumbel": False}
+    return Study(
+        base=base,
+        variants=(
+            Variant("dense", {"model.ffn": "dense"}),
+            Variant("4t4i", {"model.ffn": "4t4i"}, match="model.hidden"),
+            Variant("4t4i-from-10", grown, match="model.hidden", upcycled=Upcycled(seed, 0.1)),
+            Variant("4t4i-from-20", grown, match="model.hidden", upcycled=Upcycled(seed, 0.2)),
+        ),
+        seeds=(0,),
+        tokens=base.train.tokens,
+        dir="runs/corpus_study",
+    )

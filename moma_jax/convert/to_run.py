@@ -1,0 +1,162 @@
+"""A Chameleon as a run; see layout.py for what becomes what.
+
+A converted run is an ordinary dense run of 0 updates, with more in it:
+
+    chameleon/       the files that describe the source: config, tokenizer, processor
+    chameleon.json   the types of the source's tensors
+    vocabulary/      a store without documents, with id layout and tokenizer: for `moma prepare --vocabulary`
+
+It has no optimizer moments and no data cursor, so it is not trained on in place, but begun from: `moma upcycle`, or
+`run.init_from`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from moma_jax.config import Config, DataConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig, resolve
+from moma_jax.config_json import to_json
+from moma_jax.convert import layout
+from moma_jax.convert.source import (
+    FORMAT_VERSION,
+    RECORD,
+    SOURCE,
+    TOKENIZER,
+    VOCABULARY,
+    Source,
+    read_source,
+    require_tensors,
+    tokenizer_of,
+)
+from moma_jax.convert.weights import DTYPES, Weights, copy_descriptions, library, new_directory, open_weights
+from moma_jax.data.directory import Directory
+from moma_jax.data.parts import FORMAT_VERSION as STORE_VERSION
+from moma_jax.data.store import Codecs
+from moma_jax.training.checkpoint import Checkpoints, Saved
+from moma_jax.training.meter import Meter, step_sums
+from moma_jax.training.resume import CONFIG, SUMMARY, select_name
+from moma_jax.training.run_dir import RunDir, commit, versions
+from moma_jax.training.status import Status
+from moma_jax.training.step import TrainState, first_routing_state
+
+SCRATCH = ".float32"
+
+
+class _OnDisk(np.memmap):
+    """A parameter that lies in a file and that nobody changes any more, so saving it needs no copy in memory."""
+
+    def __deepcopy__(self, memo: dict) -> _OnDisk:
+        return self
+
+
+def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Converts a folder of ChameleonForConditionalGeneration to a dense run of 0 updates.
+
+    Memory: the checkpoint's bytes (compressed float32; that of bfloat16 is half of it) and one tensor. Float32 weights
+    lie in files beside `out` meanwhile, so the disk holds the model twice.
+
+    Args:
+      folder: config.json, safetensors and, where text is to be encoded, tokenizer.json.
+      out: the new run directory, on a local disk.
+      quiet: print nothing.
+
+    Returns:
+      The run's summary, as in summary.json.
+
+    Raises:
+      InputError: the folder or `out` cannot be used; nothing was written then.
+    """
+    library()
+    source = read_source(Path(folder).expanduser())
+    model, vocabulary = source.model, source.vocabulary
+    codecs = Codecs(vocabulary, tokenizer_of(source), None)
+    places = layout.places(model, vocabulary.size)
+    weights = require_tensors(open_weights(source.folder), places)
+    config = _run_config(source, out)
+    tensors = [weights.tensors[name] for name in places]
+    parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors)
+    types = sorted({str(DTYPES[tensor.dtype]) for tensor in tensors})
+    say = (lambda line: None) if quiet else print
+    say(f"{folder}: {model.layers} layers of width {model.width}, {parameters:,} parameters in {', '.join(types)}")
+    with new_directory(out, room=2 * 4 * parameters) as begun:
+        params = _read_params(weights, model, places, begun / SCRATCH)
+        _write_source(begun, source.folder, {name: weights.tensors[name].dtype for name in places})
+        _write_vocabulary(Directory(str(begun / VOCABULARY)), codecs)
+        summary = _write_run(RunDir(str(begun)), config, params, codecs, folder)
+        shutil.rmtree(begun / SCRATCH)
+    left_out = len(weights.tensors) - len(places)
+    if left_out:
+        say(
+            f"left out: {left_out} tensors {layout.VISION}*, the image tokenizer; to-chameleon has them --like {folder}"
+        )
+    if not codecs.tokenizer:
+        say(f"no {TOKENIZER} in {folder}: text cannot be encoded, so no data can be prepared for this run")
+    say(f"{out}: converted; go on with: moma upcycle {out} --model.ffn 4t4i --data.stores.0.path STORE --run.dir NEW")
+    return summary
+
+
+def _run_config(source: Source, out: str) -> Config:
+    """The run's config: its data are the vocabulary's store, which has no documents and is to be replaced."""
+    store = StoreConfig("data", f"{out.rstrip('/')}/{VOCABULARY}")
+    data = DataConfig(modalities=layout.modalities_of(source.vocabulary), stores=(store,), sequence=source.sequence)
+    return resolve(Config(model=source.model, data=data, train=TrainConfig(steps=1), run=RunConfig(dir=out)))
+
+
+def _read_params(
+    weights: Weights, model: ModelConfig, places: dict[str, layout.Place], scratch: Path
+) -> dict[str, Any]:
+    """The decoder's parameters, float32, filled tensor by tensor, in files of the new directory `scratch`."""
+    scratch.mkdir()
+    shapes = layout.shapes(model, places).items()
+    params = {name: _OnDisk(scratch / name.replace("/", "."), np.float32, "w+", shape=shape) for name, shape in shapes}
+    for name, place in places.items():
+        target = params[place.parameter]
+        target[... if place.layer is None else place.layer] = place.to_ours(weights.read(name))
+    return unflatten_dict(params, sep="/")
+
+
+def _write_source(begun: Path, source: Path, dtypes: dict[str, str]) -> None:
+    """Keeps what describes the source, for the way back."""
+    (begun / SOURCE).mkdir()
+    copy_descriptions(source, begun / SOURCE)
+    RunDir(str(begun)).write_json(RECORD, {"format_version": FORMAT_VERSION, "dtypes": dtypes})
+
+
+def _write_vocabulary(directory: Directory, codecs: Codecs) -> None:
+    """A store without documents."""
+    codecs.write(directory)
+    modalities = [m.name for m in codecs.vocabulary.modalities]
+    manifest = {"format_version": STORE_VERSION, "hashes": codecs.hashes, "modalities": modalities, "parts": []}
+    counts = {"documents": 0, "broken": 0, "counts": {}, "token_dtype": codecs.vocabulary.token_dtype}
+    directory.write_json("manifest.json", manifest | counts)
+
+
+def _write_run(run: RunDir, config: Config, params: Any, codecs: Codecs, folder: str) -> dict[str, Any]:
+    """Checkpoint 0 and the files beside it; returns the summary."""
+    state = TrainState(np.int32(0), params, {}, first_routing_state(config, None))
+    meta = {
+        "config": to_json(config),
+        "vocabulary": codecs.vocabulary.to_json(),
+        "hashes": codecs.hashes,
+        "select": select_name(None),
+        "versions": versions(),
+        "commit": commit(),
+        "counters": Meter(config, step_sums).to_json(),
+    }
+    with Checkpoints(run, write=True) as checkpoints:
+        checkpoints.save(state, Saved(0, None, meta))
+        checkpoints.wait()
+    about = {name: meta[name] for name in ("select", "commit", "versions")}
+    command = shlex.join(sys.argv)
+    summary = {"steps": 0, "eval": {}, "wall_seconds": 0.0, "converted_from": folder, "command": command, **about}
+    run.write_json(CONFIG, to_json(config))
+    run.write_json(SUMMARY, summary)
+    Status(run, 0).write("complete")
+    return summary

@@ -1,0 +1,280 @@
+"""Whether runs may be compared, their final losses, and every speed-up factor of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moma_jax.config import Config
+from moma_jax.config_json import MAY_CHANGE, to_json
+from moma_jax.errors import InputError
+from moma_jax.studies.curves import OVERALL, Curve, Run, smoothed
+from moma_jax.studies.speedup import PowerLaw, Speedup, power_law, speedup
+
+CAUSAL = ("threshold", "causal")
+"""Routings under which a loss is a likelihood: running thresholds, auxiliary routers."""
+SIZES_FOR_A_LAW = 3
+
+
+class Loss(NamedTuple):
+    """Which loss is compared: a title, and how to get it of a run as a curve (None where the run has none)."""
+
+    title: str
+    causal: bool
+    of: Callable[[Run, str], Curve | None]
+
+
+class Final(NamedTuple):
+    """Final losses of a variant by modality, one per seed that has one."""
+
+    variant: str
+    size: str
+    loss: Loss
+    by_modality: dict[str, list[float]]
+
+
+class Compared(NamedTuple):
+    """A variant against the baseline, by one loss of one modality.
+
+    Attributes:
+      seeds: those that both have.
+      flops: eta. seconds: the same by wall time.
+      points: of the shortest curve.
+      differences: of final losses, variant less baseline, by seed.
+    """
+
+    variant: str
+    size: str
+    loss: Loss
+    modality: str
+    seeds: tuple[int, ...]
+    flops: Speedup
+    seconds: Speedup
+    points: int
+    differences: tuple[float, ...]
+
+
+class Finished(NamedTuple):
+    """The finished runs of a study.
+
+    Attributes:
+      by_place: runs by (size, variant), in the order of the report, each by seed.
+    """
+
+    baseline: str
+    by_place: dict[tuple[str, str], dict[int, Run]]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them."""
+        return [run for group in self.by_place.values() for run in group.values()]
+
+
+def grouped(runs: list[Run], baseline: str) -> Finished:
+    """The finished ones among `runs` by size and variant; InputError where none of the baseline is."""
+    by_place: dict[tuple[str, str], dict[int, Run]] = {}
+    for run in runs:
+        if run.finished:
+            by_place.setdefault((run.size, run.variant), {})[run.seed] = run
+    if not any(variant == baseline for _, variant in by_place):
+        raise InputError(f"no finished run of {baseline}, the baseline, so there is nothing to compare with; train it")
+    return Finished(baseline, by_place)
+
+
+# Fairness -------------------------------------------------------------------------------------------------------------
+
+DATA = ("data", "train.batch_rows", "train.eval_sets")
+"""Parts of a config that decide which tokens a run saw and was evaluated on."""
+
+
+def require_planned(run: Run, config: Config) -> None:
+    """InputError where a run directory of the study holds a run that began with another config than the study's."""
+    planned = to_json(config)
+    if config.model.dtype == "auto":  # decided when it began, by the hardware
+        planned["model"]["dtype"] = run.config.get("model", {}).get("dtype")
+    for section in ("model", "data", "optimizer", "train"):
+        if difference := next(_differences(run.config.get(section), planned[section], section), None):
+            raise InputError(
+                f"{run.path} holds a run of another config: {difference} in the study; give the study another dir, or "
+                "add the run with --add"
+            )
+
+
+def require_comparable(finished: Finished, tolerance: float) -> None:
+    """InputError where a run has other FLOPs or other data than the baseline of its size and seed."""
+    for (size, _), group in finished.by_place.items():
+        baseline = finished.by_place.get((size, finished.baseline), {})
+        for seed, run in group.items():
+            reference = baseline.get(seed) or next(iter(baseline.values()), run)
+            _require_same_flops(run, reference, tolerance)
+            if seed in baseline:
+                _require_same_data(run, reference)
+
+
+def _require_same_flops(run: Run, reference: Run, tolerance: float) -> None:
+    ours, theirs = run.end.flops, reference.end.flops
+    if abs(ours / theirs - 1) > tolerance:
+        raise InputError(
+            f"unequal budgets: {run.path} spent {ours:.4g} FLOPs, {reference.path} {theirs:.4g}, and the tolerance is "
+            f"{tolerance:g}; compare runs of one budget"
+        )
+
+
+def _require_same_data(run: Run, reference: Run) -> None:
+    for part in DATA:
+        section, _, field = part.partition(".")
+        ours, theirs = (r.config.get(section) for r in (run, reference))
+        if field and ours is not None and theirs is not None:
+            ours, theirs = ours.get(field), theirs.get(field)
+        if difference := next(_differences(ours, theirs, part), None):
+            raise InputError(f"different data: {run.path} and {reference.path}: {difference}; compare runs on the same")
+
+
+def _differences(ours: Any, theirs: Any, path: str) -> Iterator[str]:
+    """Leaves of two JSON values that differ; fields that only one of two versions has say nothing."""
+    if isinstance(theirs, tuple):  # of a config that was not read from JSON
+        theirs = list(theirs)
+    if ours == theirs or path in MAY_CHANGE:
+        return
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in sorted(ours.keys() & theirs.keys()):
+            yield from _differences(ours[name], theirs[name], f"{path}.{name}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from _differences(*pair, f"{path}.{i}")
+    else:
+        yield f"{path} is {_short(ours)} and {_short(theirs)}"
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} items" if isinstance(value, list) else str(value)[:60]
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+def eval_sets(finished: Finished) -> list[str]:
+    """Names of the evaluation sets, in the order of the records."""
+    return list(dict.fromkeys(m.eval_set for run in finished.runs for m in run.curves if m.kind == "eval"))
+
+
+def modalities(finished: Finished) -> list[str]:
+    """OVERALL and the modalities of the runs."""
+    return list(dict.fromkeys([OVERALL, *(m for run in finished.runs for m in run.modalities)]))
+
+
+def losses(finished: Finished) -> list[Loss]:
+    """The training loss, smoothed, then those of every evaluation set under every routing that a run recorded."""
+    found = [Loss("training", False, _training)]
+    recorded = {m.routing for run in finished.runs for m in run.curves if m.kind == "eval"}
+    for name in eval_sets(finished):
+        for routing in [r for r in ("choice", *CAUSAL) if r in recorded]:
+            title = f"{name}, {routing}"
+            found.append(Loss(title, routing in CAUSAL, lambda run, m, n=name, r=routing: run.held_out(n, r, m)))
+    return found
+
+
+def measured(finished: Finished) -> list[Loss]:
+    """Those of `losses` that eta is stated for: training, and held out under causal routings.
+
+    Where no variant has routers every routing is the same, and "choice" is causal.
+    """
+    every = losses(finished)
+    causal = [loss for loss in every if loss.causal]
+    if not causal and all(run.causal_choice for run in finished.runs):
+        causal = every[1:]
+    return [every[0], *causal]
+
+
+def _training(run: Run, modality: str) -> Curve | None:
+    curve = run.training(modality)
+    return None if curve is None else smoothed(curve, run.start.flops)
+
+
+def final_losses(finished: Finished) -> list[Final]:
+    """Of every variant and size by every loss; variants without it are left out."""
+    found = []
+    for loss in losses(finished):
+        for (size, variant), group in finished.by_place.items():
+            curves = {m: [c for run in group.values() if (c := loss.of(run, m))] for m in modalities(finished)}
+            if curves[OVERALL]:
+                by_modality = {m: [float(c.loss_N[-1]) for c in of_seeds] for m, of_seeds in curves.items()}
+                found.append(Final(variant, size, loss, by_modality))
+    return found
+
+
+# Speed-up -------------------------------------------------------------------------------------------------------------
+
+
+def speedups(finished: Finished) -> list[Compared]:
+    """Eta of every variant over the baseline of its size, by every measured loss and modality."""
+    found = []
+    for loss in measured(finished):
+        for size, variant in finished.by_place:
+            baseline = finished.by_place.get((size, finished.baseline))
+            if variant == finished.baseline or baseline is None:
+                continue
+            for modality in modalities(finished):
+                compared = _compared(loss, modality, baseline, finished.by_place[size, variant])
+                found += [] if compared is None else [compared]
+    return found
+
+
+def _compared(loss: Loss, modality: str, baseline: dict[int, Run], group: dict[int, Run]) -> Compared | None:
+    """None where no seed has the loss in both."""
+    shared = [seed for seed in group if seed in baseline]
+    pairs = {seed: (loss.of(baseline[seed], modality), loss.of(group[seed], modality)) for seed in shared}
+    pairs = {seed: pair for seed, pair in pairs.items() if None not in pair}
+    if not pairs:
+        return None
+    theirs, ours = (list(curves) for curves in zip(*pairs.values(), strict=True))
+    first = next(iter(group.values()))
+    return Compared(
+        first.variant,
+        first.size,
+        loss,
+        modality,
+        tuple(pairs),
+        speedup([(c.flops_N, c.loss_N) for c in theirs], [(c.flops_N, c.loss_N) for c in ours]),
+        speedup([(c.seconds_N, c.loss_N) for c in theirs], [(c.seconds_N, c.loss_N) for c in ours]),
+        min(len(c.loss_N) for c in theirs + ours),
+        tuple(float(v.loss_N[-1] - b.loss_N[-1]) for b, v in zip(theirs, ours, strict=True)),
+    )
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+class Law(NamedTuple):
+    """A power law of a variant's final loss over sizes."""
+
+    variant: str
+    loss: Loss
+    modality: str
+    law: PowerLaw
+
+
+def power_laws(finished: Finished, tolerance: float) -> list[Law] | str:
+    """One law for every variant that has enough sizes, by measured loss and modality; or why there is none."""
+    budgets = [finished.by_place[p] for p in finished.by_place if p[1] == finished.baseline]
+    flops = sorted(next(iter(group.values())).end.flops for group in budgets)
+    distinct = [c for before, c in zip([0.0, *flops], flops, strict=False) if c > (1 + tolerance) * before]
+    if len(distinct) < SIZES_FOR_A_LAW:
+        return (
+            f"None: a power law needs at least {SIZES_FOR_A_LAW} sizes of different budgets, and the baseline has "
+            f"{len(distinct)} finished."
+        )
+    variants = dict.fromkeys(variant for _, variant in finished.by_place)
+    cases = [(v, loss, m) for loss in measured(finished) for v in variants for m in modalities(finished)]
+    return [Law(v, loss, m, law) for v, loss, m in cases if (law := _law(finished, v, loss, m)) is not None]
+
+
+def _law(finished: Finished, variant: str, loss: Loss, modality: str) -> PowerLaw | None:
+    points, sizes = [], 0
+    for (_, name), group in finished.by_place.items():
+        curves = [loss.of(run, modality) for run in group.values()] if name == variant else []
+        points += [(c.flops_N[-1], c.loss_N[-1]) for c in curves if c is not None]
+        sizes += any(c is not None for c in curves)
+    return power_law(*np.array(points).T, sizes) if sizes >= SIZES_FOR_A_LAW else None

@@ -1,0 +1,238 @@
+"""What a report knows of a run: its files, and its losses as curves over FLOPs, tokens and wall time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moma_jax.errors import InputError
+from moma_jax.studies.jobs import trained_elsewhere
+from moma_jax.training.journal import METRICS, SCHEMA, records_of
+from moma_jax.training.run_dir import RunDir
+
+WINDOW = 0.1
+"""Share of the FLOPs so far that a smoothed training loss is the mean of; at the end: the last tenth of the run.
+
+A window that grows with the run keeps curves comparable that differ in speed alone: one that gets everywhere c times
+sooner is c times sooner after smoothing too, which no window of a fixed number of updates can say.
+"""
+OVERALL = ""
+"""The modality of a loss over all of them."""
+NEW = "new"
+"""The state of a run that has not begun."""
+
+
+class Measure(NamedTuple):
+    """Which loss: `kind` "train" or "eval", the set and routing of an evaluation, a modality or OVERALL.
+
+    The routing of "train" is the one that the run trains under.
+    """
+
+    kind: str
+    eval_set: str
+    routing: str
+    modality: str
+
+
+class Curve(NamedTuple):
+    """A loss along a run, nats per token; all float64 (N,), cumulative counts from the beginning of its seed run."""
+
+    step_N: np.ndarray
+    tokens_N: np.ndarray
+    flops_N: np.ndarray
+    seconds_N: np.ndarray
+    loss_N: np.ndarray
+
+
+class Spent(NamedTuple):
+    """Updates, tokens, FLOPs and wall seconds."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as the report reads it.
+
+    Attributes:
+      variant, size, seed: its place in the study.
+      path: the run directory.
+      state: status.json's; NEW without one; stopped where its process was killed.
+      step, total: updates made and wanted, those of an upcycled run's seed included, as far as known.
+      config, summary: the content of config.json and summary.json, {} where there is none.
+      start: what an upcycled run's seed had spent when the run began; zero for others.
+      end: what was spent by the last train record, `start` included.
+      curves: by measure, as recorded; empty without records.
+      causal_choice: no expert has to choose, so losses under "choice" are those under every routing.
+      tokens_per_second: median over the train records; None without any.
+    """
+
+    variant: str
+    size: str
+    seed: int
+    path: str
+    state: str
+    step: int
+    total: int | None
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    start: Spent
+    end: Spent
+    curves: dict[Measure, Curve]
+    causal_choice: bool
+    tokens_per_second: float | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it trained to its end."""
+        return self.state == "complete"
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities it records losses of."""
+        return [m.modality for m in self.curves if m.kind == "train" and m.modality != OVERALL]
+
+    @property
+    def config_hash(self) -> str | None:
+        """Of config.json without `run` and `hosts`, which say where it ran and not what."""
+        what = {k: v for k, v in self.config.items() if k not in ("run", "hosts")}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12] if what else None
+
+    def training(self, modality: str = OVERALL) -> Curve | None:
+        """The training loss as recorded."""
+        return next((c for m, c in self.curves.items() if m.kind == "train" and m.modality == modality), None)
+
+    def held_out(self, eval_set: str, routing: str, modality: str = OVERALL) -> Curve | None:
+        """The loss on an evaluation set; where no expert has to choose it is the same under every routing."""
+        found = self.curves.get(Measure("eval", eval_set, routing, modality))
+        if found is None and self.causal_choice:
+            found = self.curves.get(Measure("eval", eval_set, "choice", modality))
+        return found
+
+
+def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
+    """Reads a run directory: status.json, summary.json, metrics.jsonl, config.json, and ancestry.json if upcycled.
+
+    Args:
+      seed: None: the config's `train.seed`.
+
+    Raises:
+      InputError: a file is damaged or of another format, or a complete run has no records.
+    """
+    home = RunDir(path)
+    status, config, summary = (home.read_json(f"{n}.json") or {} for n in ("status", "config", "summary"))
+    start, records = _start(home), _records(home)
+    train = [r for r in records if r["kind"] == "train"]
+    curves = _curves(records, start, config.get("model", {}).get("routing", "choice"))
+    state = str(status.get("state", NEW))
+    if state == "running" and not trained_elsewhere(path):
+        state = "stopped"
+    trained = any(m.kind == "train" and m.modality == OVERALL for m in curves)
+    if state == "complete" and not (trained and summary):
+        lost = "summary.json" if trained else f"training losses in {METRICS}"
+        raise InputError(f"{path}: a complete run without {lost}; restore the file")
+    speeds = [r["tokens_per_second"] for r in train if r.get("tokens_per_second") is not None]
+    return Run(
+        variant=variant,
+        size=size,
+        seed=int(config.get("train", {}).get("seed", 0)) if seed is None else seed,
+        path=path,
+        state=state,
+        step=start.step + status.get("step", 0),
+        total=start.step + status["total"] if "total" in status else None,
+        config=config,
+        summary=summary,
+        start=start,
+        end=_end(start, train),
+        curves=curves,
+        causal_choice=any(r["kind"] == "eval" and r["routing"] == "choice" and "perplexity" in r for r in records),
+        tokens_per_second=float(np.median(speeds)) if speeds else None,
+    )
+
+
+def smoothed(curve: Curve, start: float = 0.0) -> Curve:
+    """The training loss as a mean over the last WINDOW of the FLOPs so far, none before `start` (FLOPs).
+
+    A record is the mean over the updates since the one before, so the sum of loss times FLOPs is known at every record
+    and linear between them.
+    """
+    edges = np.concatenate([[start], curve.flops_N])
+    total = np.concatenate([[0.0], np.cumsum(curve.loss_N * np.diff(edges))])
+    begin_N = np.maximum(start, (1 - WINDOW) * curve.flops_N)
+    loss_N = (total[1:] - np.interp(begin_N, edges, total)) / (curve.flops_N - begin_N)
+    return curve._replace(loss_N=loss_N)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _records(home: RunDir) -> list[dict[str, Any]]:
+    """Train and eval records; InputError where they are not what this version writes."""
+    records = [r for r in records_of(home) or [] if r.get("kind") in ("train", "eval")]
+    needed = {
+        "train": {"loss", "tokens", "flops", "wall_seconds"},
+        "eval": {"loss", "eval_set", "routing"},
+    }
+    for record in records:
+        if record.get("schema") != SCHEMA:
+            raise InputError(f"{home.path}/{METRICS}: schema {record.get('schema')!r}; this moma_jax reads {SCHEMA}")
+        if missing := sorted(needed[record["kind"]] - record.keys()):
+            raise InputError(
+                f"{home.path}/{METRICS}: step {record['step']}: no {missing[0]}; not a record of moma train"
+            )
+    steps = [r["step"] for r in records if r["kind"] == "train"]
+    if any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
+        raise InputError(f"{home.path}/{METRICS}: its steps do not rise; it is damaged, restore it")
+    return records
+
+
+def _start(home: RunDir) -> Spent:
+    """What ancestry.json says that the seed of an upcycled run had spent, as its journal counted it."""
+    ancestry = home.read_json("ancestry.json")
+    if ancestry is None:
+        return Spent()
+    names = ("seed_step", "seed_real_tokens", "seed_real_flops", "seed_wall_seconds")
+    if missing := [name for name in names if not isinstance(ancestry.get(name), (int, float))]:
+        raise InputError(f"{home.path}/ancestry.json: no number {missing[0]}; restore the file, it is damaged")
+    return Spent(*(ancestry[name] for name in names))
+
+
+def _end(start: Spent, train: list[dict[str, Any]]) -> Spent:
+    """What was spent by the last train record."""
+    if not train:
+        return start
+    last = [train[-1][name] for name in ("step", "tokens", "flops", "wall_seconds")]
+    return Spent(*(begun + more for begun, more in zip(start, last, strict=True)))
+
+
+def _curves(records: list[dict[str, Any]], start: Spent, routing: str) -> dict[Measure, Curve]:
+    """Every recorded loss; evaluations take their tokens, FLOPs and seconds from the train records around them."""
+    train = [r for r in records if r["kind"] == "train"]
+    if not train:
+        return {}
+    steps = np.array([0, *(r["step"] for r in train)], np.float64)
+    counts = [
+        begun + np.array([0.0, *(r[name] for r in train)], np.float64)
+        for name, begun in (("tokens", start.tokens), ("flops", start.flops), ("wall_seconds", start.seconds))
+    ]
+    modalities = [n.removeprefix("loss_") for n in train[0] if n.startswith("loss_") and f"tokens_{n[5:]}" in train[0]]
+    points: dict[Measure, list[tuple[float, float]]] = {}
+    for record in records:
+        evaluated = record["kind"] == "eval"
+        about = ("eval", record["eval_set"], record["routing"]) if evaluated else ("train", "", routing)
+        for modality in (OVERALL, *modalities):
+            loss = record.get(f"loss_{modality}" if modality else "loss")
+            if loss is not None and record["step"] > 0:
+                points.setdefault(Measure(*about, modality), []).append((record["step"], loss))
+    curves = {}
+    for measure, found in points.items():
+        step_N, loss_N = np.array(found, np.float64).T
+        curves[measure] = Curve(step_N, *(np.interp(step_N, steps, count) for count in counts), loss_N)
+    return curves

@@ -1,0 +1,121 @@
+"""The runs of a study: which there are, where they live, and how far each is. No JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+from dataclasses import dataclass
+from typing import Any
+
+from moma_jax.checks import require
+from moma_jax.config import Config, resolve
+from moma_jax.cost import total_steps
+from moma_jax.data.directory import Directory
+from moma_jax.errors import InputError
+from moma_jax.studies.matching import Matched, match_variants
+from moma_jax.studies.study import Study
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study; independent of all others but for the store that they read."""
+
+    name: str
+    """The last part of its directory: VARIANT-SEED, or VARIANT-SIZE-SEED where there are several sizes."""
+    variant: str
+    """Name of the variant."""
+    size: str
+    """Name of the size."""
+    seed: int
+    """Seed of weights, noise and order of documents."""
+    config: Config
+    """The run, resolved; `run.dir` is its directory."""
+    seed_run: Config | None
+    """The run that an upcycled one begins from, in the directory of the same name with -seed."""
+
+    @property
+    def runs(self) -> list[Config]:
+        """What is trained, in order."""
+        return [self.config] if self.seed_run is None else [self.seed_run, self.config]
+
+
+def jobs(study: Study, matched: list[Matched] | None = None) -> list[Job]:
+    """The jobs of a study in the order in which they are run: seeds outermost, then sizes, then variants.
+
+    Args:
+      matched: `match_variants(study)`, where it is at hand.
+
+    Raises:
+      InputError: as `match_variants`; or two runs would live in one directory.
+    """
+    matched = match_variants(study) if matched is None else matched
+    found = [_job(study, each, seed) for seed in study.seeds for each in matched]
+    places = [run.run.dir for job in found for run in job.runs]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    require(twice is None, f"study.variants: two runs would live in {twice}; rename a variant or a size")
+    return found
+
+
+def _job(study: Study, matched: Matched, seed: int) -> Job:
+    parts = (matched.variant.name, *([matched.size] if len(study.sizes) > 1 else []), str(seed))
+    name = "-".join(parts)
+    where = f"{study.dir.rstrip('/')}/{name}"
+    seed_run = None if matched.seed_run is None else _placed(matched.seed_run, f"{where}-seed", seed)
+    return Job(name, matched.variant.name, matched.size, seed, _placed(matched.config, where, seed), seed_run)
+
+
+def _placed(config: Config, where: str, seed: int) -> Config:
+    return resolve(
+        dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, seed=seed),
+            train=dataclasses.replace(config.train, seed=seed),
+            run=dataclasses.replace(config.run, dir=where),
+        )
+    )
+
+
+# How far each is ------------------------------------------------------------------------------------------------------
+
+
+def state(job: Job) -> dict[str, Any]:
+    """Where a job stands: {"state", "step", "total"}, updates of the seed run included.
+
+    state is new, running, stopped, failed or complete; a run whose process was killed is stopped.
+    """
+    done, total, word = 0, sum(map(total_steps, job.runs)), "new"
+    for config in job.runs:
+        run = Directory(config.run.dir)
+        status = run.read_json("status.json") or {}
+        done += status.get("step", 0)
+        word = status.get("state", word if word == "new" else "stopped")
+        word = "stopped" if word == "running" and not trained_elsewhere(config.run.dir) else word
+        if word != "complete":
+            break
+    return {"state": word, "step": done, "total": total}
+
+
+def trained_elsewhere(path: str) -> bool:
+    """Whether another process holds the run directory (`RunDir.locked`); always False for one in an object store."""
+    local = Directory(path).local
+    if local is None:
+        return False
+    try:
+        file = open(f"{local}/.lock")  # noqa: SIM115
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def chosen(found: list[Job], index: int | None) -> list[Job]:
+    """All jobs, or the one of this number."""
+    if index is None:
+        return found
+    if not 0 <= index < len(found):
+        raise InputError(f"--index: {index} is no job of this study; give 0 to {len(found) - 1}, see --list")
+    return [found[index]]

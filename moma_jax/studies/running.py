@@ -1,0 +1,195 @@
+"""Running a study: one run after the other in this process; others may work on the same study beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from moma_jax import hosts
+from moma_jax.config import Config
+from moma_jax.config_json import differences, from_json
+from moma_jax.data.directory import Directory
+from moma_jax.errors import InputError, RunError
+from moma_jax.studies.jobs import Job, chosen, jobs, state, trained_elsewhere
+from moma_jax.studies.study import Study, load_study
+from moma_jax.training.loop import prepare_missing_stores, train
+from moma_jax.training.resume import require_resumable
+from moma_jax.training.run_dir import RunDir
+from moma_jax.training.view import View
+
+COMPLETE, ELSEWHERE, FAILED = "complete", "trained by another process", "failed"
+
+
+def study(study: Study | str | Path, *, index: int | None = None, quiet: bool = False) -> dict[str, str]:
+    """Trains the runs of a study that are not complete yet, one after the other.
+
+    Each is an ordinary run directory below `Study.dir`. A run that was interrupted goes on; one that another process
+    trains is left to it, so that several processes, or the tasks of an array job, share a study.
+
+    Args:
+      study: a study, or its file.
+      index: the number of a single run, from 0, as `moma study STUDY.py --list` counts them; all where None.
+      quiet: print nothing.
+
+    Returns:
+      The name of each run -> "complete" or "trained by another process".
+
+    Raises:
+      InputError: the study, or a directory that holds another run, before anything is written; or every run that
+        failed did so by its input.
+      RunError: runs failed; the others were made.
+      SystemExit: 143 after SIGTERM, 130 after SIGINT, when the run that was going on has its checkpoint.
+    """
+    study = study if isinstance(study, Study) else load_study(study)
+    return run_jobs(chosen(jobs(study), index), quiet=quiet)
+
+
+def run_jobs(selected: list[Job], *, quiet: bool = False) -> dict[str, str]:
+    """Trains jobs; see `study`. Every process of a run that has several calls it."""
+    hosts.join(selected[0].config.hosts)
+    for job in selected:
+        for config in job.runs:
+            _require_same_run(config)
+        if job.seed_run is not None:
+            _require_upcycled(job.config)
+    say = View(0, 0, quiet=quiet).say
+    outcomes, failures = {}, {}
+    with _signals_at_last_steps() as end_if_signalled:
+        _prepare_stores(selected, quiet)
+        for number, job in enumerate(selected):
+            say(f"study: run {number + 1} of {len(selected)}, {job.name}: {state(job)['state']}")
+            try:
+                outcomes[job.name] = _run(job, quiet, end_if_signalled)
+            except (InputError, RunError) as error:
+                failures[job.name] = error
+            except Exception as error:
+                traceback.print_exc()
+                failures[job.name] = error
+            if (outcome := outcomes.setdefault(job.name, FAILED)) != COMPLETE:
+                say(f"study: {job.name}: {outcome}" + (f": {failures[job.name]}" if outcome == FAILED else ""))
+    say(f"study: {list(outcomes.values()).count(COMPLETE)} of {len(selected)} runs are complete")
+    _raise_for(failures, len(selected))
+    return outcomes
+
+
+def _raise_for(failures: dict[str, Exception], count: int) -> None:
+    """One line for all failures: the user's to mend where it was always the input."""
+    if not failures:
+        return
+    kind = InputError if all(isinstance(error, InputError) for error in failures.values()) else RunError
+    each = "; ".join(f"{name}: {error}" for name, error in failures.items())
+    raise kind(f"study: {len(failures)} of {count} runs failed: {each}")
+
+
+def _run(job: Job, quiet: bool, end_if_signalled: Callable[[], None]) -> str:
+    """Trains one job to its end, seed run first; says how it stands then."""
+    if state(job)["state"] == COMPLETE:
+        return COMPLETE
+    try:
+        if job.seed_run is not None and not _begun(job.config):
+            train(job.seed_run, quiet=quiet)
+            end_if_signalled()
+            _upcycle(job, quiet)
+        jax.clear_caches()  # the programs of the run before
+        train(job.config, quiet=quiet)
+        end_if_signalled()
+        jax.clear_caches()
+    except InputError:
+        if any(trained_elsewhere(config.run.dir) for config in job.runs):
+            return ELSEWHERE
+        raise
+    return COMPLETE
+
+
+def _upcycle(job: Job, quiet: bool) -> None:
+    from moma_jax.training.upcycle import upcycle
+
+    upcycle(job.seed_run.run.dir, job.config, quiet=quiet)
+
+
+def _begun(config: Config) -> bool:
+    """Whether the upcycled run has its first weights; config.json is the last file that `upcycle` writes."""
+    return RunDir(config.run.dir).read_json("config.json") is not None
+
+
+# Before the first run -------------------------------------------------------------------------------------------------
+
+
+def _require_same_run(config: Config) -> None:
+    """InputError where the directory holds a run with another config, or files of another program."""
+    run = RunDir(config.run.dir)
+    written = run.read_json("config.json")
+    if written is not None:
+        before = from_json(written)
+        if config.model.dtype == "auto":  # decided when it began, by the hardware
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before.model.dtype))
+        if changed := differences(before, config):
+            raise InputError(
+                f"study.dir: {config.run.dir} holds a run with another config ({'; '.join(changed)}); change the study "
+                "back, or give it another dir"
+            )
+    require_resumable(config, None)
+
+
+def _require_upcycled(config: Config) -> None:
+    """InputError where the directory of an upcycled run holds one that began from nothing."""
+    run = RunDir(config.run.dir)
+    if _begun(config) and run.read_json("ancestry.json") is None:
+        raise InputError(f"study.dir: {config.run.dir} holds a run that was not upcycled; give the study another dir")
+
+
+def _prepare_stores(selected: list[Job], quiet: bool) -> None:
+    """Makes the stores that are missing; processes that share a study wait for the one that does so."""
+    configs = {repr(job.config.data): job.config for job in selected if job.config.data.prepare is not None}
+    for config in configs.values():
+        with contextlib.ExitStack() as held:
+            where = Directory(os.path.dirname(config.run.dir)).local
+            if where is not None:
+                try:
+                    os.makedirs(where, exist_ok=True)
+                    file = held.enter_context(open(f"{where}/.lock", "a"))
+                except OSError as error:
+                    raise InputError(f"study.dir: cannot write to {where} ({error.strerror})") from error
+                fcntl.flock(file, fcntl.LOCK_EX)
+            prepare_missing_stores(config, progress=not quiet)
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _signals_at_last_steps() -> Iterator[Callable[[], None]]:
+    """A function to call between runs: it ends the process where SIGTERM or SIGINT came during the last run.
+
+    `train` itself stops at a signal, unless it comes at the last step: then it finishes the run and returns. Python
+    also writes the number of each signal that it handles into a pipe, if told to; that is where it is found.
+    """
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+
+    def end_if_signalled() -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(read, 4096):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    raise SystemExit(128 + number)
+
+    try:
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    except ValueError:  # not the main thread, as in some notebooks: signals are not ours there
+        before = None
+    try:
+        yield end_if_signalled
+    finally:
+        if before is not None:
+            signal.set_wakeup_fd(before)
+        os.close(read)
+        os.close(write)

@@ -1,0 +1,158 @@
+"""Parameters and moments of a model with more experts, from those of one with fewer (paper section 2.5).
+
+Every expert is copied into `times` experts of the new group, which may serve fewer modalities than the old one. So that
+the layer's output stays the old one's, a mean over tokens, the copies' down-projections are multiplied by
+
+    scale = (c * g) / (times * c' * g')
+
+with the share c of the group's tokens that an expert takes and its gate g, before and after (primes). A group that had
+one expert had no router: c = g = 1. Its new router is zero, so g' = 1/2, and k experts have 2 / (k * c'): 2 for
+1t1i -> 4t4i; 1/2 with model.capacity 1.0, where the output is the old one token by token. Where there is a router its
+columns are copied with the experts: g = g', and with equal capacity all copies take what the expert took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moma_jax import sharding
+from moma_jax.config import Config
+from moma_jax.errors import InputError
+from moma_jax.model.auxiliary import SUFFIX
+from moma_jax.training.step import Program, TrainState, abstract_state, first_routing_state, init_params
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Where the experts of a group come from: expert j is a copy of expert j // times of the seed's group `source`.
+
+    `scale` is the factor of their down-projections.
+    """
+
+    source: str
+    times: int
+    scale: float
+
+
+def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
+    """By name of the new model's groups of experts; InputError naming a group that cannot be made of the seed's."""
+    before, after, names = seed.experts, config.experts, f"{seed.model.ffn} -> {config.model.ffn}"
+    for what, one, other in (("shared experts", before.shared, after.shared), ("mod+", before.depth, after.depth)):
+        if one != other:
+            raise InputError(f"model.ffn: {names}: {what} must be the seed's ({one} -> {other})")
+    if before == after:
+        raise InputError(f"model.ffn: {names} makes no experts; name more of them, or train with run.init_from")
+    copied = {}
+    for group in after.groups:
+        source = next((g for g in before.groups if set(group.modalities) <= set(g.modalities)), None)
+        if source is None:
+            raise InputError(f"model.ffn: {names}: the seed keeps modalities apart; name experts for each")
+        times, rest = divmod(group.experts, source.experts)
+        if rest or not times:
+            raise InputError(
+                f"model.ffn: {names}: {group.experts} experts for {group.name} are no multiple of the seed's "
+                f"{source.experts}; use {max(times, 1) * source.experts}"
+            )
+        gate = Fraction(1, 2) if source.experts == 1 < group.experts else 1
+        share = group.capacity(config.model.capacity) * times * gate
+        copied[group.name] = Copied(source.name, times, float(source.capacity(seed.model.capacity) / share))
+    return copied
+
+
+def grown_state(
+    program: Program, params: Any, moments: Any, copied: dict[str, Copied], perturb: float, perturb_seed: int
+) -> TrainState:
+    """The state that the new run begins with, born with its shardings.
+
+    Args:
+      program: the new run's. params: the seed's. moments: the seed's optimizer state; None: a fresh one.
+    """
+    routing_state = first_routing_state(program.config, None)
+
+    def make(old, old_moments):
+        fresh = sharding.unboxed(init_params(program, routing_state))
+        params = grown(old, fresh, copied, lambda own, down: own.scale if down else 1.0)
+        params = perturbed(params, copied, perturb, perturb_seed)
+        opt_state = program.optimizer.transformation.init(params)
+        if old_moments is not None:
+            opt_state = _tiled(opt_state, old_moments, copied)
+        return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program, routing_state))
+    return jax.jit(make, out_shardings=shardings)(params, moments)
+
+
+def grown(old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copied, bool], float]) -> Any:
+    """Parameters, or their moments, of the new model from those of the seed.
+
+    Args:
+      fresh: a tree of the new model; auxiliary routers stay what they are in it.
+      scale: (group, whether it is a down-projection) -> factor of its experts' and their router's arrays.
+    """
+
+    def experts(old, name, weights):
+        if name.endswith(SUFFIX) or name == "shared":
+            return weights if name != "shared" else old[name]
+        own = copied[name]
+        return {weight: array(old[own.source].get(weight), weight, own, like) for weight, like in weights.items()}
+
+    def array(given, weight, own, like):
+        if given is None:  # a router where there was none
+            return jnp.zeros_like(like)
+        axis = -1 if weight.startswith("router") else -3
+        return scale(own, weight.startswith("down")) * jnp.repeat(given, own.times, axis=axis)
+
+    result = {}
+    for name, part in fresh.items():
+        if name == "ffn":
+            result[name] = {group: experts(old[name], group, weights) for group, weights in part.items()}
+        elif isinstance(part, dict):  # auxiliary routers are also those of mixture of depths
+            result[name] = part if name.endswith(SUFFIX) else grown(old[name], part, copied, scale)
+        else:
+            result[name] = old[name]
+    return result
+
+
+def perturbed(params: Any, copied: dict[str, Copied], perturb: float, seed: int) -> Any:
+    """Normal noise of `perturb` standard deviations of each matrix on the experts of groups with several copies."""
+    if not perturb:
+        return params
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+
+    def one(number, path, weight):
+        names = [entry.key for entry in path]
+        copies = "ffn" in names and names[-2] in copied and copied[names[-2]].times > 1
+        if not copies or names[-1].startswith("router"):
+            return weight
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), weight.shape, weight.dtype)
+        return weight + perturb * weight.std(axis=(-2, -1), keepdims=True) * noise
+
+    return jax.tree.unflatten(tree, [one(number, path, weight) for number, (path, weight) in enumerate(leaves)])
+
+
+def _tiled(fresh: Any, old: Any, copied: dict[str, Copied]) -> Any:
+    """The optimizer's state with the seed's moments and their count.
+
+    The gradient of a copy is 1/times of the expert's, that of its scaled down-projection 1/(times * scale), means over
+    tokens; first moments are scaled by that factor, second ones by its square.
+    """
+
+    def factor(power):
+        return lambda own, down: (1.0 / (own.times * (own.scale if down else 1.0))) ** power
+
+    (adam,) = (part for part in old if isinstance(part, optax.ScaleByAdamState))
+
+    def one(part):
+        if not isinstance(part, optax.ScaleByAdamState):
+            return part
+        mu, nu = (grown(a, b, copied, factor(power)) for power, a, b in ((1, adam.mu, part.mu), (2, adam.nu, part.nu)))
+        return part._replace(count=adam.count, mu=mu, nu=nu)
+
+    return tuple(one(part) for part in fresh)

@@ -1,0 +1,93 @@
+"""A converted Chameleon computes what transformers computes, under both norm placements; and goes back as it came."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="the extra [convert] is not installed")
+torch = pytest.importorskip("torch", reason="the extra [reference] is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra [reference] is not installed")
+import chameleons  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from moma_jax.convert import from_chameleon, to_chameleon  # noqa: E402
+from moma_jax.training.load import load  # noqa: E402
+
+VISION = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 1, "resolution": 4}
+
+
+def chameleon(swin: bool):
+    """A tiny one; norms, scales and biases are random too."""
+    vision = {**VISION, "num_embeddings": chameleons.CODES, "channel_multiplier": [1, 1]}
+    changed = {"swin_norm": swin, "vq_config": vision, "pad_token_id": None}
+    settings = {k: v for k, v in chameleons.described(**changed).items() if k not in ("architectures", "model_type")}
+    settings |= {
+        "dtype": "float32",
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.pop("rope_theta")},
+    }
+    torch.manual_seed(0)
+    model = transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(parameter + 0.3 * noise if "norm" in name else noise / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def tokens() -> np.ndarray:
+    """Two rows: text with a picture inside; a picture, then text. int32 (2, 12)."""
+    ids, begin, end = chameleons.code_ids(), chameleons.BEGIN_IMAGE, chameleons.END_IMAGE
+    first = [begin, *(ids[code] for code in (3, 11, 0, 7)), end]
+    second = [begin, *(ids[code] for code in (6, 5, 5, 9)), end]
+    text = [chameleons.BYTES + n for n in (70, 3, 200, 41, 120)]
+    return np.array([[0, *text[:3], *first, text[3], 2], [0, *second, *text]], np.int32)
+
+
+def reference_logits(model, token_BS) -> np.ndarray:
+    """Logits without the minimum that transformers sets those of image codes to."""
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor(token_BS, dtype=torch.long)).last_hidden_state
+        return model.lm_head(hidden).numpy()
+
+
+def our_logits(run, token_BS) -> np.ndarray:
+    loaded = load(str(run))
+    group = loaded.config.data.group_rows
+    token_BS = np.tile(token_BS, (group // len(token_BS), 1))
+    position_BS = np.broadcast_to(np.arange(token_BS.shape[1]), token_BS.shape)
+    output = loaded.decoder.apply(
+        {"params": loaded.params},
+        jnp.asarray(token_BS),
+        jnp.ones_like(token_BS),
+        jnp.asarray(position_BS),
+        jnp.asarray(loaded.vocabulary.modality_V.astype(np.int32)[token_BS]),
+        key=jax.random.key(0),
+        routing_state=loaded.routing_state,
+    )
+    return np.asarray(output.hidden_BSD @ loaded.params["unembedding"]["kernel_DV"])
+
+
+@pytest.mark.parametrize("swin", [False, True], ids=["pre", "swin"])
+def test_logits_are_those_of_transformers(swin, tmp_path):
+    model, token_BS = chameleon(swin), tokens()
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    (tmp_path / "source" / "tokenizer.json").write_text(chameleons.tokenizer().to_str())
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
+    from_chameleon(str(tmp_path / "source"), str(tmp_path / "run"), quiet=True)
+    wanted_BSV = reference_logits(model, token_BS)
+    found_BSV = our_logits(tmp_path / "run", token_BS)[: len(token_BS)]
+    assert wanted_BSV.std() > 0.3
+    np.testing.assert_allclose(found_BSV, wanted_BSV, atol=1e-4, rtol=0)
+    loaded = load(str(tmp_path / "run"))
+    assert loaded.config.model.norm == ("swin" if swin else "pre")
+    code_ids = loaded.vocabulary.modalities[1].code_ids.tolist()
+    assert dict(enumerate(code_ids)) == model.model.vocabulary_mapping.img2bpe
+
+    to_chameleon(str(tmp_path / "run"), str(tmp_path / "back"), like=str(tmp_path / "source"), quiet=True)
+    again, info = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    np.testing.assert_array_equal(reference_logits(again.eval(), token_BS), wanted_BSV)
