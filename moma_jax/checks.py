@@ -177,6 +177,11 @@ def _check_depth(config: Config) -> None:
         f"model.layers: {model.layers} layers do not pair up, and {model.ffn} skips every second one; use "
         f"{model.layers + 1}",
     )
+    for m in config.data.modalities:
+        require(
+            not m.name.startswith("depth"),
+            f"data.modalities: {m.name} begins like the routers of {model.ffn}, depth_...; give it another name",
+        )
     least = min(sequence, *config.quotas) if model.depth_by == "modality" else sequence
     require(
         math.floor(share * least) >= 1,

@@ -124,7 +124,7 @@ def parameter_count(config: Config) -> dict[str, int]:
         "active": active + embedding,
         "active_non_embedding": active,
         "embedding": embedding,
-        "auxiliary": sum(times * (d * (d // 2) + d // 2 * e) for times, e in _predictors(config)),
+        "auxiliary": sum(own.number * (d * (d // 2) + d // 2 * own.columns) for own in _predictors(config)),
     }
 
 
@@ -134,13 +134,24 @@ def _entered_layers(config: Config) -> Fraction:
     return Fraction(layers) if not config.depth else layers // 2 * (1 + depth_share(config.model))
 
 
-def _predictors(config: Config) -> list[tuple[int, int]]:
-    """(layers, columns) of each auxiliary router in training."""
+class _Predictor(NamedTuple):
+    """An auxiliary router in training: layers that have it, its columns, and the times that a position meets it."""
+
+    number: int
+    columns: int
+    met: Fraction
+
+
+def _predictors(config: Config) -> list[_Predictor]:
+    """The auxiliary routers in training; those of experts see the slots of a layer that some tokens enter."""
     if not config.model.auxiliary:
         return []
-    layers = config.model.layers
-    of_experts = [(layers, g.experts) for g in config.experts.groups if g.routed]
-    return of_experts + [(layers // 2, g.experts) for g in config.depth]
+    layers, sequence = config.model.layers, config.data.sequence
+    met, pairs = Fraction(layers), layers // 2
+    if config.depth:
+        met = pairs * (1 + Fraction(depth_slots(config.model, sequence), sequence))
+    of_experts = [_Predictor(layers, g.experts, met) for g in config.experts.groups if g.routed]
+    return of_experts + [_Predictor(pairs, g.experts, Fraction(pairs)) for g in config.depth]
 
 
 def _router_width(group: ExpertGroup) -> int:
@@ -192,11 +203,11 @@ def _executed_layers(config: Config, number: int, sequence: int, quotas: tuple[i
     return _Layers(number, share, Fraction(slots, config.group_tokens), share * sum(map(_router_width, layout.groups)))
 
 
-def _auxiliary_flops(config: Config) -> int:
+def _auxiliary_flops(config: Config) -> Fraction:
     """FLOPs of the auxiliary routers at one position, forward and backward; nothing flows back to what they read."""
     d, inner = config.model.width, config.model.width // 2
     first, second = 2 * d * inner, 2 * inner
-    return sum(times * (2 * first + 3 * second * experts) for times, experts in _predictors(config))
+    return sum((own.met * (2 * first + 3 * second * own.columns) for own in _predictors(config)), Fraction(0))
 
 
 def group_slots(
@@ -269,7 +280,7 @@ def activation_bytes(config: Config) -> int:
     products = 6 * d + slots * (2 * hidden + d)
     weights = FLOAT32 * model.heads * data.sequence if data.sequence <= model.attention_chunk else 0
     one_chunk = FLOAT32 * model.heads * min(model.attention_chunk, data.sequence)
-    predictors = sum(times for times, _ in _predictors(config)) / layers
+    predictors = sum(own.met for own in _predictors(config)) / layers
     inner = FLOAT32 * (d // 2) * predictors  # of auxiliary routers; kept before and after SiLU
     everything = width * (products + 9 * d) + weights + 2 * inner
     per_layer = {"full": width * d, "dots": width * products + inner, "none": everything}[model.remat]

@@ -207,6 +207,17 @@ def test_generate_counts_the_bytes_of_a_step(generated):
     assert generated["rows"][4]["dense"]["bytes_per_step"] == 4 * (weights + cache)
 
 
+def test_generate_measures_mixture_of_depths():
+    config = tiny(model_layers=4)
+    figures = bench.bench_generate(config, ("mod+dense", "mod+2t2i"), batch=(2,), prompt=8, tokens=6, repeats=1)
+    dense, routed = figures["rows"][2].values()
+    assert 0.5 < dense["experts_per_token"] < 1 and 0.1 < routed["experts_per_token"] < 1.4
+    d, hidden = config.model.width, config.model.hidden
+    layer, whole = 4 * d * d + 4 * d + 2 * d + 3 * d * hidden, 2 * (8 + 6 // 2) * 2 * d
+    least = 4 * (d + d * config.vocabulary_size + 2 * (layer + whole + 2 * d))
+    assert least < dense["bytes_per_step"] < least + 4 * 2 * (layer + whole)
+
+
 @pytest.mark.parametrize("name", ["prompt", "tokens", "repeats", "batch"])
 def test_generate_refuses_numbers_that_measure_nothing(name):
     value = (1, 0) if name == "batch" else 0

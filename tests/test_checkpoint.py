@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 
 import jax
@@ -116,6 +117,17 @@ def test_parameters_alone_are_read_and_compared(opened):
     other = target | {"kernel_DV": jax.ShapeDtypeStruct((4, 9), jnp.float32)}
     with pytest.raises(InputError, match="init_from.*kernel_DV"):
         checkpoints.restore_params(1, other)
+
+
+def test_files_that_are_cut_off_are_said_in_a_line(opened, tmp_path):
+    checkpoints = opened(keep_last=2, write=True)
+    checkpoints.save(state_at(1), saved_at(1))
+    checkpoints.wait()
+    state = tmp_path / "checkpoints" / "1" / "state"
+    os.truncate(state / "_METADATA", 100)
+    with pytest.raises(InputError, match=r"checkpoints/1: damaged \(.*\); move it away") as error:
+        opened().restore_params(1, target_of(state_at(1).params))
+    assert "\n" not in str(error.value)
 
 
 def test_restores_onto_another_sharding(opened):

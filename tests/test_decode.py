@@ -116,6 +116,33 @@ def test_a_rewound_row_forgets():
     assert cache.length_B.tolist() == [7]
 
 
+def test_a_rewound_row_forgets_layers_that_it_does_not_enter():
+    """Images alone enter the even layers; behind the place to which the row goes back text comes first."""
+    config, params, state = model_of("mod+2t2i")
+    for name, reached in (("depth_text", 1e9), ("depth_image", -1e9)):
+        state[name] |= {"threshold_E": jnp.full_like(state[name]["threshold_E"], reached)}
+    model = config, params, state
+    (text, *_), row = (np.flatnonzero(np.asarray(MODALITY_V) == m)[-8:] for m in (0, 1))
+    extend = functools.partial(
+        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="threshold", routing_state=state
+    )
+    weights = decode.unstack(params, config)
+    _, cache = extend(weights, decode.new_cache(config, 1, SEQUENCE), row[None], np.array([8]))
+    cache = cache._replace(length_B=jnp.array([3]))
+    _, cache = extend(weights, cache, np.array([[text, text]]), np.array([2]))
+    hidden_BQD, _ = extend(weights, cache, row[None, -1:], np.array([1]))
+    expected_BSD, _ = forced(model, "threshold", np.tile([*row[:3], text, text, row[-1], *row], (2, 1)))
+    np.testing.assert_allclose(hidden_BQD[0, 0], expected_BSD[0, 5], atol=TOLERANCE)
+
+
+def test_a_cache_can_be_given_away():
+    """Generation donates it, and no two layers may share a buffer."""
+    cache = decode.new_cache(tiny(model_ffn="mod+2t2i", model_layers=4), 2, SEQUENCE)
+    assert [place is None for place in cache.places] == [False, True] * 2
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
+    assert len(set(buffers)) == len(buffers)
+
+
 def test_logits_are_those_of_the_unembedding():
     config, params, _ = model_of("1t1i")
     hidden_BD = np.random.default_rng(0).normal(size=(3, config.model.width)).astype(np.float32)

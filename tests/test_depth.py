@@ -10,6 +10,8 @@ import numpy as np
 import oracles
 import pytest
 import quick
+from test_cost import product_flops, step_jaxpr
+from test_cost import tiny as sized
 from test_decoder import KEY, MODALITIES, ROWS, SEQUENCE, make, random_params, rows, run
 from tiny import tiny
 
@@ -237,6 +239,27 @@ def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
     params = jax.eval_shape(lambda: create_state(program, first_thresholds(config)).params)
     counted = cost(config)["parameters"]
     assert counted["total"] + counted["auxiliary"] == sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("ffn", "fields"),
+    [
+        ("mod+2t2i", {"auxiliary": True}),
+        ("mod+dense", {"sequence": 50, "depth_capacity": 0.3}),
+        ("mod+2t2i+1x", {"depth_by": "all", "routing": "threshold"}),
+    ],
+)
+def test_executed_flops_are_those_of_the_steps_jaxpr(ffn, fields):
+    config = sized(ffn, **fields)
+    counted = product_flops(step_jaxpr(config)) / config.batch_tokens
+    assert cost(config)["flops_per_token"]["executed"] == pytest.approx(counted, rel=1e-3)
+
+
+def test_no_modality_is_called_like_a_router():
+    modalities = (tiny().data.modalities[0], dataclasses.replace(tiny().data.modalities[1], name="depth_text"))
+    with pytest.raises(InputError, match=r"^data.modalities: depth_text begins like the routers of mod\+2t2i"):
+        tiny(model_ffn="mod+2t2i", data_modalities=modalities)
+    assert tiny(data_modalities=modalities).model.ffn == "2t2i"
 
 
 @pytest.mark.parametrize(

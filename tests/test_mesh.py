@@ -24,7 +24,7 @@ from moma_jax.model.causal import first_thresholds
 from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
 from moma_jax.vocab import contiguous
 
-LAYOUTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "4t4i+1x"]
+LAYOUTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "4t4i+1x", "mod+2t2i"]
 MESHES = {
     "one": {"data": 1},
     "data": {"data": 8},
@@ -41,11 +41,13 @@ STEPS = 20
 
 def config(ffn: str, sizes: dict[str, int]) -> Config:
     """A tiny model whose every axis eight devices divide."""
-    small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=1)
+    layers = 2 if ffn.startswith("mod+") else 1
+    small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=layers)
+    model = dataclasses.replace(small.model, depth_capacity=0.5)
     data = dataclasses.replace(small.data, sequence=8, group_rows=1)
     accumulate = 2 if sizes["data"] == 2 else 1
     train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=accumulate, loss_chunk=24)
-    return dataclasses.replace(small, data=data, train=train, mesh=MeshConfig(**sizes))
+    return dataclasses.replace(small, model=model, data=data, train=train, mesh=MeshConfig(**sizes))
 
 
 def curve(config: Config) -> dict:

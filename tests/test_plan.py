@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import jax
 import pytest
 from planned import small
 
-from moma_jax import recipes
+from moma_jax import recipes, sharding
 from moma_jax.__main__ import main
+from moma_jax.batch import Batch
 from moma_jax.config import MeshConfig
 from moma_jax.cost import cost
 from moma_jax.errors import InputError
-from moma_jax.plan import arithmetic_plan, memory, plan, plan_search, search
+from moma_jax.plan import arithmetic_plan, held, memory, plan, plan_search, search
 from moma_jax.plan.topology import KINDS, topology_of
-from moma_jax.training.step import make_program
+from moma_jax.training.step import abstract_state, first_routing_state, make_program, make_train_step
 from moma_jax.vocab import contiguous
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -240,3 +242,18 @@ def test_the_command_prints_json_and_tables(capsys):
     main(["plan", str(CONFIGS / "paper_90m.py"), "--topology", "h100:8", "--search", "--compiled", "2"])
     printed = capsys.readouterr()
     assert "fits (arithmetic alone)" in printed.out and "there is" in printed.out and "2/2" in printed.err
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ffn", ["4t4i", "mod+4t4i"])
+def test_the_loop_over_the_layers_is_known_by_its_name(ffn):
+    config = dataclasses.replace(small(ffn, MeshConfig(), batch_rows=8), mesh=MeshConfig())
+    program = make_program(config, contiguous(config.data.modalities))
+    state = abstract_state(program, first_routing_state(config, None))
+    batch = Batch(*(jax.ShapeDtypeStruct((8, 384), kind) for kind in ("int32",) * 4 + ("float32",)))
+    with sharding.use_mesh(program.mesh):
+        text = jax.jit(make_train_step(program)).lower(state, batch).as_text(debug_info=True)
+    loops = set(re.findall(r'"([^"]*/while)"', text))
+    assert len([name for name in loops if held.LAYERS.search(name)]) == 1, loops

@@ -133,7 +133,7 @@ ENTRY %main (x: s32[]) -> s32[] {
   %w0 = f32[6,8,128]{2,1,0} broadcast(%x)
   %in = (s32[], f32[6,8,100]{2,1,0:T(8,128)}, bf16[6,8,128]{2,1,0}, f32[6,8,128]{2,1,0}) tuple(%zero, %k0, %b0, %w0)
   %loop = (s32[], f32[6,8,100]{2,1,0:T(8,128)}, bf16[6,8,128]{2,1,0}, f32[6,8,128]{2,1,0}) while(%in), \
-condition=%test, body=%body, metadata={op_name="jit(train_step)/jvp(Decoder)/while"}
+condition=%test, body=%body, metadata={op_name="jit(train_step)/jvp(Decoder)/Decoder.in_layers/while"}
   ROOT %y = s32[] get-tuple-element(%loop), index=0
 }
 """
@@ -378,6 +378,7 @@ ENTRY %main (x: f32[1024], c: pred[]) -> f32[1024] {
         ("jit(train_step)/while/body/closed_call/jvp(Decoder)/while/body/layers/attention/dot_general", "attention"),
         ("jit(train_step)/transpose(jvp(Decoder))/while/body/closed_call/checkpoint/layers/ffn/shard_map", "ffn"),
         ("jit(train_step)/jvp(Decoder)/while", "layers"),
+        ("jit(train_step)/jvp(Decoder)/Decoder.in_pairs/while", "layers"),
         ("jit(train_step)/while/body/closed_call/transpose(jvp(Decoder))/shard_map/scatter-add", "embedding"),
         ("jit(train_step)/while/body/closed_call/jvp()/shard_map/while/body/dot_general", "loss"),
         ("jit(train_step)/sqrt", "optimizer"),

@@ -169,7 +169,9 @@ def test_stages_of_an_upcycled_variant():
             {"variants": (DENSE, Variant("a", {}, upcycled=Upcycled({"run.dir": "b"}, 0.5)))},
             "its seed overrides run.dir",
         ),
+        ({"variants": (DENSE, Variant("a", {}, upcycled={"share": 0.5}))}, "a: upcycled is no Upcycled"),
         ({"dir": None}, "study.dir: name the directory"),
+        ({"dir": 3}, "study.dir: name the directory"),
         ({"base": {}}, "study.base: give a Config"),
     ],
 )
@@ -193,7 +195,8 @@ def test_two_runs_in_one_directory_are_refused():
     [
         (None, "study.py: no such study"),
         ("def study(", "study.py: SyntaxError"),
-        ("x = 1", "study.py: AttributeError"),
+        ("x = 1", "study.py: has no study(); write"),
+        ("raise SystemExit", "study.py: SystemExit"),
         ("def study():\n    return 1", "study.py: study() returned int; return a moma_jax.studies.Study"),
         ("import nowhere", "study.py: ModuleNotFoundError"),
         ("from moma_jax import recipes\ndef study():\n    return recipes.load('no.py')", "study.py: no.py: no such"),
@@ -262,6 +265,8 @@ def test_the_index_of_an_array_job(study_file, monkeypatch, capsys, words, envir
         monkeypatch.setenv(name, value)
     code, out, _ = run(capsys, "study", study_file, *words)
     assert code == 0 and [job.name for job in selected] == expected
+    alone = words == [] and "SLURM_ARRAY_TASK_ID" not in environment and "JOB_COMPLETION_INDEX" in environment
+    assert {job.config.hosts.start for job in selected} == {"off" if alone else "auto"}, "no pod waits for the others"
     assert "of baseline" in out and "1.0000" in out, "the match is printed"
 
 
@@ -270,13 +275,14 @@ def test_the_index_of_an_array_job(study_file, monkeypatch, capsys, words, envir
     [
         (["--index", 4], None, "--index: 4 is no job of this study; give 0 to 3"),
         (["--index", -1], None, "--index: -1 is no job"),
-        ([], "9", "--index: 9 is no job"),
+        ([], "9", "SLURM_ARRAY_TASK_ID: 9 is no job"),
         ([], "x", "SLURM_ARRAY_TASK_ID: 'x' is no number of a run"),
         (["--json"], None, "--json: goes with --list or --report"),
         (["--out", "there"], None, "--out, --add: go with --report alone"),
         (["--list", "--report"], None, "give one of the two"),
         (["--list", "--index", 1], None, "--index: trains one run"),
         (["--report", "--add", "runs/a"], None, "--add: 'runs/a' is not NAME=PATH"),
+        (["--report", "--add", "a=b,"], None, "--add: 'a=b,' is not NAME=PATH or NAME=PATH,PATH"),
         (["--report", "--add", "a=b", "a=c"], None, "--add: two runs have the name a"),
         (["--lits"], None, "--lits: no such option; see moma study --help"),
     ],

@@ -57,14 +57,14 @@ def write_run(path, config, laws, routings=("choice",), shares=1.0, seed=None):
     records = []
     for step in range(1, updates + 1):
         tokens, about = step * PER_UPDATE, {"schema": 1, "step": step, "time": 0.0}
-        before = (step - LOG) * PER_UPDATE * rate
+        before = (step - 1) // LOG * LOG * PER_UPDATE * rate
         total = begun["seed_real_flops"] + tokens * rate
-        if step % LOG == 0:
+        if step % LOG == 0 or step == updates:
             losses = {m: laws[m](begun["seed_real_flops"] + before, total) for m in MEASURES}
             counts = {"tokens": tokens, "tokens_text": tokens // 2, "tokens_image": tokens // 2}
             spent = {"flops": tokens * rate, "wall_seconds": 0.5 * step, "tokens_per_second": 2.0 * PER_UPDATE}
             records.append({**about, "kind": "train", **losses, **counts, **spent})
-        if step % EVAL == 0:
+        if step % EVAL == 0 or step == updates:
             losses = {m: laws[m](total, total) for m in MEASURES}
             for routing in routings:
                 causal = {} if routing == "choice" and len(routings) > 1 else {"perplexity": 1.0}
@@ -360,6 +360,18 @@ BREAKAGES = {
     "another store": (change("config.json", data__stores=[{"path": "x"}]), "data.stores is 1 items and 0 items"),
     "other batches": (change("config.json", train__batch_rows=16), "train.batch_rows is 16 and 8"),
     "other held-out rows": (change("config.json", train__eval_sets=[]), "train.eval_sets is 0 items and 1 items"),
+    "other data of another seed": (
+        change("config.json", data__seed=7, train__seed=7, data__sequence=32),
+        "different data.*data.sequence is 32 and 16",
+    ),
+    "no object": (change("config.json", model=3), "config.json: model is no object"),
+    "no device": (change("summary.json", device="x"), "summary.json: device is no object"),
+    "no number": (change("status.json", step="x"), "status.json: step is 'x', no number of updates"),
+    "last evaluation lost": (
+        metrics(lambda rs: [r for r in rs if r["kind"] == "train" or r["step"] < UPDATES]),
+        r"the records of heldout \(choice\) end at step 380 of 400",
+    ),
+    "last losses lost": (metrics(lambda rs: rs[:-2]), "the records of training end at step 396 of 400"),
     "not JSON": (lambda path: (path / "summary.json").write_text("{"), "summary.json: not JSON"),
     "no metrics": (lambda path: (path / "metrics.jsonl").unlink(), "complete run without training losses"),
     "no summary": (lambda path: (path / "summary.json").unlink(), "complete run without summary.json"),
@@ -383,7 +395,7 @@ def test_what_cannot_be_compared_is_refused(fast, tmp_path, name):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["not JSON", "no metrics", "steps fall", "more FLOPs"])
+@pytest.mark.parametrize("name", ["not JSON", "no metrics", "steps fall", "more FLOPs", "no number"])
 def test_so_it_is_in_a_run_of_the_study(fast, tmp_path, name):
     breakage, message = BREAKAGES[name]
     breakage(Path(fast.dir) / "fast-0")

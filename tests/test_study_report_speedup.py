@@ -79,6 +79,13 @@ def test_shifts_of_seeds_that_both_share_change_nothing():
     assert found.student == pytest.approx((2, 2), rel=1e-3)
 
 
+def test_bounds_have_no_interval():
+    found = speedup([line()] * 2, [line(1000.0), line(900.0)])
+    assert (found.bound, found.bootstrap, found.student) == (">=", None, None)
+    one = speedup([line()] * 2, [line(1000.0), line(0.9)])
+    assert one.bootstrap is one.student is None, "that of one seed is a bound"
+
+
 def test_the_t_interval_is_that_of_the_log():
     found = speedup([line()] * 3, [line(s) for s in SPEEDS])
     assert found.per_seed == pytest.approx(SPEEDS, rel=1e-4)

@@ -21,7 +21,7 @@ from tiny import CACHE, tiny
 import moma_jax
 from moma_jax.config import PrepareConfig
 from moma_jax.errors import InputError, RunError
-from moma_jax.studies import Variant, running
+from moma_jax.studies import Upcycled, Variant, running
 from moma_jax.studies.jobs import jobs, state
 from moma_jax.training.checkpoint import Checkpoints
 from moma_jax.training.loop import use_compilation_cache
@@ -104,6 +104,33 @@ def test_files_that_are_no_run_of_the_study_are_left_alone(copy):
     with pytest.raises(InputError, match="grown-0 holds a run that was not upcycled"):
         say_nothing(copy)
     assert files(copy.dir) == before
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        ({"model.ffn": "3t3i"}, "3t3i -> 2t2i: 2 experts for text are no multiple of the seed's 3"),
+        ({"model.ffn": "1t1i", "model.norm": "pre"}, "grown: the seed has another model"),
+    ],
+)
+def test_a_seed_that_cannot_grow_is_refused_before_it_is_trained(tmp_path, seed, message):
+    grown = dataclasses.replace(GROWN, upcycled=Upcycled(seed, 0.3))
+    with pytest.raises(InputError, match=message):
+        say_nothing(study_of(DENSE, grown, directory=tmp_path / "new", base=BASE, tolerance=0.5))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_upcycled_run_that_another_process_made_meanwhile(copy, monkeypatch):
+    """Both saw a finished seed run; the slower one goes on with what the faster one made."""
+    run_dir = Path(copy.dir) / "grown-0"
+    shutil.move(run_dir, f"{run_dir}-kept")
+
+    def upcycle(*_):
+        shutil.move(f"{run_dir}-kept", run_dir)
+        raise InputError("run.dir: holds ancestry.json; choose a new directory")
+
+    monkeypatch.setattr(running, "_upcycle", upcycle)
+    assert say_nothing(copy, index=1) == {"grown-0": "complete"}
 
 
 def test_a_run_of_another_process_is_left_to_it(copy, capsys):

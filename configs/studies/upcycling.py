@@ -1,11 +1,13 @@
 """Experts that begin as copies (paper section 2.5): 4t4i from scratch, and from a 1t1i seed at 10% and 20% of training.
 
 The seed's FLOPs are part of the budget. As in the paper, Gumbel noise on the router scores lets equal experts part.
+Under pre-norm it also makes gates larger in training than in use (docs/upcycling.md), so one variant goes without it
+("quiet"), where the jitter of ranks alone parts them.
 
 Command:   moma study configs/studies/upcycling.py
            moma study configs/studies/upcycling.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      4, of which dense and 4t4i are those of configs/studies/ffn.py.
+Runs:      5, of which dense and 4t4i are those of configs/studies/ffn.py.
 """
 
 from pathlib import Path
@@ -18,6 +20,7 @@ def study() -> Study:
     """The study."""
     base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
     grown = {"model.ffn": "4t4i", "model.gumbel": True}
+    quiet = {"model.ffn": "4t4i", "model.gumbel": False}
     seed = {"model.ffn": "1t1i", "model.gumbel": False}
     return Study(
         base=base,
@@ -26,6 +29,7 @@ def study() -> Study:
             Variant("4t4i", {"model.ffn": "4t4i"}, match="model.hidden"),
             Variant("4t4i-from-10", grown, match="model.hidden", upcycled=Upcycled(seed, 0.1)),
             Variant("4t4i-from-20", grown, match="model.hidden", upcycled=Upcycled(seed, 0.2)),
+            Variant("4t4i-from-10-quiet", quiet, match="model.hidden", upcycled=Upcycled(seed, 0.1)),
         ),
         seeds=(0,),
         tokens=base.train.tokens,

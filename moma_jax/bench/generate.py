@@ -23,6 +23,7 @@ from moma_jax.model import decode
 from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.causal import ByThreshold, Choice, first_thresholds
 from moma_jax.model.decoder import Decoder
+from moma_jax.model.depth import SELECTED
 from moma_jax.training import step as step_lib
 
 BANDWIDTH_BYTES = 256 << 20
@@ -206,51 +207,81 @@ def _figures(variant: Variant, seconds, rows: int, prompt: int, tokens: int, ban
     """One variant's figures at one number of rows."""
     prefill, decoding = zip(*seconds, strict=True)
     median, spread = summarise(list(decoding))
-    per_token, entered = _experts(variant, rows, prompt, tokens)
-    size = bytes_per_step(variant.config, variant.weights, entered, rows, prompt + tokens // 2)
+    use = _use(variant, rows, prompt, tokens)
+    size = bytes_per_step(variant.config, variant.weights, use, rows, prompt + tokens // 2)
     return {
         "prefill_tokens_per_second": rows * prompt / statistics.median(prefill),
         "decode_tokens_per_second": rows * tokens / median,
         "spread": spread,
-        "experts_per_token": per_token,
+        "experts_per_token": use.per_token,
         "bytes_per_step": size,
         "bandwidth_share": size / (median / tokens) / bandwidth,
     }
 
 
-def _experts(variant: Variant, rows: int, prompt: int, tokens: int) -> tuple[float, dict[str, float]]:
-    """Experts that a written token enters, shared ones apart; and, by group, those that any row enters in one layer."""
+class Use(NamedTuple):
+    """How much of the model written tokens need, means over layers.
+
+    Attributes:
+      per_token: experts that a token enters, shared ones apart. experts: by group, those that any row enters.
+      tokens, steps: share of tokens, and of steps in which any row's does, that enter a layer of mixture of depths.
+    """
+
+    per_token: float
+    experts: dict[str, float]
+    tokens: float = 1.0
+    steps: float = 1.0
+
+
+def _use(variant: Variant, rows: int, prompt: int, tokens: int) -> Use:
+    """The use that is made of a variant while it writes."""
     config = variant.config
     written, _ = _written(variant, rows, prompt, tokens)
     token_BS = np.concatenate([_random_rows(config, rows, prompt, seed=2), written], axis=1)
-    decoder = _decoder(config, token_BS.shape, ByThreshold(rows))
-    asked = {"return_selections": True}
-    output = _apply(config, decoder, variant.params, token_BS, variant.routing_state, **asked)
+    decoder = _decoder(config, token_BS.shape, ByThreshold(rows)).clone(select_depth=ByThreshold(1), filled_only=True)
+    output = _apply(config, decoder, variant.params, token_BS, variant.routing_state, return_selections=True)
+    taken = {
+        name: np.asarray(
+            jax.vmap(jax.vmap(lambda s: taken_pairs(s, token_BS.size)))(selection)[:, 0]  # one routing group
+        ).reshape(-1, *token_BS.shape, selection.index_EC.shape[2])
+        for name, selection in output.selections.items()
+        if name != SELECTED
+    }
+    enters_LBS = np.ones((config.model.layers, *token_BS.shape), bool)
+    if config.depth:
+        index_PBS, _, filled_PBS = (np.asarray(x)[:, :, 0] for x in output.selections[SELECTED])
+        np.put_along_axis(enters_LBS[::2], index_PBS, filled_PBS, axis=2)
+        taken = {group.name: _of_layers(taken, group.name, index_PBS) for group in config.experts.groups if taken}
     if config.experts.dense:
-        return 1.0, {group.name: 1.0 for group in config.experts.groups}
-    per_token, entered = 0.0, {}
-    for name, selection in output.selections.items():
-        pairs = jax.vmap(jax.vmap(lambda s: taken_pairs(s, token_BS.size)))(selection)[:, 0]  # one routing group
-        taken_LBNE = np.asarray(pairs).reshape(config.model.layers, *token_BS.shape, -1)[:, :, prompt:]
-        per_token += taken_LBNE.sum(-1).mean()
-        entered[name] = float(taken_LBNE.any(axis=1).sum(-1).mean())
-    return float(per_token), entered
+        taken = {group.name: enters_LBS[..., None] for group in config.experts.groups}
+    taken = {name: taken_LBSE[:, :, prompt:] for name, taken_LBSE in taken.items()}
+    per_token = float(sum(taken_LBNE.sum(-1).mean() for taken_LBNE in taken.values()))
+    experts = {name: float(taken_LBNE.any(axis=1).sum(-1).mean()) for name, taken_LBNE in taken.items()}
+    skipped_PBN = enters_LBS[::2, :, prompt:]
+    return Use(per_token, experts, float(skipped_PBN.mean()), float(skipped_PBN.any(axis=1).mean()))
 
 
-def bytes_per_step(config: Config, weights: Any, entered: dict[str, float], rows: int, position: int) -> int:
-    """Bytes that decoding one token of every row has to read, at a mean `position`; embeddings are looked up.
+def _of_layers(taken: dict[str, np.ndarray], group: str, index_PBS) -> np.ndarray:
+    """Of mixture of depths: what a group took, layer by layer; even layers took by the order of who entered."""
+    even, odd = taken[f"even/{group}"], taken[f"odd/{group}"]
+    placed = np.zeros_like(even)
+    np.put_along_axis(placed, index_PBS[..., None], even, axis=2)
+    return np.stack([placed, odd], axis=1).reshape(-1, *odd.shape[1:])
 
-    Args:
-      entered: by group of experts, how many of them are entered in one layer, on average.
-    """
+
+def bytes_per_step(config: Config, weights: Any, use: Use, rows: int, position: int) -> int:
+    """Bytes that decoding one token of every row has to read, at a mean `position`; embeddings are looked up."""
 
     def size(tree) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     total = size((weights["unembedding_DV"], weights["final_norm_D"]))
+    cache = rows * position * 2 * config.model.width * weights["embedding_VD"].dtype.itemsize
     for layer in weights["layers"]:
-        ffn = layer["ffn"]
-        total += size(layer) - sum(size(own["experts"]) for own in ffn.values())
-        total += sum(entered.get(name, 1.0) * size(own["experts"][0]) for name, own in ffn.items())
-    item = weights["embedding_VD"].dtype.itemsize
-    return int(total + rows * position * 2 * config.model.layers * config.model.width * item)
+        ffn, depth = layer["ffn"], size(layer["depth"])
+        kept, read = (use.tokens, use.steps) if layer["depth"] else (1.0, 1.0)
+        always = size(layer) - depth - sum(size(own["experts"]) for own in ffn.values())
+        shared = sum(size(own["experts"][0]) for name, own in ffn.items() if name not in use.experts)
+        total += depth + read * (always + shared + kept * cache)
+        total += sum(number * size(ffn[name]["experts"][0]) for name, number in use.experts.items())
+    return int(total)

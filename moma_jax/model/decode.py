@@ -52,8 +52,11 @@ def new_cache(config: Config, rows: int, positions: int) -> Cache:
     keys, values = (
         tuple(jnp.zeros(shape, compute_dtype(model)) for _ in range(model.layers)) for _ in ("keys", "values")
     )
-    nobody = jnp.full((rows, positions), NOWHERE, jnp.int32)
-    places = tuple(nobody if config.depth and number % 2 == 0 else None for number in range(model.layers))
+    # An array for each layer: a cache is donated, and no buffer can be given away twice.
+    skipped = range(0, model.layers, 2) if config.depth else ()
+    places = tuple(
+        jnp.full((rows, positions), NOWHERE, jnp.int32) if number in skipped else None for number in range(model.layers)
+    )
     return Cache(keys, values, places, jnp.zeros(rows, jnp.int32))
 
 
@@ -133,12 +136,13 @@ def extend(
     x_BQD = weights["embedding_VD"][token_BQ]
     memories = []
     for number, layer in enumerate(weights["layers"]):
-        thresholds = _of_layer(routing_state, number) if routing == "threshold" else {}
+        thresholds = _of_layer(routing_state, number, config) if routing == "threshold" else {}
         rule = _Rule(groups, routing, thresholds)
-        memory = (cache.keys[number], cache.values[number], cache.places[number])
+        places = _remembered(cache.places[number], cache.length_B)
+        memory = (cache.keys[number], cache.values[number], places)
 
         def through(x_BQD, enters_BQ, memory, layer=layer, rule=rule):
-            tokens = _Tokens(position_BQ, jnp.where(enters_BQ, modality_BQ, -1), cache.length_B, angles)
+            tokens = _Tokens(position_BQ, jnp.where(enters_BQ, modality_BQ, -1), angles)
             return _layer(x_BQD, tokens, memory, layer, rule, model)
 
         if layer["depth"]:
@@ -159,19 +163,23 @@ class _Rule(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """What a layer knows of new tokens: position in the row, modality (-1: not to be computed), tokens that each row
-    had before, rotary angles."""
+    """What a layer knows of new tokens: position in the row, modality (-1: not to be computed), rotary angles."""
 
     position_BQ: Any
     modality_BQ: Any
-    length_B: Any
     angles: Any
 
 
-def _of_layer(routing_state: Any, number: int) -> Any:
+def _of_layer(routing_state: Any, number: int, config: Config) -> Any:
     """The part of layer `number`; that of mixture of depths is stacked over every second layer."""
-    index = {name: number // 2 if name.startswith("depth_") else number for name in routing_state}
+    pairs = {group.name for group in config.depth}
+    index = {name: number // 2 if name in pairs else number for name in routing_state}
     return {name: jax.tree.map(lambda x_L, n=index[name]: x_L[n], own) for name, own in routing_state.items()}
+
+
+def _remembered(place_BP, length_B):
+    """The places of keys without those that a rewound row forgot; also where no token enters the layer now."""
+    return None if place_BP is None else jnp.where(place_BP < length_B[:, None], place_BP, NOWHERE)
 
 
 def _enter(x_BQD, modality_BQ, memory, routers: dict[str, Experts], rule: _Rule, through):
@@ -225,7 +233,6 @@ def _attend(x_BQD, weights, memory, tokens: _Tokens, epsilon):
     if place_BP is None:
         slot_BQ, seen_BP = tokens.position_BQ, jnp.broadcast_to(jnp.arange(positions), (rows, positions))
     else:
-        place_BP = jnp.where(place_BP < tokens.length_B[:, None], place_BP, NOWHERE)  # what a rewound row forgot
         held_B1 = (place_BP != NOWHERE).sum(axis=1, dtype=jnp.int32)[:, None]
         slot_BQ = held_B1 + jnp.cumsum(enters_BQ, axis=1, dtype=jnp.int32) - 1
     slot_BQ = jnp.where(enters_BQ, slot_BQ, positions)  # beyond the end: dropped

@@ -245,7 +245,7 @@ def part_of(op_name: str) -> str:
         if text in op_name:
             return part
     if "Decoder" in op_name:
-        return "layers" if re.search(r"Decoder\)+/while", op_name) else "embedding"
+        return "layers" if re.search(r"Decoder\)+/(Decoder\.in_\w+/)?while", op_name) else "embedding"
     return "optimizer"
 
 

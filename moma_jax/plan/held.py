@@ -11,6 +11,9 @@ from moma_jax.cost import FLOAT32
 from moma_jax.plan.compile import Compiled, needed_bytes
 from moma_jax.plan.hlo import Module
 
+LAYERS = re.compile(r"/jvp\(\w+\)/(?:\w+\.in_(?:layers|pairs)/)?while$")
+"""How the loop of the forward pass over the layers, or pairs of them, is called: by the decoder and its method."""
+
 
 def state_bytes(state: Any) -> dict[str, int]:
     """Bytes of one device of "parameters" and "optimizer", from an abstract TrainState with shardings."""
@@ -44,7 +47,7 @@ def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dic
         return {**result, "activations": None, "temporaries": None, "total": total}
     memory = compiled.memory
     result |= {
-        "activations": kept_bytes(module, config.model.layers),
+        "activations": kept_bytes(module, config.model.layers // 2 if config.depth else config.model.layers),
         "batch": memory.argument_size_in_bytes - sum(state.values()),
         "code": memory.generated_code_size_in_bytes,
     }
@@ -54,14 +57,14 @@ def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dic
     return {**result, "temporaries": max(0, total - sum(size or 0 for size in result.values())), "total": total}
 
 
-def kept_bytes(module: Module, layers: int) -> int | None:
-    """Bytes of HBM that the forward pass over the layers keeps: what its loop writes and stacks by layer.
+def kept_bytes(module: Module, trips: int) -> int | None:
+    """Bytes of HBM that the forward pass over the layers keeps: what its loop writes and stacks, turn by turn.
 
-    None where there is no such loop.
+    A turn is a layer, or two of them with mixture of depths. None where there is no loop of so many turns.
     """
     total = None
     for computation, loop in module.loops():
-        if not re.search(r"/jvp\(\w+\)/while$", loop.op_name) or module.trips(computation, loop) != layers:
+        if not LAYERS.search(loop.op_name) or module.trips(computation, loop) != trips:
             continue
         total = total or 0
         body = module.computations[loop.called("body")]
@@ -69,6 +72,6 @@ def kept_bytes(module: Module, layers: int) -> int | None:
         for name, array in zip(body.by_name[body.root].operands, loop.arrays, strict=True):
             element = body.by_name[name]
             handed_on = element.opcode == "get-tuple-element" and element.operands[0] == carried
-            if array.in_hbm and array.shape[:1] == (layers,) and not handed_on:
+            if array.in_hbm and array.shape[:1] == (trips,) and not handed_on:
                 total += array.padded_bytes
     return total

@@ -31,7 +31,8 @@ class StudyOptions:
     study: tyro.conf.Positional[str]
     """Study file, with `def study() -> Study`."""
     index: int | None = None
-    """Train this run alone, numbered from 0 as --list does; SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX where None."""
+    """Train this run alone, numbered from 0 as --list does; SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX where None. The
+    tasks of such an array are then runs of their own; say it where they are the hosts of one run."""
     list: bool = False
     """Print how variants are matched, and the runs with their states; train nothing."""
     json: bool = False
@@ -41,7 +42,8 @@ class StudyOptions:
     out: str | None = None
     """With --report: its directory; report-STUDY beside the runs where None."""
     add: tuple[str, ...] = ()
-    """With --report: run directories made elsewhere, each as NAME=PATH."""
+    """With --report: run directories made elsewhere, each as NAME=PATH; several seeds of one name as
+    NAME=PATH,PATH."""
     dir: str | None = None
     """Directory of the runs, instead of the study's own."""
 
@@ -55,12 +57,16 @@ def run(words: list[str]) -> None:
         study = dataclasses.replace(study, dir=options.dir)
     if options.report:
         return _report(study, options)
+    variable = _index_variable() if options.index is None and not options.list else None
+    if variable == "JOB_COMPLETION_INDEX":  # which else says that the pods of a Job are the hosts of one run
+        alone = dataclasses.replace(study.base.hosts, start="off")
+        study = dataclasses.replace(study, base=dataclasses.replace(study.base, hosts=alone))
     matched = match_variants(study)
     found = jobs(study, matched)
     if options.list:
         states = [{"index": n, "name": j.name, "dir": j.config.run.dir, **state(j)} for n, j in enumerate(found)]
         return _print_list({"match": match_rows(matched), "jobs": states}, options.json)
-    selected = chosen(found, _index() if options.index is None else options.index)
+    selected = chosen(found, _index(variable) if variable else options.index, variable or "--index")
     _print_match(match_rows(matched))
     from moma_jax.studies.running import run_jobs
 
@@ -77,13 +83,16 @@ def _check(options: StudyOptions) -> None:
     require(options.report or (options.out is None and not options.add), "--out, --add: go with --report alone")
 
 
-def _index() -> int | None:
-    """The number of this task where it is one of an array job."""
-    for name in INDEX_VARIABLES:
-        if text := os.environ.get(name):
-            require(text.isascii() and text.isdigit(), f"{name}: {text!r} is no number of a run; give --index")
-            return int(text)
-    return None
+def _index_variable() -> str | None:
+    """Which variable says what task of an array job this is."""
+    return next((name for name in INDEX_VARIABLES if os.environ.get(name)), None)
+
+
+def _index(variable: str) -> int:
+    """The number of this task."""
+    text = os.environ[variable]
+    require(text.isascii() and text.isdigit(), f"{variable}: {text!r} is no number of a run; give --index")
+    return int(text)
 
 
 def _report(study: Study, options: StudyOptions) -> None:
@@ -93,7 +102,10 @@ def _report(study: Study, options: StudyOptions) -> None:
     added = {}
     for word in options.add:
         name, _, path = word.partition("=")
-        require(name and path, f"--add: {word!r} is not NAME=PATH, such as 4t4i=runs/elsewhere")
+        require(
+            name and all(path.split(",")),
+            f"--add: {word!r} is not NAME=PATH or NAME=PATH,PATH, such as outside=runs/elsewhere",
+        )
         require(name not in added, f"--add: two runs have the name {name}; rename one")
         added[name] = path
     out = options.out or f"{study.dir.rstrip('/')}/report-{Path(options.study).stem}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moma_jax.errors import InputError
-from moma_jax.studies.jobs import trained_elsewhere
+from moma_jax.studies.jobs import read_status, trained_elsewhere
 from moma_jax.training.journal import METRICS, SCHEMA, records_of
 from moma_jax.training.run_dir import RunDir
 
@@ -127,7 +127,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
       InputError: a file is damaged or of another format, or a complete run has no records.
     """
     home = RunDir(path)
-    status, config, summary = (home.read_json(f"{n}.json") or {} for n in ("status", "config", "summary"))
+    status, config, summary = read_status(path), *(_of_objects(home, *n) for n in OBJECTS.items())
     start, records = _start(home), _records(home)
     train = [r for r in records if r["kind"] == "train"]
     curves = _curves(records, start, config.get("model", {}).get("routing", "choice"))
@@ -138,6 +138,8 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
     if state == "complete" and not (trained and summary):
         lost = "summary.json" if trained else f"training losses in {METRICS}"
         raise InputError(f"{path}: a complete run without {lost}; restore the file")
+    if state == "complete":
+        _require_whole(path, curves, start.step + status["total"] if "total" in status else None)
     speeds = [r["tokens_per_second"] for r in train if r.get("tokens_per_second") is not None]
     return Run(
         variant=variant,
@@ -171,6 +173,33 @@ def smoothed(curve: Curve, start: float = 0.0) -> Curve:
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
+
+OBJECTS = {
+    "config.json": ("model", "data", "optimizer", "train"),
+    "summary.json": ("device", "versions"),
+}
+"""Parts of a run's files that are objects."""
+
+
+def _of_objects(home: RunDir, file: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The content of a file, empty without one; InputError where a part of it is no object."""
+    content = home.read_json(file) or {}
+    if wrong := [name for name in names if not isinstance(content.get(name, {}), dict)]:
+        raise InputError(f"{home.path}/{file}: {wrong[0]} is no object; restore the file, it is damaged")
+    return content
+
+
+def _require_whole(path: str, curves: dict[Measure, Curve], total: int | None) -> None:
+    """InputError where a complete run's last records are lost: a loss inside the run would pass for its final one."""
+    last = max(curve.step_N[-1] for measure, curve in curves.items() if measure.kind == "train")
+    last = last if total is None else total
+    for measure, curve in curves.items():
+        if curve.step_N[-1] < last:
+            what = f"{measure.eval_set} ({measure.routing})" if measure.kind == "eval" else "training"
+            raise InputError(
+                f"{path}/{METRICS}: the records of {what} end at step {curve.step_N[-1]:.0f} of {last:.0f}, and the "
+                "run is complete; restore the file"
+            )
 
 
 def _records(home: RunDir) -> list[dict[str, Any]]:
@@ -234,5 +263,5 @@ def _curves(records: list[dict[str, Any]], start: Spent, routing: str) -> dict[M
     curves = {}
     for measure, found in points.items():
         step_N, loss_N = np.array(found, np.float64).T
-        curves[measure] = Curve(step_N, *(np.interp(step_N, steps, count) for count in counts), loss_N)
+        curves[measure] = Curve(start.step + step_N, *(np.interp(step_N, steps, count) for count in counts), loss_N)
     return curves

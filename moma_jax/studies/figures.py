@@ -35,6 +35,7 @@ def draw(finished: Finished, size: str, axis: str) -> bytes:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
 
     rows, columns = measured(finished), modalities(finished)
     with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
@@ -47,6 +48,9 @@ def draw(finished: Finished, size: str, axis: str) -> bytes:
             for modality, panel in zip(columns, line, strict=True):
                 _draw_panel(panel, finished, size, axis, loss, modality)
                 panel.set(title=f"{loss.title}: {modality or 'overall'}", xlabel=AXES[axis], xscale="log")
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels of others lie over each other
+                panel.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+                panel.xaxis.set_minor_formatter(NullFormatter())
             line[0].set_ylabel("nats per token")
         panels[0, 0].legend(fontsize=7)
         drawn, content = io.BytesIO(), io.BytesIO()

@@ -85,14 +85,22 @@ def state(job: Job) -> dict[str, Any]:
     """
     done, total, word = 0, sum(map(total_steps, job.runs)), "new"
     for config in job.runs:
-        run = Directory(config.run.dir)
-        status = run.read_json("status.json") or {}
+        status = read_status(config.run.dir)
         done += status.get("step", 0)
         word = status.get("state", word if word == "new" else "stopped")
         word = "stopped" if word == "running" and not trained_elsewhere(config.run.dir) else word
         if word != "complete":
             break
     return {"state": word, "step": done, "total": total}
+
+
+def read_status(path: str) -> dict[str, Any]:
+    """status.json of a run directory, empty without one; InputError where it is damaged."""
+    status = Directory(path).read_json("status.json") or {}
+    for name in ("step", "total"):
+        if type(value := status.get(name, 0)) is not int:
+            raise InputError(f"{path}/status.json: {name} is {value!r}, no number of updates; restore the file")
+    return status
 
 
 def trained_elsewhere(path: str) -> bool:
@@ -112,10 +120,10 @@ def trained_elsewhere(path: str) -> bool:
     return False
 
 
-def chosen(found: list[Job], index: int | None) -> list[Job]:
-    """All jobs, or the one of this number."""
+def chosen(found: list[Job], index: int | None, where: str = "--index") -> list[Job]:
+    """All jobs, or the one of this number, which `where` said."""
     if index is None:
         return found
     if not 0 <= index < len(found):
-        raise InputError(f"--index: {index} is no job of this study; give 0 to {len(found) - 1}, see --list")
+        raise InputError(f"{where}: {index} is no job of this study; give 0 to {len(found) - 1}, see --list")
     return [found[index]]

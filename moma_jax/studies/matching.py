@@ -87,10 +87,13 @@ def _match(study: Study, variant: Variant, size: str, base: Config, baseline: Co
     for stage in matched.stages:
         _require_same_data(stage, baseline, where if stage is config else f"the seed run of {where}", study.baseline)
     share = matched.share_of_baseline
+    remedy = "give the variant match='model.hidden' or 'model.layers'"
+    if variant.match is not None:
+        remedy = "make its seed run cost the same, or raise study.tolerance" if seed_run else "raise study.tolerance"
     require(
         abs(share - 1) <= study.tolerance,
         f"unequal budgets: {where} has {share:.4f} of the FLOPs of {study.baseline}, and the tolerance is "
-        f"{study.tolerance:g}; give the variant match='model.hidden' or 'model.layers'",
+        f"{study.tolerance:g}; {remedy}",
     )
     return matched
 

@@ -59,14 +59,18 @@ HOW_TO_READ = """\
   it ends above that, eta is below 1: the FLOPs with which `{baseline}` reached the variant's final loss over those of
   the variant. Curves are averaged over seeds and made monotone by their running minimum. Training losses are smoothed
   (at every point the mean over the last {percent}% of the FLOPs so far); held-out losses are interpolated, linearly in
-  log FLOPs. `≥` and `≤`: the loss was passed before the first point of the curve.
+  log FLOPs. `≥` and `≤`: the loss was passed before the first point of the curve. Where that is so for a seed or a
+  resample, there is no interval.
 - **Bootstrap**: seeds are drawn with replacement, the same for both, and eta is that of the curves averaged over what
   was drawn; the interval holds from 2.5% to 97.5% of the draws (each possible one with its probability, up to 5 seeds).
-  With few seeds it is too narrow, as it cannot leave the range of what was seen. **t**: of the mean of log eta over the
-  seeds' own etas; with few seeds it is wide. Where an interval holds 1, the order of the two is not decided.
+  With few seeds it is too narrow, as it cannot leave the range of what was seen: variants that are equal in truth have
+  n seeds on one side of 1 once in 2^(n-1) times, and then it leaves 1 out. **t**: of the mean of log eta over the
+  seeds' own etas; with few seeds it is wide. Where it holds 1, the order of the two is not decided by these seeds. Both
+  are about seeds alone: the held-out documents are the same for all, and others would move the etas too.
 - **Baseline itself**: its eta over itself, 1 where its curve falls to the end. More means that it had its final loss
   before: a training loss also follows what the batches hold, in the same places for every variant of a seed, and where
-  that moves a curve as much as training does, an eta of this size is no speed-up. Held-out losses are free of it.
+  that moves a curve as much as training does, an eta of this size is no speed-up, nor one below 1 / this size a loss
+  of speed: the running minimum takes such etas away from 1. They stand in brackets. Held-out losses are free of it.
 - Points inside a run are no finished runs of that length where the learning rate decays to the end: a run that had been
   planned shorter would be lower there. That pulls eta towards 1. The paper's etas are made in the same way.
 - **Wall time** is the runs' own record, compiling, evaluation and repeated work included. Runs that shared a machine
@@ -175,7 +179,8 @@ def _speedups(compared: list[Compared]) -> str:
 def _speedup_row(c: Compared) -> list[str]:
     wall = f"{BOUNDS[c.seconds.bound]}{_factor(c.seconds.eta)}"
     intervals = [_interval(each, _factor) for each in (c.flops.bootstrap, c.flops.student)]
-    value = f"{BOUNDS[c.flops.bound]}**{_factor(c.flops.eta)}**"
+    beyond = max(c.flops.eta, 1 / c.flops.eta) > c.flops.itself  # what the batches alone could make of it
+    value = f"{BOUNDS[c.flops.bound]}" + (f"**{_factor(c.flops.eta)}**" if beyond else f"({_factor(c.flops.eta)})")
     about, itself = [_named(c.size, c.variant), c.modality or "overall"], _factor(c.flops.itself)
     return [*about, value, *intervals, itself, wall, _spread(c.differences, "+"), _listed(c.seeds)]
 

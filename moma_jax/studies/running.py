@@ -59,7 +59,7 @@ def run_jobs(selected: list[Job], *, quiet: bool = False) -> dict[str, str]:
         for config in job.runs:
             _require_same_run(config)
         if job.seed_run is not None:
-            _require_upcycled(job.config)
+            _require_upcycled(job)
     say = View(0, 0, quiet=quiet).say
     outcomes, failures = {}, {}
     with _signals_at_last_steps() as end_if_signalled:
@@ -97,7 +97,11 @@ def _run(job: Job, quiet: bool, end_if_signalled: Callable[[], None]) -> str:
         if job.seed_run is not None and not _begun(job.config):
             train(job.seed_run, quiet=quiet)
             end_if_signalled()
-            _upcycle(job, quiet)
+            try:
+                _upcycle(job, quiet)
+            except InputError:
+                if not _begun(job.config):  # by another process, meanwhile
+                    raise
         jax.clear_caches()  # the programs of the run before
         train(job.config, quiet=quiet)
         end_if_signalled()
@@ -139,11 +143,14 @@ def _require_same_run(config: Config) -> None:
     require_resumable(config, None)
 
 
-def _require_upcycled(config: Config) -> None:
-    """InputError where the directory of an upcycled run holds one that began from nothing."""
-    run = RunDir(config.run.dir)
-    if _begun(config) and run.read_json("ancestry.json") is None:
-        raise InputError(f"study.dir: {config.run.dir} holds a run that was not upcycled; give the study another dir")
+def _require_upcycled(job: Job) -> None:
+    """InputError where the seed run's weights will not do, or the directory holds a run that began from nothing."""
+    from moma_jax.training.upcycle import require_growable
+
+    require_growable(job.seed_run, job.config, f"study.variants: {job.variant}")
+    where = job.config.run.dir
+    if _begun(job.config) and RunDir(where).read_json("ancestry.json") is None:
+        raise InputError(f"study.dir: {where} holds a run that was not upcycled; give the study another dir")
 
 
 def _prepare_stores(selected: list[Job], quiet: bool) -> None:

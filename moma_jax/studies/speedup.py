@@ -36,8 +36,9 @@ class Speedup(NamedTuple):
     Attributes:
       eta: of the curves averaged over seeds.
       bound: "" or which side of the truth it is: ">=" or "<=", where the loss was passed before the first point.
-      bootstrap: percentile interval over resamples of the seeds; None with one seed.
-      student: t-interval of the mean of log eta over seeds; None with one seed.
+      bootstrap: percentile interval over resamples of the seeds; None with one seed, and where eta of a resample is a
+        bound: an interval of bounds would be narrow and mean nothing.
+      student: t-interval of the mean of log eta over seeds; None with one seed, and where a seed's eta is a bound.
       per_seed: eta of each seed's own pair of curves.
       itself: eta of the baseline over itself: 1, or more where it had its final loss before its end. Training losses
         follow what the batches hold too; where that moves them as much as training does, eta says little.
@@ -69,14 +70,18 @@ def speedup(baseline: Sequence[Line], variant: Sequence[Line]) -> Speedup:
     ours, theirs, seeds = _stack(variant), _stack(baseline), len(variant)
     mean = theirs.mean(np.ones(seeds))
     (value, bound), itself = eta(mean, ours.mean(np.ones(seeds))), eta(mean, mean)[0]
-    per_seed = tuple(eta(b, v)[0] for b, v in zip(baseline, variant, strict=True))
+    per_seed, bounds = zip(*(eta(b, v) for b, v in zip(baseline, variant, strict=True)), strict=True)
     if seeds == 1:
         return Speedup(value, bound, None, None, per_seed, itself)
     count_RS, weight_R = resamples(seeds)
-    eta_R = np.array([eta(theirs.mean(count_S), ours.mean(count_S))[0] for count_S in count_RS])
-    bootstrap = tuple(quantile(eta_R, weight_R, q) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    low, high = student_interval(np.log(per_seed))
-    return Speedup(value, bound, bootstrap, (math.exp(low), math.exp(high)), per_seed, itself)
+    eta_R, bound_R = zip(*(eta(theirs.mean(count_S), ours.mean(count_S)) for count_S in count_RS), strict=True)
+    bootstrap = student = None
+    if not any(bound_R):
+        bootstrap = tuple(quantile(np.array(eta_R), weight_R, q) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    if not any(bounds):
+        low, high = student_interval(np.log(per_seed))
+        student = math.exp(low), math.exp(high)
+    return Speedup(value, bound, bootstrap, student, per_seed, itself)
 
 
 def eta(baseline: Line, variant: Line) -> tuple[float, str]:

@@ -95,10 +95,11 @@ def load_study(path: str | Path) -> Study:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        require(hasattr(module, "study"), "has no study(); write `def study() -> Study`")
         study = module.study()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     require(
         isinstance(study, Study),
@@ -113,7 +114,10 @@ def load_study(path: str | Path) -> Study:
 def check_study(study: Study) -> None:
     """Raises InputError for what cannot be meant, whatever the variants cost."""
     require(isinstance(study.base, Config), "study.base: give a Config, such as recipes.load('configs/NAME.py')")
-    require(bool(study.dir), "study.dir: name the directory of the runs, such as runs/first_study")
+    require(
+        bool(study.dir) and isinstance(study.dir, str),
+        "study.dir: name the directory of the runs, such as runs/first_study",
+    )
     given = [name for name in ("flops", "tokens") if getattr(study, name) is not None]
     require(len(given) == 1, f"study.flops: give exactly one of flops and tokens; given: {', '.join(given) or 'none'}")
     budget = getattr(study, given[0])
@@ -159,6 +163,10 @@ def _check_variants(study: Study) -> None:
             f"{where} matches {variant.match!r}; give one of {', '.join(MATCHES)}, or None",
         )
         if variant.upcycled is not None:
+            require(
+                isinstance(variant.upcycled, Upcycled),
+                f"{where}: upcycled is no Upcycled; write Upcycled({{...}}, 0.1)",
+            )
             share = variant.upcycled.share
             require(
                 _number(share) and 0 < share < 1,

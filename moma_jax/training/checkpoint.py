@@ -191,7 +191,7 @@ class Checkpoints:
 
     def _shapes(self, step: int) -> Any:
         """The saved state's tree with shapes and types."""
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.metadata(f"{self.where(step)}/state").item_metadata.tree
 
     def _restore_part(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
@@ -199,8 +199,19 @@ class Checkpoints:
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
         handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight_gb(target))
-        with ocp.Checkpointer(handler) as reader:
+        with self._reading(step), ocp.Checkpointer(handler) as reader:
             return reader.restore(f"{self.where(step)}/state", args=args)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        """What Orbax makes of files that are cut off or gone, as one line."""
+        try:
+            yield
+        except Exception as error:
+            cause = error.__cause__ if type(error) is Exception else error  # for an array Orbax raises a bare one
+            if not isinstance(cause, (AttributeError, KeyError, OSError, ValueError)):
+                raise
+            raise InputError(f"{self.where(step)}: damaged ({first_line(cause)}); move it away") from error
 
     def _compare(self, step: int, target: Any) -> None:
         """InputError where the checkpoint's parameters are not those of `target`."""

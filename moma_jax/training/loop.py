@@ -55,7 +55,8 @@ def train(
 
     Args:
       config: a resolved config (`moma_jax.recipe`).
-      select: a routing function of your own (see model/routing.py); its name goes into the run's record.
+      select: a routing function of your own for experts (see model/routing.py); its name goes into the run's record.
+        Mixture of depths keeps the rule of the config.
       routing_state: its first state, stacked over layers, by group of experts; None where it has none.
       quiet: print nothing.
 

@@ -101,8 +101,8 @@ def upcycle(
     run, seed = RunDir(config.run.dir), _read_seed(seed_run)
     if moments == "tile" and seed.saved.cursor is None:
         raise InputError(f"moments: {seed_run} was never trained and has none to tile; reset them")
-    _require_agreement(seed, config)
-    copied = copied_groups(seed.config, config)
+    copied = require_growable(seed.config, config, seed.run)
+    _require_same_data(seed, config)
     hosts.by_first(lambda: _unfinished(run))
     vocabulary = vocabulary_of(config)
     require_held_out(config)
@@ -207,15 +207,20 @@ def _check_options(config: Config, moments: str, perturb: float, perturb_seed: i
         raise InputError(f"perturb_seed: must be 0 or more, is {perturb_seed}")
 
 
-def _require_agreement(seed: Seed, config: Config) -> None:
-    """InputError where weights or the position in the data cannot be taken over, with every field that differs."""
-    changed = [(line.partition(":")[0], line) for line in differences(seed.config, config)]
+def require_growable(seed: Config, config: Config, where: str) -> dict[str, Copied]:
+    """What `copied_groups` returns; InputError where the model cannot be made of that of the seed, named by `where`."""
+    changed = [(line.partition(":")[0], line) for line in differences(seed, config)]
     wrong = [line for name, line in changed if name.startswith("model.") and name not in MAY_CHANGE]
     if wrong:
-        raise InputError(f"{seed.run}: the seed has another model ({'; '.join(wrong)}); leave these as they are there")
+        raise InputError(f"{where}: the seed has another model ({'; '.join(wrong)}); leave these as they are there")
+    return copied_groups(seed, config)
+
+
+def _require_same_data(seed: Seed, config: Config) -> None:
+    """InputError where the position in the data cannot be taken over, with every field that differs."""
     if seed.saved.cursor is None:  # converted, never trained
         return
-    wrong = [line for name, line in changed if name.startswith("data.")]
+    wrong = [line for line in differences(seed.config, config) if line.startswith("data.")]
     if wrong:
         raise InputError(
             f"{seed.run}: its position in the data is kept, so the data must be the same ({'; '.join(wrong)}); leave "

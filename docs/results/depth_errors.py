@@ -1,0 +1,114 @@
+"""What wrong selections cost a mixture of depths (paper section 2.4): held-out loss as errors are injected.
+
+    python docs/results/depth_errors.py RUN [--rates 0 0.001 0.005 0.01 0.02 0.05] [--json OUT]
+
+A layer's true selection is that of training, which sees the whole row. With a rate of r, each decision of each token at
+each layer is turned over with probability r: a token that should enter passes by, or the reverse. Experts choose as in
+training, so nothing else differs. Beside it: the loss under the causal routings that the run has, and how many of their
+decisions differ from the true ones.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moma_jax import load, sharding
+from moma_jax.errors import InputError
+from moma_jax.model import causal
+from moma_jax.model.auxiliary import taken_pairs
+from moma_jax.model.decoder import Decoder
+from moma_jax.model.routing import expert_choice
+from moma_jax.training import objective
+from moma_jax.training.evaluate import held_out
+from moma_jax.training.step import put, replicate, run_decoder, target_modality
+
+WRONG, ALL = "wrong", "all"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A rule of who enters, whose decisions are held against the true ones.
+
+    Attributes: rule: a select function; None: the true selection. rate: share of its decisions that are turned over.
+    """
+
+    rule: object = None
+    rate: float = 0.0
+
+    def __call__(self, score, eligible_T, quota, state, key):
+        tokens = len(eligible_T)
+        true_TE = taken_pairs(expert_choice(score, eligible_T, quota, None, None)[0], tokens)
+        mine_TE = true_TE
+        if self.rule is not None:
+            mine_TE = taken_pairs(self.rule(score, eligible_T, quota, state, key)[0], tokens)
+        mine_TE ^= jax.random.bernoulli(key, self.rate, mine_TE.shape) & eligible_T[:, None]
+        said = {WRONG: jnp.sum(mine_TE != true_TE) * 1.0, ALL: jnp.sum(eligible_T) * 1.0}
+        return causal.take_passing(mine_TE, score.logit_TE, 1, tokens), state, said
+
+
+def held_out_loss(model, decoder, eval_set):
+    """{"loss", "loss_<modality>", "wrong"}: nats per token, and the share of decisions that are not the true ones."""
+    program = model.program._replace(decoder=decoder)
+    names = [m.name for m in model.config.data.modalities]
+
+    @jax.jit
+    def judge(params, state, batch, first_group):
+        groups = first_group + jnp.arange(batch.token_BS.shape[0] // model.config.data.group_rows)
+        output = run_decoder(program, params, batch, jnp.int32(0), groups, state, False)
+        targets = (batch.target_BS, batch.weight_BS, target_modality(program, batch))
+        kernel_DV, chunk = params["unembedding"]["kernel_DV"], model.config.train.loss_chunk
+        sums = objective.cross_entropy(output.hidden_BSD, kernel_DV, *targets, kinds=len(names), chunk=chunk)[1]
+        return sums, output.losses[WRONG] * len(batch.token_BS), output.losses[ALL] * len(batch.token_BS)
+
+    reports, group = [], 0
+    with sharding.use_mesh(program.mesh):
+        for batch in held_out(model.config, eval_set, sharding.shards(program.mesh)):
+            number = replicate(group, program.mesh)
+            reports.append(judge(model.params, model.routing_state, put(batch, program.mesh, whole=True), number))
+            group += len(batch.token_BS) // model.config.data.group_rows
+    sums, wrong, decisions = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *reports)
+    nats_M, weight_M = sums.cross_entropy_J, sums.weight_J
+    losses = {f"loss_{n}": float(a / w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
+    return {"loss": float(nats_M.sum() / weight_M.sum()), **losses, "wrong": float(wrong / decisions)}
+
+
+def main():
+    """Prints a table; with --json writes it."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("run")
+    options.add_argument("--rates", nargs="+", type=float, default=[0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
+    options.add_argument("--json")
+    given = options.parse_args()
+    model = load(given.run)
+    config = model.config
+    if not config.depth:
+        raise InputError(f"{given.run}: its model has no mixture of depths; give a run of mod+...")
+    everyone = (config.group_tokens,) * len(config.data.modalities)
+
+    def decoder(select, select_depth):
+        rows = config.data.group_rows
+        return Decoder(config.model, config.data.modalities, everyone, rows, select, True, select_depth)
+
+    rows = {f"{rate:.1%} turned over": decoder(expert_choice, Judged(rate=rate)) for rate in given.rates}
+    for routing in [name for name in model.routings if name != "choice"]:
+        mine = Judged(causal.inference_select(routing, 1))
+        rows[f"{routing}, depth alone"] = decoder(expert_choice, mine)
+        rows[f"{routing}, experts too"] = decoder(causal.inference_select(routing, config.data.group_rows), mine)
+    table, names = {}, ["loss", *(f"loss_{m.name}" for m in config.data.modalities), "wrong"]
+    print(f"| decisions | {' | '.join(names)} | above the first row |\n|{'---|' * (len(names) + 2)}")
+    for name, own in rows.items():
+        table[name] = figures = held_out_loss(model, own, config.train.eval_sets[0])
+        first = next(iter(table.values()))["loss"]
+        values = [f"{figures[n]:.2%}" if n == "wrong" else f"{figures[n]:.4f}" for n in names]
+        print(f"| {name} | {' | '.join(values)} | {figures['loss'] / first - 1:+.2%} |", flush=True)
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump(table, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
