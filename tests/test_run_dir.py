@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -13,7 +14,7 @@ import moma_jax
 from moma_jax.config_json import to_json
 from moma_jax.errors import InputError, RunError
 from moma_jax.training.checkpoint import Checkpoints
-from moma_jax.training.run_dir import RunDir
+from moma_jax.training.run_dir import RunDir, command
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,17 @@ def test_another_programs_directory_is_left_alone(tmp_path, contents, message):
     with pytest.raises(InputError, match=message) as error:
         moma_jax.train(tiny(tmp_path), quiet=True)
     assert files(tmp_path) == before and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/env/bin/moma", "moma"),
+        ("/src/moma_jax/__main__.py", "moma"),
+        ("mine.py", "mine.py"),
+        ("/x/__main__.py", "/x/__main__.py"),
+    ],
+)
+def test_the_command_is_what_others_would_type(monkeypatch, program, shown):
+    monkeypatch.setattr(sys, "argv", [program, "train", "a b.py"])
+    assert command() == f"{shown} train 'a b.py'"

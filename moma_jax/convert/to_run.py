@@ -12,9 +12,7 @@ It has no optimizer moments and no data cursor, so it is not trained on in place
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ from moma_jax.data.store import Codecs
 from moma_jax.training.checkpoint import Checkpoints, Saved
 from moma_jax.training.meter import Meter, step_sums
 from moma_jax.training.resume import CONFIG, SUMMARY, select_name
-from moma_jax.training.run_dir import RunDir, commit, versions
+from moma_jax.training.run_dir import RunDir, command, commit, versions
 from moma_jax.training.status import Status
 from moma_jax.training.step import TrainState, first_routing_state
 
@@ -154,8 +152,7 @@ def _write_run(run: RunDir, config: Config, params: Any, codecs: Codecs, folder:
         checkpoints.save(state, Saved(0, None, meta))
         checkpoints.wait()
     about = {name: meta[name] for name in ("select", "commit", "versions")}
-    command = shlex.join(sys.argv)
-    summary = {"steps": 0, "eval": {}, "wall_seconds": 0.0, "converted_from": folder, "command": command, **about}
+    summary = {"steps": 0, "eval": {}, "wall_seconds": 0.0, "converted_from": folder, "command": command(), **about}
     run.write_json(CONFIG, to_json(config))
     run.write_json(SUMMARY, summary)
     Status(run, 0).write("complete")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from moma_jax.config_json import from_json
@@ -22,7 +20,7 @@ from moma_jax.studies.comparison import (
 from moma_jax.studies.curves import WINDOW, Run
 from moma_jax.studies.figures import figure_names
 from moma_jax.studies.study import Study
-from moma_jax.training.run_dir import commit
+from moma_jax.training.run_dir import command, commit
 
 BOUNDS = {"": "", ">=": "≥ ", "<=": "≤ "}
 
@@ -43,7 +41,7 @@ def report_text(
         "## What is missing\n\n" + _missing(study, runs, finished),
         "## How to read it\n\n" + HOW_TO_READ.format(percent=round(100 * WINDOW), baseline=finished.baseline),
         "## The runs\n\n" + _runs(runs),
-        f"This report: `{shlex.join(sys.argv)}`, commit {commit() or 'unknown'}. Figures of every run: "
+        f"This report: `{command()}`, commit {commit() or 'unknown'}. Figures of every run: "
         "[runs.csv](runs.csv); every recorded loss: [curves.parquet](curves.parquet); the tables' values: "
         "[report.json](report.json).",
     ]

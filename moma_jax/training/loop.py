@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +28,7 @@ from moma_jax.training.evaluate import Evaluator, gap_percent, scheduled, unigra
 from moma_jax.training.journal import Journal, finite, open_journal, read_metrics
 from moma_jax.training.meter import Hardware, Meter, step_sums, threshold_figures, train_record
 from moma_jax.training.resume import finished, require_resumable, select_name
-from moma_jax.training.run_dir import RunDir, commit, versions
+from moma_jax.training.run_dir import RunDir, command, commit, versions
 from moma_jax.training.status import last_good, watched
 from moma_jax.training.step import (
     Program,
@@ -265,7 +263,7 @@ class _Session:
             "versions": versions(),
             "device": {"kind": device.device_kind, "count": self.program.mesh.size},
             "wall_seconds": figures["wall_seconds"],
-            "command": shlex.join(sys.argv),
+            "command": command(),
         }
 
 

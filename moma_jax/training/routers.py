@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +40,7 @@ from moma_jax.training.routers_step import (
     layer_figures,
     router_sums,
 )
-from moma_jax.training.run_dir import RunDir, commit, versions
+from moma_jax.training.run_dir import RunDir, command, commit, versions
 from moma_jax.training.status import last_good, watched
 from moma_jax.training.step import Program, make_program, micro_groups, put, replicate
 from moma_jax.training.view import View, predictions
@@ -336,5 +334,5 @@ class _Session:
             **{name: self.meta[name] for name in ("select", "versions", "commit")},
             "device": {"kind": device.device_kind, "count": self.program.mesh.size},
             "wall_seconds": self.meter.wall_seconds(),
-            "command": shlex.join(sys.argv),
+            "command": command(),
         }

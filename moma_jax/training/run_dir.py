@@ -9,7 +9,9 @@ import contextlib
 import fcntl
 import functools
 import os
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -90,6 +92,13 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def command() -> str:
+    """The command line of this process; `moma` for this package's own, wherever it is installed."""
+    program = Path(sys.argv[0])
+    own = program.name == "moma" or program.parts[-2:] == ("moma_jax", "__main__.py")
+    return shlex.join(["moma" if own else sys.argv[0], *sys.argv[1:]])
 
 
 @functools.cache
