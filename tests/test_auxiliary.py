@@ -109,7 +109,7 @@ def test_the_model_trains_the_same_with_auxiliary_routers(routing):
     beside, other = updates(tiny(**fields, model_auxiliary=True), 4)
     assert auxiliary_params(other.params) and not auxiliary_params(state.params)
     ffn = other.params["layers"]["ffn"]
-    kept = {name: weights for name, weights in ffn.items() if name not in auxiliary_params(other.params)}
+    kept = {name: weights for name, weights in ffn.items() if name not in auxiliary_params(ffn)}
     other_params = other.params | {"layers": other.params["layers"] | {"ffn": kept}}
     jax.tree.map(np.testing.assert_array_equal, other_params, state.params)
     jax.tree.map(np.testing.assert_array_equal, other.routing_state, state.routing_state)

@@ -293,7 +293,7 @@ class _Session:
             **{f"epoch_{name}": float(value) for name, value in epochs.items()},
             **self.meter.speed(seen),
         }
-        self.journal.write(record | layer_figures(self.config, seen["predicted_LM4"], seen["entered_PM4"]))
+        self.journal.write(record | layer_figures(self.config, seen["predicted_LM4"], seen.get("entered_PM4")))
         self.status.write("running")
 
     def _evaluate(self) -> None:

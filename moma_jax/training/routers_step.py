@@ -117,16 +117,18 @@ def cross_entropies(config: Config) -> int:
 
 def router_sums(report: RoutersReport) -> dict[str, Any]:
     """What is added up of an update of the stage."""
-    names = ("loss", "grad_norm", "predicted_LM4", "entered_PM4")
-    return {name: getattr(report, name) for name in names}
+    sums = {name: getattr(report, name) for name in ("loss", "grad_norm", "predicted_LM4")}
+    # Saved as lists, which keep no shape without layers.
+    return sums | ({"entered_PM4": report.entered_PM4} if len(report.entered_PM4) else {})
 
 
-def layer_figures(config: Config, predicted_LM4: np.ndarray, entered_PM4: np.ndarray) -> dict[str, float | None]:
+def layer_figures(config: Config, predicted_LM4: np.ndarray, entered_PM4: np.ndarray | None) -> dict[str, float | None]:
     """`prediction_figures` over all layers, precision_text, and of each, precision_text_layer_03 (from 00).
 
     With mixture of depths also of who enters its layers: precision_depth_text, precision_depth_text_layer_02.
     """
     names = [m.name for m in config.data.modalities]
+    entered_PM4 = np.zeros((0, len(names), 4)) if entered_PM4 is None else entered_PM4
     figures = layers_predicted(config, predicted_LM4.sum(0), entered_PM4.sum(0))
     for layer, predicted_M4 in enumerate(predicted_LM4):
         figures |= prediction_figures(predicted_M4, [f"{name}_layer_{layer:02d}" for name in names])
