@@ -80,7 +80,7 @@ def main():
     """Prints a table; with --json writes it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("run")
-    options.add_argument("--rates", nargs="+", type=float, default=[0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
+    options.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
     options.add_argument("--json")
     given = options.parse_args()
     model = load(given.run)
