@@ -62,10 +62,6 @@ def run(decoder, params, inputs, train=False, return_selections=True, **options)
     return jax.device_get(apply(decoder, params, tuple(inputs), options, train, return_selections))
 
 
-def rms_norm(x, scale):
-    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * scale
-
-
 @pytest.mark.parametrize("norm", ["swin", "pre"])
 @pytest.mark.parametrize("ffn", ["3t2i+1x", "dense", "1t1i"])
 def test_equals_the_layers_written_out_in_numpy(norm, ffn):
@@ -94,9 +90,13 @@ def test_equals_the_layers_written_out_in_numpy(norm, ffn):
 
         for sub_layer, scale in ((attention, "attention_norm"), (ffn_of, "ffn_norm")):
             scale_D = layer[scale]["scale_D"]
-            after = rms_norm(sub_layer(x_BSD), scale_D) if norm == "swin" else sub_layer(rms_norm(x_BSD, scale_D))
+            after = (
+                oracles.rms_norm(sub_layer(x_BSD), scale_D)
+                if norm == "swin"
+                else sub_layer(oracles.rms_norm(x_BSD, scale_D))
+            )
             x_BSD = x_BSD + after
-    hidden_BSD = rms_norm(x_BSD, params["final_norm"]["scale_D"])
+    hidden_BSD = oracles.rms_norm(x_BSD, params["final_norm"]["scale_D"])
     real = segment_BS > 0
     np.testing.assert_allclose(run(decoder, params, inputs).hidden_BSD[real], hidden_BSD[real], atol=2e-4)
 

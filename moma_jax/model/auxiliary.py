@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moma_jax.ffn import ExpertGroup
 from moma_jax.model.routing import Selection
 
 SUFFIX = "_auxiliary"
@@ -49,11 +48,6 @@ class AuxiliaryWeights(nn.Module):
         )
 
 
-def has_auxiliary(group: ExpertGroup) -> bool:
-    """Only what has a router needs a prediction of it."""
-    return group.routed
-
-
 def predict(x_ND, auxiliary: Auxiliary):
     """Logits (N, E), float32 on every platform, of tokens x_ND; no gradient flows to the tokens."""
     x_ND = jax.lax.stop_gradient(x_ND).astype(jnp.float32)
@@ -73,7 +67,7 @@ def judge(x_GTD, modality_GT, selections: dict[str, Selection], predictors: dict
       (cross-entropy summed over groups of experts, int32 predicted_M4 summed over routing groups).
     """
     loss, predicted_M4 = jnp.float32(0), jnp.zeros((rules.modalities, 4), jnp.int32)
-    for group in filter(has_auxiliary, rules.groups):
+    for group in (g for g in rules.groups if g.routed):  # only a router needs to be predicted
         predicted_GTE = predict(x_GTD, predictors[group.name])
         taken_GTE = jax.vmap(lambda chosen: taken_pairs(chosen, x_GTD.shape[1]))(selections[group.name])
         eligible_GT = jnp.isin(modality_GT, jnp.array(group.modalities))

@@ -133,7 +133,7 @@ class Ffn(nn.Module):
 
         routed = {g.name: weights(g.name, g.experts, self.model.hidden, g.experts > 1) for g in self.rules.groups}
         if self.rules.auxiliary:
-            for name, experts in [(g.name, g.experts) for g in self.rules.groups if auxiliary_lib.has_auxiliary(g)]:
+            for name, experts in [(g.name, g.experts) for g in self.rules.groups if g.routed]:
                 predictor = AuxiliaryWeights(experts, self.model.width, name=name + SUFFIX)()
                 routed[name] = routed[name]._replace(auxiliary=predictor)
         if self.shared:

@@ -13,7 +13,7 @@ import numpy as np
 from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.config import Config, EvalSet
-from moma_jax.model.auxiliary import LOSS, has_auxiliary
+from moma_jax.model.auxiliary import LOSS
 from moma_jax.training.evaluate import held_out
 from moma_jax.training.load import auxiliary_params, joined
 from moma_jax.training.meter import layers_predicted, prediction_figures
@@ -109,7 +109,7 @@ def cross_entropies(config: Config) -> int:
     """Cross-entropies that the decoder adds up: one of each layer and group of experts with a router, and one of each
     router of mixture of depths."""
     layers = config.model.layers
-    return layers * sum(map(has_auxiliary, config.experts.groups)) + layers // 2 * len(config.depth)
+    return layers * sum(group.routed for group in config.experts.groups) + layers // 2 * len(config.depth)
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
