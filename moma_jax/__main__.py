@@ -14,9 +14,9 @@ import tyro
 
 import moma_jax
 from moma_jax import recipes
+from moma_jax.allocator import keep_freed_memory
 from moma_jax.config import Config, MeshConfig, PrepareConfig, RoutersConfig, resolve
 from moma_jax.errors import InputError, RunError
-from moma_jax.host import keep_freed_memory
 
 COMMANDS = {
     "prepare": "make a token store from pictures and text",
@@ -222,7 +222,7 @@ def run_command(words: list[str]) -> None:
         case "eval":
             evaluate(recipes.parse(Eval, None, rest, "moma eval"))
         case "generate":
-            from moma_jax.generate import command
+            from moma_jax.commands import generate as command
 
             command.run(recipes.parse(command.Generate, None, rest, "moma generate"))
         case "cost":
@@ -230,15 +230,15 @@ def run_command(words: list[str]) -> None:
         case "plan":
             plan(*_config(Plan, rest, "moma plan"))
         case "upcycle":
-            from moma_jax.training import upcycle_command
+            from moma_jax.commands import upcycle as upcycle_command
 
             upcycle_command.run(rest)
         case "study":
-            from moma_jax.studies import command
+            from moma_jax.commands import study as command
 
             command.run(rest)
         case "convert":
-            from moma_jax.convert import command
+            from moma_jax.commands import convert as command
 
             command.run(rest)
         case "bench":
@@ -290,8 +290,8 @@ def evaluate(options: Eval) -> None:
     from rich.console import Console
 
     from moma_jax import hosts
-    from moma_jax.training.journal import finite
-    from moma_jax.training.tables import evaluation_tables
+    from moma_jax.evaluation.tables import evaluation_tables
+    from moma_jax.runs.journal import finite
 
     result = finite(moma_jax.evaluate(options.run, routing=options.routing, mesh=options.mesh))
     if hosts.is_first():

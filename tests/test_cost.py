@@ -4,11 +4,11 @@ import dataclasses
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from paths import ROOT
 
 from moma_jax import recipes, sharding, vocab
 from moma_jax.batch import Batch
@@ -16,7 +16,7 @@ from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConf
 from moma_jax.cost import cost, flops_per_token, format_cost, peak_flops, total_steps
 from moma_jax.training import step as step_lib
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def tiny(ffn="4t4i", *, width=32, layers=2, sequence=64, group_rows=2, quotas=(0.5, 0.5), accumulate=1, **model):

@@ -5,17 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "moma_jax"
+from paths import ROOT
+
+PACKAGE = ROOT / "moma_jax"
 # A module may import from its own floor and from those after it.
 FLOORS = [
     ["__main__"],
-    ["studies", "bench", "evals", "plan"],
-    ["training", "generate", "convert"],
+    ["commands"],
+    ["studies", "bench", "plan"],
+    ["training", "evaluation", "runs", "generation", "convert", "upcycling"],
     ["recipes"],
     ["model", "data", "cost"],
     ["config", "config_json", "checks", "batch"],
     ["vocab", "sharding", "hosts", "ffn"],
-    ["errors", "host"],
+    ["errors", "allocator"],
 ]
 MODEL_FLOORS = [
     ["decode"],

@@ -18,12 +18,12 @@ import numpy as np
 
 from moma_jax import load, sharding
 from moma_jax.errors import InputError
+from moma_jax.evaluation.evaluate import held_out
 from moma_jax.model import causal
 from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.decoder import Decoder
 from moma_jax.model.routing import expert_choice
 from moma_jax.training import objective
-from moma_jax.training.evaluate import held_out
 from moma_jax.training.step import put, replicate, run_decoder, target_modality
 
 WRONG, ALL = "wrong", "all"

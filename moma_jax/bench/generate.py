@@ -16,9 +16,9 @@ from moma_jax import vocab
 from moma_jax.bench.timing import in_turns, say, summarise, timed
 from moma_jax.config import Config, resolve
 from moma_jax.errors import InputError
-from moma_jax.generate.grammar import first_state, make_rules
-from moma_jax.generate.sampling import Sampling, draw_of
-from moma_jax.generate.writing import Model, Writer, Writing
+from moma_jax.generation.decoding import Model, Writer, Writing
+from moma_jax.generation.grammar import first_state, make_rules
+from moma_jax.generation.sampling import Sampling, draw_of
 from moma_jax.model import decode
 from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.causal import ByThreshold, Choice, first_thresholds

@@ -36,9 +36,9 @@ from moma_jax.convert.weights import (
 )
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
-from moma_jax.training.checkpoint import Checkpoints
+from moma_jax.runs.checkpoint import Checkpoints
+from moma_jax.runs.directory import RunDir
 from moma_jax.training.load import config_of
-from moma_jax.training.run_dir import RunDir
 from moma_jax.vocab import Vocabulary
 
 

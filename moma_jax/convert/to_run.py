@@ -37,11 +37,11 @@ from moma_jax.convert.weights import DTYPES, Weights, copy_descriptions, library
 from moma_jax.data.directory import Directory
 from moma_jax.data.parts import FORMAT_VERSION as STORE_VERSION
 from moma_jax.data.store import Codecs
-from moma_jax.training.checkpoint import Checkpoints, Saved
-from moma_jax.training.meter import Meter, step_sums
-from moma_jax.training.resume import CONFIG, SUMMARY, select_name
-from moma_jax.training.run_dir import RunDir, command, commit, versions
-from moma_jax.training.status import Status
+from moma_jax.runs.checkpoint import Checkpoints, Saved
+from moma_jax.runs.directory import RunDir, command, commit, versions
+from moma_jax.runs.resume import CONFIG, SUMMARY, select_name
+from moma_jax.runs.status import Status
+from moma_jax.training.metrics import Meter, step_sums
 from moma_jax.training.step import TrainState, first_routing_state
 
 SCRATCH = ".float32"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moma_jax.errors import InputError
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.journal import METRICS, SCHEMA, records_of
 from moma_jax.studies.jobs import read_status, trained_elsewhere
-from moma_jax.training.journal import METRICS, SCHEMA, records_of
-from moma_jax.training.run_dir import RunDir
 
 WINDOW = 0.1
 """Share of the FLOPs so far that a smoothed training loss is the mean of; at the end: the last tenth of the run.

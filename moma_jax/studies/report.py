@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from moma_jax.cost import flops_per_token
 from moma_jax.data.directory import Directory, first_line
 from moma_jax.errors import InputError
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.journal import finite
 from moma_jax.studies.comparison import (
     Compared,
     Finished,
@@ -35,8 +37,6 @@ from moma_jax.studies.figures import draw, figure_names
 from moma_jax.studies.jobs import Job, jobs, state
 from moma_jax.studies.report_text import parameters_of, report_text
 from moma_jax.studies.study import Study
-from moma_jax.training.journal import finite
-from moma_jax.training.run_dir import RunDir
 
 FORMAT_VERSION = 1
 RESULT = "report.json"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from moma_jax.config_json import from_json
 from moma_jax.cost import parameter_count
 from moma_jax.errors import InputError
+from moma_jax.runs.directory import command, commit
 from moma_jax.studies.comparison import (
     Compared,
     Final,
@@ -20,7 +21,6 @@ from moma_jax.studies.comparison import (
 from moma_jax.studies.curves import WINDOW, Run
 from moma_jax.studies.figures import figure_names
 from moma_jax.studies.study import Study
-from moma_jax.training.run_dir import command, commit
 
 BOUNDS = {"": "", ">=": "≥ ", "<=": "≤ "}
 

@@ -18,12 +18,12 @@ from moma_jax.config import Config
 from moma_jax.config_json import differences, from_json
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.progress import View
+from moma_jax.runs.resume import require_resumable
 from moma_jax.studies.jobs import Job, chosen, jobs, state, trained_elsewhere
 from moma_jax.studies.study import Study, load_study
 from moma_jax.training.loop import prepare_missing_stores, train
-from moma_jax.training.resume import require_resumable
-from moma_jax.training.run_dir import RunDir
-from moma_jax.training.view import View
 
 COMPLETE, ELSEWHERE, FAILED = "complete", "trained by another process", "failed"
 
@@ -114,7 +114,7 @@ def _run(job: Job, quiet: bool, end_if_signalled: Callable[[], None]) -> str:
 
 
 def _upcycle(job: Job, quiet: bool) -> None:
-    from moma_jax.training.upcycle import upcycle
+    from moma_jax.upcycling.upcycle import upcycle
 
     upcycle(job.seed_run.run.dir, job.config, quiet=quiet)
 
@@ -145,7 +145,7 @@ def _require_same_run(config: Config) -> None:
 
 def _require_upcycled(job: Job) -> None:
     """InputError where the seed run's weights will not do, or the directory holds a run that began from nothing."""
-    from moma_jax.training.upcycle import require_growable
+    from moma_jax.upcycling.upcycle import require_growable
 
     require_growable(job.seed_run, job.config, f"study.variants: {job.variant}")
     where = job.config.run.dir

@@ -19,14 +19,14 @@ from moma_jax.errors import InputError
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.causal import ROUTINGS
 from moma_jax.model.decoder import Decoder, causal_decoder, choice_decoder
-from moma_jax.training.checkpoint import Checkpoints
-from moma_jax.training.resume import require_select
-from moma_jax.training.run_dir import RunDir
+from moma_jax.runs.checkpoint import Checkpoints
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.resume import require_select
 from moma_jax.training.step import Program, abstract_params, make_program
 from moma_jax.vocab import Vocabulary
 
 if TYPE_CHECKING:
-    from moma_jax.generate.output import Output
+    from moma_jax.generation.output import Output
 
 ROUTERS = "routers"
 """Directory, inside a run's, of the auxiliary routers that were fitted to it."""
@@ -74,8 +74,8 @@ class Loaded:
         return choice_decoder(self.decoder) if routing == "choice" else causal_decoder(self.config, routing)
 
     def generate(self, prompts: Sequence[Any], **settings: Any) -> list[Output]:
-        """Writes on after each prompt; see `moma_jax.generate.generate` for prompts and settings."""
-        from moma_jax.generate import generate
+        """Writes on after each prompt; see `moma_jax.generation.generate` for prompts and settings."""
+        from moma_jax.generation import generate
 
         return generate(self, prompts, **settings)
 

@@ -23,13 +23,15 @@ from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.store import open_store
 from moma_jax.data.stream import merge_cursors, open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError, RunError
-from moma_jax.training.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
-from moma_jax.training.evaluate import Evaluator, gap_percent, scheduled, unigram
-from moma_jax.training.journal import Journal, finite, open_journal, read_metrics
-from moma_jax.training.meter import Hardware, Meter, step_sums, threshold_figures, train_record
-from moma_jax.training.resume import finished, require_resumable, select_name
-from moma_jax.training.run_dir import RunDir, command, commit, versions
-from moma_jax.training.status import last_good, watched
+from moma_jax.evaluation.evaluate import Evaluator, gap_percent, scheduled, unigram
+from moma_jax.evaluation.tables import held_out_lines
+from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
+from moma_jax.runs.directory import RunDir, command, commit, versions
+from moma_jax.runs.journal import Journal, finite, open_journal, read_metrics
+from moma_jax.runs.progress import View
+from moma_jax.runs.resume import finished, require_resumable, select_name
+from moma_jax.runs.status import last_good, watched
+from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, train_record
 from moma_jax.training.step import (
     Program,
     TrainState,
@@ -42,8 +44,6 @@ from moma_jax.training.step import (
     put,
     with_dtype,
 )
-from moma_jax.training.tables import held_out_lines
-from moma_jax.training.view import View
 
 
 def train(

@@ -1,0 +1,283 @@
+"""Held-out losses of a run under several routings, beside those of a unigram model.
+
+The routing of training ("choice") sees the future (paper section 2.4): its loss is comparable between runs, but it is
+no likelihood. Under the causal routings the loss is one, and exact: every token finds a slot wherever it goes, however
+the documents mix modalities. Its exponential is the perplexity. All routings are asked about the same packed rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moma_jax import hosts, sharding
+from moma_jax.batch import Batch
+from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig
+from moma_jax.cost import total_steps
+from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.errors import InputError, RunError
+from moma_jax.evaluation.conditions import Kinds
+from moma_jax.model.causal import ROUTINGS
+from moma_jax.model.decoder import causal_decoder, choice_decoder
+from moma_jax.model.depth import SELECTED
+from moma_jax.training import objective
+from moma_jax.training.load import load
+from moma_jax.training.step import Program, put, replicate, run_decoder
+from moma_jax.vocab import Vocabulary
+
+UNIGRAM_POSITIONS = 1_000_000
+"""Training positions that the unigram model is counted on, at most."""
+
+Figures = dict[str, float | int | None]
+"""Of one routing on one held-out set: `Kinds.figures`, `perplexity...` where the routing is causal, and the cost:
+`experts_per_token`, routed experts that a token enters, a mean over layers (shared ones apart), and `seconds` of
+computation (compiling apart)."""
+
+
+def evaluate(
+    run: str | Config,
+    *,
+    routing: tuple[str, ...] = (),
+    select: Callable | None = None,
+    step: int | None = None,
+    eval_set: str | None = None,
+    mesh: MeshConfig | None = None,
+) -> dict[str, Any]:
+    """Held-out losses of a run's checkpoint.
+
+    Args:
+      run: run directory, or a config whose `run.dir` is one.
+      routing: routings to evaluate under, of "choice" (as in training), "causal" and "threshold"; (): all that it has.
+      select: the run's own select function, where it was trained with one.
+      step: which checkpoint; None: the newest.
+      eval_set: name of one of the run's evaluation sets; None: the first.
+      mesh: devices to lay the parameters on; None: whole on every device.
+
+    Returns:
+      {routing: Figures, ..., "gap_percent": {causal routing: `gap_percent`'s}, "unigram": losses and tokens alone}. A
+      loss of what the held-out rows have no targets of is None.
+
+    Raises:
+      InputError: no such run, checkpoint, routing or evaluation set; the run lacks what a routing needs; or the store's
+        vocabulary is not the run's.
+    """
+    hosts.join(HostsConfig())
+    loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, select=select, mesh=mesh)
+    decoders = {name: loaded.under(name) for name in routing or loaded.routings}
+    if loaded.refused is not None and hosts.is_first():
+        print(f"note: {loaded.refused}", file=sys.stderr)
+    chosen = _named(loaded.config, eval_set)
+    if vocabulary_of(loaded.config).hash != loaded.vocabulary.hash:
+        raise InputError(f"{run}: its stores have another vocabulary now; restore the stores it was trained on")
+    with sharding.use_mesh(loaded.program.mesh):
+        evaluator = Evaluator(loaded.program, loaded.vocabulary, decoders)
+        results = evaluator(loaded.params, loaded.routing_state, chosen)
+    baseline = unigram(loaded.config, loaded.vocabulary, chosen)
+    return results | {"gap_percent": gap_percent(results), "unigram": baseline}
+
+
+def _named(config: Config, name: str | None) -> EvalSet:
+    sets = {s.name: s for s in config.train.eval_sets}
+    if not sets:
+        raise InputError("train.eval_sets: the run has none; name at least one")
+    if name is None:
+        return config.train.eval_sets[0]
+    if name not in sets:
+        raise InputError(f"eval_set: {name!r} is not one of {', '.join(sets)}")
+    return sets[name]
+
+
+def scheduled(program: Program, routing_state: Any) -> dict[str, Any]:
+    """Decoders, by routing, that a run in training is evaluated under: `train.eval_routings`.
+
+    Where that names none they are: the routing of training; if the model has routers, the auxiliary ones that train
+    beside it; and thresholds, if the routing state holds them.
+
+    Raises:
+      InputError: a routing is named that the run has not.
+    """
+    config, groups = program.config, [group.name for group in program.config.routed]
+    states = [routing_state.get(name) for name in groups]
+    thresholds = all(isinstance(state, dict) and "threshold_E" in state for state in states)
+    has = {"choice": True, "causal": not groups or config.model.auxiliary, "threshold": thresholds}
+    for name in config.train.eval_routings:
+        if not has[name]:  # causal was checked with the config
+            raise InputError(
+                f"train.eval_routings: {name} needs thresholds, which the run's own select function does not keep; "
+                "leave it out"
+            )
+    # Without routers all are the same, so one is enough.
+    every = tuple(name for name in ROUTINGS if has[name]) if groups else ("choice",)
+    names = config.train.eval_routings or every
+    choice = choice_decoder(program.decoder)
+    return {name: choice if name == "choice" else causal_decoder(config, name) for name in names}
+
+
+# Under several routings -----------------------------------------------------------------------------------------------
+
+
+class EvalReport(NamedTuple):
+    """What a batch says.
+
+    Attributes:
+      sums: cross-entropy and weights by kind of target.
+      entered: int32 (token, layer, expert) triples of tokens and the routed experts that they entered.
+    """
+
+    sums: objective.Sums
+    entered: Any
+
+
+def make_eval_step(program: Program, kinds: int) -> Callable:
+    """Jitted (params, routing_state, batch, kind_BS, first_group) -> EvalReport, without noise.
+
+    The routing is that of `program.decoder`. `kind_BS` is the kind of each target, below `kinds`. `first_group` is the
+    global index of the batch's first routing group, so that how rows are split into batches changes nothing.
+    """
+    config = program.config
+
+    def eval_step(params, routing_state, batch: Batch, kind_BS, first_group) -> EvalReport:
+        group_G = first_group + jnp.arange(batch.token_BS.shape[0] // config.data.group_rows)
+        step = jnp.int32(0)
+        output = run_decoder(program, params, batch, step, group_G, routing_state, False, return_selections=True)
+        kernel_DV, chunk = params["unembedding"]["kernel_DV"], config.train.loss_chunk
+        targets = (kernel_DV, batch.target_BS, batch.weight_BS, kind_BS)
+        _, sums = objective.cross_entropy(output.hidden_BSD, *targets, kinds=kinds, chunk=chunk)
+        return EvalReport(sums, _entered(config, output.selections, batch))
+
+    return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
+
+
+def _entered(config: Config, selections, batch: Batch):
+    """`EvalReport.entered`; a dense layer is one expert for all tokens that enter the layer."""
+    filled = {name: jnp.sum(chosen.filled_EC, dtype=jnp.int32) for name, chosen in selections.items()}
+    of_depth = filled.pop(SELECTED, 0)
+    if config.experts.dense:
+        layers = config.model.layers // 2 if config.depth else config.model.layers
+        return layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32) + of_depth
+    return sum(filled.values())
+
+
+class Evaluator:
+    """Evaluates parameters on held-out sets under given routings; compiles once for each and for each batch size."""
+
+    def __init__(self, program: Program, vocabulary: Vocabulary, decoders: dict[str, Any]):
+        """Args: `decoders` by routing, as `scheduled` or `Loaded.under` gives them."""
+        self._program, self._kinds = program, Kinds(vocabulary)
+        self._steps = {
+            name: make_eval_step(program._replace(decoder=decoder), self._kinds.number)
+            for name, decoder in decoders.items()
+        }
+        self._compiled: dict[tuple, Callable] = {}
+
+    def __call__(self, params, routing_state, eval_set: EvalSet) -> dict[str, Figures]:
+        """Figures of one held-out set by routing; call it under `sharding.use_mesh`."""
+        program, reports = self._program, {name: [] for name in self._steps}
+        seconds, group, tokens = dict.fromkeys(reports, 0.0), 0, 0
+        for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
+            device_batch, kind_BS = put((batch, self._kinds.of(batch)), program.mesh, whole=True)
+            arguments = (params, routing_state, device_batch, kind_BS, replicate(group, program.mesh))
+            for name in self._steps:
+                compiled = self._compile(name, arguments)
+                started = time.perf_counter()
+                reports[name].append(jax.device_get(compiled(*arguments)))
+                seconds[name] += time.perf_counter() - started
+            group += batch.token_BS.shape[0] // program.config.data.group_rows
+            tokens += int(np.sum(batch.segment_BS > 0))
+        return {name: self._figures(name, reports[name], tokens) | {"seconds": seconds[name]} for name in reports}
+
+    def _compile(self, name: str, arguments: tuple) -> Callable:
+        key = (name, arguments[2].token_BS.shape)
+        if key not in self._compiled:
+            self._compiled[key] = self._steps[name].lower(*arguments).compile()
+            hosts.meet()
+        return self._compiled[key]
+
+    def _figures(self, name: str, reports: list[EvalReport], tokens: int) -> Figures:
+        config = self._program.config
+        total = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *reports)
+        figures = self._kinds.figures(total.sums.cross_entropy_J, total.sums.weight_J)
+        # Expert choice is no causal routing, so it has no perplexity; but where no expert has to choose it is the
+        # same as the causal ones.
+        if name != "choice" or not config.routed:
+            figures |= _perplexities(figures)
+        return figures | {"experts_per_token": float(total.entered / (tokens * config.model.layers))}
+
+
+def _perplexities(figures: Figures) -> Figures:
+    losses = {name: value for name, value in figures.items() if name.startswith("loss")}
+    with np.errstate(over="ignore"):  # no number then
+        return {
+            name.replace("loss", "perplexity", 1): None if loss is None else float(np.exp(loss))
+            for name, loss in losses.items()
+        }
+
+
+def gap_percent(results: dict[str, Figures]) -> dict[str, dict[str, float | None]]:
+    """By how many percent losses under causal routings lie above those under choice: {routing: {"loss", ...}}.
+
+    Args:
+      results: Figures by routing; {} without choice among them.
+    """
+    choice = results.get("choice")
+    if choice is None:
+        return {}
+    names = [name for name in choice if name.startswith("loss")]
+    causal = {routing: figures for routing, figures in results.items() if routing != "choice"}
+    return {routing: {n: _above(figures[n], choice[n]) for n in names} for routing, figures in causal.items()}
+
+
+def _above(loss: float | None, reference: float | None) -> float | None:
+    return 100.0 * (loss / reference - 1.0) if loss is not None and reference else None
+
+
+# Held-out rows --------------------------------------------------------------------------------------------------------
+
+
+def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Batch]:
+    """Batches of a held-out set, in its own order; whole routing groups, padding beyond `eval_set.rows` rows.
+
+    Raises:
+      RunError: the held-out split is empty.
+    """
+    unit = devices * config.data.group_rows
+    micro_rows = config.train.batch_rows // config.train.accumulate
+    rows = max(min(micro_rows, -(-eval_set.rows // unit) * unit), unit)
+    left = eval_set.rows
+    stores = eval_set.stores or None
+    stream = open_stream(config, split="validation", seed=eval_set.seed, stores=stores, rows=rows, epochs=1)
+    with contextlib.closing(stream):
+        for packed in stream:
+            weight_BS, segment_BS = (np.array(x) for x in (packed.batch.weight_BS, packed.batch.segment_BS))
+            weight_BS[left:], segment_BS[left:] = 0, 0
+            yield packed.batch._replace(weight_BS=weight_BS, segment_BS=segment_BS)
+            left -= rows
+            if left <= 0:
+                return
+    if left == eval_set.rows:
+        raise RunError(f"evaluation set {eval_set.name}: its stores hold no held-out documents; prepare more of them")
+
+
+def unigram(config: Config, vocabulary: Vocabulary, eval_set: EvalSet) -> Figures:
+    """Losses on a held-out set of the token frequencies of the run's first training batches, add-one smoothed."""
+    batches = min(total_steps(config), -(-UNIGRAM_POSITIONS // config.batch_tokens))
+    count_V = np.ones(config.vocabulary_size, np.float64)
+    with contextlib.closing(open_stream(config)) as stream:
+        for _, packed in zip(range(batches), stream, strict=False):
+            targets = packed.batch.target_BS[packed.batch.weight_BS > 0]
+            count_V += np.bincount(targets, minlength=config.vocabulary_size)
+    nats_V, kinds = np.log(count_V.sum()) - np.log(count_V), Kinds(vocabulary)
+    nats_J, weight_J = np.zeros(kinds.number), np.zeros(kinds.number)
+    for batch in held_out(config, eval_set):
+        kind_N, weight_N = kinds.of(batch).reshape(-1), batch.weight_BS.reshape(-1).astype(np.float64)
+        nats_N = nats_V[batch.target_BS.reshape(-1)]
+        nats_J += np.bincount(kind_N, weight_N * nats_N, minlength=kinds.number)
+        weight_J += np.bincount(kind_N, weight_N, minlength=kinds.number)
+    return kinds.figures(nats_J, weight_J)

@@ -1,0 +1,156 @@
+"""The jitted side of generation: prompts in pieces of static shape, then a loop that writes up to STRIDE tokens.
+
+Programs are compiled once for each number of rows, number of positions (a multiple of POSITIONS) and length of a piece
+(powers of two up to PIECE), and for whether anything is sorted or guided; other values need no other program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moma_jax.generation import grammar
+from moma_jax.generation.grammar import RUNNING, Rules, State
+from moma_jax.generation.sampling import Draw, guided, sample
+
+STRIDE = 32
+"""Tokens that are written between two looks of the host, at most."""
+PIECE = 256
+"""Tokens of a prompt that are read at once."""
+POSITIONS = 128
+"""Caches have a multiple of this many positions."""
+
+
+class Model(NamedTuple):
+    """What writes: the weights, and the functions of model/decode.py for one config and routing.
+
+    Attributes:
+      weights: a pytree of arrays, given to compiled functions as an argument.
+      new_cache: (rows, positions) -> cache, a NamedTuple with `length_B`; a row is rewound by lowering it.
+      extend: (weights, cache, token_BQ, count_B) -> (hidden_BQD, cache), the first count tokens of each row appended.
+      logits: (weights, hidden) -> float32 (..., V).
+    """
+
+    weights: Any
+    new_cache: Callable
+    extend: Callable
+    logits: Callable
+
+
+class Rows(NamedTuple):
+    """Documents that are being written: their cache and the logits after their last token, float32."""
+
+    cache: Any
+    logit_BV: Any
+
+
+class Writing(NamedTuple):
+    """What the loop carries.
+
+    Attributes:
+      rows: the B documents. guides: 2B more, first without text, then without anything; None without guidance.
+      state: of the grammar. sound: bool scalar, whether all logits were numbers.
+    """
+
+    rows: Rows
+    guides: Rows | None
+    state: State
+    sound: Any
+
+
+class Writer:
+    """The compiled functions of one model."""
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._append = jax.jit(self._append_rows, donate_argnums=1)
+        self._write = jax.jit(self._write_stride, donate_argnums=1)
+
+    def read(self, rows: list[np.ndarray], positions: int, vocabulary: int) -> Rows:
+        """Reads the beginnings of documents, of any lengths from 1, into a new cache of at least `positions`."""
+        length_B = np.array([len(id_N) for id_N in rows])
+        piece = min(PIECE, 1 << int(length_B.max() - 1).bit_length())
+        cache = self._model.new_cache(len(rows), -(-positions // POSITIONS) * POSITIONS)
+        read = Rows(cache, jnp.zeros((len(rows), vocabulary), jnp.float32))
+        for start in range(0, int(length_B.max()), piece):
+            token_BQ = np.zeros((len(rows), piece), np.int32)
+            count_B = np.clip(length_B - start, 0, piece).astype(np.int32)
+            for b, id_N in enumerate(rows):
+                token_BQ[b, : count_B[b]] = id_N[start : start + piece]
+            read = self._append(self._model.weights, read, token_BQ, count_B)
+        return read
+
+    def write(self, writing: Writing, rules: Rules, draw: Draw, seed_B: np.ndarray) -> tuple[Writing, np.ndarray]:
+        """Writes up to STRIDE tokens to every row that runs; `writing` is used up.
+
+        Returns:
+          What to go on with, and the tokens, int32 (B, STRIDE); how many of them a row wrote is in the state.
+        """
+        writing, token_BN = self._write(self._model.weights, writing, rules, draw, seed_B)
+        return writing, np.asarray(token_BN)
+
+    def _append_rows(self, weights, rows: Rows, token_BQ, count_B) -> Rows:
+        """The first count tokens of each row appended; rows with none keep their logits."""
+        hidden_BQD, cache = self._model.extend(weights, rows.cache, token_BQ, count_B)
+        last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+        logit_BV = self._model.logits(weights, jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0])
+        return Rows(cache, jnp.where(count_B[:, None] > 0, logit_BV, rows.logit_BV))
+
+    def _write_stride(self, weights, writing: Writing, rules: Rules, draw: Draw, seed_B):
+        draw, key_B = jax.tree.map(jnp.asarray, draw), jax.vmap(jax.random.key)(seed_B)
+
+        def goes_on(carried):
+            number, writing, _ = carried
+            return (number < STRIDE) & jnp.any(writing.state.stopped_B == RUNNING)
+
+        def write_one(carried):
+            number, writing, token_BN = carried
+            state = writing.state
+            runs_B = state.stopped_B == RUNNING
+            logit_BV = jnp.where(grammar.allowed(rules, state), _guided(writing, draw), -jnp.inf)
+            sound = writing.sound & jnp.all(jnp.isfinite(logit_BV.max(-1)) | ~runs_B)
+            number_key_B = jax.vmap(jax.random.fold_in)(key_B, state.written_B)
+            inside_B = (state.inside_B > 0).astype(jnp.int32)
+            token_B = jnp.where(runs_B, sample(number_key_B, logit_BV, inside_B, draw), rules.pad)
+            state = grammar.advance(rules, state, token_B)
+            count_B = (state.stopped_B == RUNNING).astype(jnp.int32)
+            rows = self._append_rows(weights, writing.rows, token_B[:, None], count_B)
+            guides = writing.guides
+            if guides is not None:
+                guides = self._append_guides(weights, guides, rules, token_B, count_B)
+            token_BN = jax.lax.dynamic_update_index_in_dim(token_BN, token_B, number, axis=1)
+            return number + 1, Writing(rows, guides, state, sound), token_BN
+
+        token_BN = jnp.full((seed_B.shape[0], STRIDE), rules.pad, jnp.int32)
+        _, writing, token_BN = jax.lax.while_loop(goes_on, write_one, (0, writing, token_BN))
+        return writing, token_BN
+
+    def _append_guides(self, weights, guides: Rows, rules: Rules, token_B, count_B) -> Rows:
+        """Appends codes and their marks; the contexts without anything go back to `<s>` at each begin mark.
+
+        While no row is at a picture, the guides cost nothing.
+        """
+        count_B = count_B * jnp.asarray(rules.picture_V)[token_B]
+        begun_B = (jnp.asarray(rules.begin_V)[token_B] > 0) & (count_B > 0)
+        rewound_C = jnp.concatenate([jnp.zeros_like(begun_B), begun_B])
+
+        def append(guides):
+            cache = guides.cache._replace(length_B=jnp.where(rewound_C, 1, guides.cache.length_B))
+            token_C1, count_C = jnp.tile(token_B, 2)[:, None], jnp.tile(count_B, 2)
+            return self._append_rows(weights, Rows(cache, guides.logit_BV), token_C1, count_C)
+
+        return jax.lax.cond(jnp.any(count_B > 0), append, lambda guides: guides, guides)
+
+
+def _guided(writing: Writing, draw: Draw):
+    """The logits to draw from, before the grammar: guided where a row is about to write a code."""
+    logit_BV = writing.rows.logit_BV
+    if writing.guides is None:
+        return logit_BV
+    pictures_BV, none_BV = jnp.split(writing.guides.logit_BV, 2)
+    code_B1 = (writing.state.inside_B > 0)[:, None]
+    return jnp.where(code_B1, guided(logit_BV, pictures_BV, none_BV, draw.scale_2), logit_BV)

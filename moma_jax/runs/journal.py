@@ -1,0 +1,200 @@
+"""The run's records: flat dictionaries that go to a metrics file, TensorBoard and the terminal through one `write`.
+
+Kinds of records: `train` (every `train.log_every` steps; losses and norms are means over the steps since the last such
+record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
+in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out; all are those of all
+processes but `epoch_<store>`, passes over a store, which are those of the lanes that process 0 reads. The journal of
+`moma fit-routers`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (training/routers.py).
+
+A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
+`metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that
+goes on from a checkpoint first cuts its records back to that checkpoint's step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+from moma_jax import hosts
+from moma_jax.errors import InputError
+from moma_jax.runs.directory import RunDir
+
+SCHEMA = 1
+METRICS = "metrics.jsonl"
+SEGMENTS = "metrics/"
+
+
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """All records of a run, in the order in which they were written.
+
+    Args:
+      run: a run directory, local or on an object store.
+
+    Raises:
+      InputError: there are none.
+    """
+    records = records_of(RunDir(run))
+    if records is None:
+        raise InputError(f"{run}: no {METRICS} here; give a run directory")
+    return records
+
+
+def records_of(run: RunDir) -> list[dict[str, Any]] | None:
+    """All records of a run, None where it has no file of them; InputError where a file holds something else."""
+    names = [METRICS] if run.local else _segments(run)
+    contents = {name: run.read(name) for name in names}
+    found = [_parse(content, f"{run.path}/{name}") for name, content in contents.items() if content is not None]
+    return [record for records in found for record in records] if found else None
+
+
+def _parse(content: bytes, where: str) -> list[dict[str, Any]]:
+    """Records of a file; a last line that a kill cut short is left out."""
+    records = []
+    for line in content.decode(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise InputError(f"{where}: line {len(records) + 1} is no record of moma; move the file away")
+        records.append(record)
+    return records
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None in place of numbers that are not finite, which JSON cannot say."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case _:
+            return value
+
+
+def _segments(directory: RunDir) -> list[str]:
+    """Names of the closed segments, in order (their numbers have a fixed width)."""
+    return [name for name in directory.names(SEGMENTS) if name.endswith(".jsonl")]
+
+
+class Journal:
+    """Writes every record to every sink. A sink has `write(record)`, `seal(step)` and `close()`."""
+
+    def __init__(self, *sinks: Any):
+        self._sinks = sinks
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds schema and time, and hands the record on; numbers that are not finite become None."""
+        record = finite({"schema": SCHEMA, **record, "time": time.time()})
+        for sink in self._sinks:
+            sink.write(record)
+
+    def seal(self, step: int) -> None:
+        """A checkpoint of `step` is being written: what was recorded so far belongs to it."""
+        for sink in self._sinks:
+            sink.seal(step)
+
+    def close(self) -> None:
+        """Ends all sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_journal(run: RunDir, *, step: int, tensorboard: bool, view: Any = None) -> Journal:
+    """The journal of a run that stands at `step`: later records are cut off, then writing goes on.
+
+    Of several processes only process 0 records anything.
+    """
+    if not hosts.is_first():
+        return Journal()
+    sinks = [FileSink(run, step) if run.local else SegmentSink(run, step)]
+    if tensorboard:
+        sinks.append(TensorBoardSink(run.join("tensorboard"), step))
+    return Journal(*sinks, *([view] if view is not None else []))
+
+
+class FileSink:
+    """metrics.jsonl, a line at a time, each handed to the operating system at once."""
+
+    def __init__(self, run: RunDir, step: int):
+        kept = [r for r in records_of(run) or [] if r["step"] <= step and step > 0]
+        run.write(METRICS, b"".join(_line(record) for record in kept))
+        self._path = run.join(METRICS)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends the record; InputError where the disk refuses it."""
+        line = _line(record)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written: {error.strerror}") from error
+        if written != len(line):
+            raise InputError(f"{self._path}: cannot be written: the disk is full")
+
+    def seal(self, step: int) -> None:
+        """Makes sure that the records survive a crash of the machine, as the checkpoint will."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class SegmentSink:
+    """Immutable segments on an object store, one per checkpoint."""
+
+    def __init__(self, run: RunDir, step: int):
+        self._run, self._first, self._lines = run, step, []
+        for name in _segments(run):
+            if int(name.removesuffix(".jsonl").rpartition("-")[2]) > step or step == 0:
+                run.delete(name)  # its checkpoint was never finished
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Keeps the record until the next checkpoint."""
+        self._lines.append(_line(record))
+
+    def seal(self, step: int) -> None:
+        """Writes the segment that ends at `step`."""
+        if self._lines:
+            self._run.write(f"{SEGMENTS}{self._first:012d}-{step:012d}.jsonl", b"".join(self._lines))
+        self._first, self._lines = step, []
+
+    def close(self) -> None:
+        """Drops what no checkpoint covers: the run that goes on will record it again."""
+        self._lines = []
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+class TensorBoardSink:
+    """Scalars under kind/name (and kind/eval_set/routing/name), for TensorBoard."""
+
+    def __init__(self, path: str, step: int):
+        from tensorboardX import SummaryWriter  # slow to import, and off in many runs
+
+        self._writer = SummaryWriter(path, purge_step=step + 1 if step else None)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds every number of the record."""
+        places = (record["kind"], record.get("eval_set"), record.get("routing"))
+        prefix = "/".join(place for place in places if place)
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name not in ("schema", "step", "time"):
+                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"], walltime=record["time"])
+
+    def seal(self, step: int) -> None:
+        """Writes out what is buffered."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        self._writer.close()

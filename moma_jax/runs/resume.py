@@ -1,0 +1,84 @@
+"""Whether a run may begin, or go on, in a directory. What is there is read before anything is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from moma_jax.config import Config
+from moma_jax.config_json import differences, from_json
+from moma_jax.cost import total_steps
+from moma_jax.errors import InputError
+from moma_jax.runs.checkpoint import Checkpoints
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.journal import METRICS, records_of
+
+CONFIG, STATUS, SUMMARY = "config.json", "status.json", "summary.json"
+
+
+def require_resumable(config: Config, select: Callable | None) -> None:
+    """Reads the directory of a run that is about to begin or to go on.
+
+    Raises:
+      InputError: it holds a run with another config or select function, or files of another program.
+    """
+    run = RunDir(config.run.dir)
+    written = _own_config(run)
+    records_of(run)  # lines that are no records
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        latest = checkpoints.latest()
+        meta = None if latest is None else checkpoints.saved(latest).meta
+    summary = _complete_summary(run)
+    if meta is not None:
+        began, chosen = from_json(meta["config"]), meta["select"]
+    elif written is not None and summary is not None:
+        began, chosen = written, summary.get("select")
+    elif written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
+        raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
+    else:
+        return  # nothing to go on from: the run starts anew
+    changed = differences(began, config)
+    if changed:
+        raise InputError(
+            f"run.dir: {run.path} holds a run with another config ({'; '.join(changed)}); change it back, or "
+            "choose another run.dir (with run.init_from to start from its weights)"
+        )
+    require_select(chosen, select, config.run.dir)
+
+
+def finished(run: RunDir, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that is complete."""
+    summary = _complete_summary(run)
+    return summary if summary is not None and summary.get("steps") == total_steps(config) else None
+
+
+def select_name(select: Callable | None) -> str:
+    """A select function's name in records."""
+    return "expert_choice" if select is None else getattr(select, "__name__", type(select).__name__)
+
+
+def require_select(recorded: str | None, select: Callable | None, run: str) -> None:
+    """InputError where a run was trained with another select function than this one."""
+    if recorded != select_name(select):
+        raise InputError(
+            f"{run}: trained with the select function {recorded}, not {select_name(select)}; pass select={recorded}"
+        )
+
+
+def _own_config(run: RunDir) -> Config | None:
+    """The config that began the run, where there is one."""
+    try:
+        written = run.read_json(CONFIG)
+        return None if written is None else from_json(written if isinstance(written, dict) else {})
+    except InputError as error:
+        raise InputError(
+            f"run.dir: {run.path} holds no run of this moma_jax ({error}); choose another run.dir"
+        ) from error
+
+
+def _complete_summary(run: RunDir) -> dict[str, Any] | None:
+    """summary.json, where status.json says that the run is complete."""
+    status, summary = run.read_json(STATUS), run.read_json(SUMMARY)
+    complete = isinstance(status, dict) and status.get("state") == "complete" and isinstance(summary, dict)
+    return summary if complete else None

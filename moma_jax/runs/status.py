@@ -1,0 +1,67 @@
+"""What a run is doing, in status.json; and how it fails: with one line that names the last good checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+
+from moma_jax import hosts
+from moma_jax.errors import InputError, RunError
+from moma_jax.runs.checkpoint import Checkpoints
+from moma_jax.runs.directory import RunDir
+
+
+class Status:
+    """status.json, for whoever watches a run.
+
+    Attributes:
+      step: updates made; the loop keeps it up to date.
+      begun: whether the run has begun; before that, an error leaves no trace of it.
+    """
+
+    def __init__(self, run: RunDir, total: int):
+        self.step, self.begun = 0, False
+        self._run, self._total = run, total
+
+    def write(self, state: str) -> None:
+        """Writes running, complete, stopped or failed."""
+        self.begun = True
+        status = {"state": state, "step": self.step, "total": self._total, "pid": os.getpid(), "updated": time.time()}
+        self._run.write_json("status.json", status)
+
+
+@contextlib.contextmanager
+def watched(run: RunDir, total: int) -> Iterator[Status]:
+    """Marks a run that ends by an exception as failed, once it has begun.
+
+    Raises:
+      RunError: for bad input and refused files that show only after the run has begun, and where another process is
+        gone before the runtime noticed and ended this one.
+    """
+    status = Status(run, total)
+    try:
+        yield status
+    except (SystemExit, BrokenPipeError):
+        raise
+    except BaseException as error:
+        if not status.begun:
+            raise
+        with contextlib.suppress(InputError):  # a full disk must not hide what happened
+            status.write("failed")
+        lost = hosts.several() and "Gloo" in str(error)  # collectives between CPUs fail; others wait to be aborted
+        if lost or isinstance(error, (InputError, OSError)):
+            cause = "another process of the run is gone" if lost else error
+            raise RunError(
+                f"step {status.step}: {cause}; last good checkpoint: {last_good(run)}; once that is mended, the same "
+                "command goes on from there"
+            ) from error
+        raise
+
+
+def last_good(run: RunDir) -> str:
+    """Where the newest whole checkpoint is, in words."""
+    with contextlib.closing(Checkpoints(run)) as checkpoints:
+        latest = checkpoints.latest()
+        return "there is none yet" if latest is None else checkpoints.where(latest)

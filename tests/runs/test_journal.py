@@ -1,0 +1,131 @@
+"""Records: where they go, how they are cut back, how they are read."""
+
+import json
+import math
+import os
+import uuid
+
+import pytest
+
+from moma_jax.errors import InputError
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.journal import SCHEMA, finite, open_journal, read_metrics
+from moma_jax.runs.progress import View
+
+
+def record(step, **fields):
+    return {"kind": "train", "step": step, "loss": 1.0 / step, **fields}
+
+
+def steps(run):
+    return [r["step"] for r in read_metrics(run)]
+
+
+def journal_of(path, step=0, tensorboard=False):
+    return open_journal(RunDir(path), step=step, tensorboard=tensorboard)
+
+
+def test_records_are_flat_and_valid_json(tmp_path):
+    journal = journal_of(tmp_path)
+    journal.write(record(1, grad_norm=math.inf, mfu=None))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # written through at once
+    read = json.loads(line, parse_constant=pytest.fail)
+    assert read["schema"] == SCHEMA and read["grad_norm"] is None and read["mfu"] is None and read["time"] > 0
+    journal.close()
+
+
+def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint(tmp_path):
+    journal = journal_of(tmp_path)
+    for step in (1, 2, 3, 4):
+        journal.write(record(step))
+    journal.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # killed in the middle of a line
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    journal = journal_of(tmp_path, step=2)
+    assert steps(tmp_path) == [1, 2]
+    journal.write(record(3))
+    journal.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    journal_of(tmp_path, step=0).close()
+    assert steps(tmp_path) == []
+
+
+def test_object_stores_get_immutable_segments():
+    run = f"memory://{uuid.uuid4()}/run"
+    journal = journal_of(run)
+    journal.write(record(1))
+    with pytest.raises(InputError, match="no metrics"):
+        read_metrics(run)  # nothing is there before the first checkpoint
+    journal.seal(1)
+    journal.write(record(2))
+    journal.seal(2)
+    journal.write(record(3))
+    journal.close()
+    assert steps(run) == [1, 2]
+    journal = journal_of(run, step=1)  # the checkpoint of step 2 was never finished
+    journal.write(record(2))
+    journal.write(record(3))
+    journal.seal(3)
+    assert steps(run) == [1, 2, 3]
+    assert RunDir(run).names("metrics/") == [
+        "metrics/000000000000-000000000001.jsonl",
+        "metrics/000000000001-000000000003.jsonl",
+    ]
+
+
+def test_a_full_disk_is_an_input_error_that_names_the_file(tmp_path):
+    journal = journal_of(tmp_path)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), journal._sinks[0]._file.fileno())
+    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written: No space left"):
+        journal.write(record(1))
+
+
+def test_lines_that_are_no_records_are_refused_and_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    for read in (journal_of, read_metrics):
+        with pytest.raises(InputError, match="metrics.jsonl: line 1 is no record"):
+            read(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": 1.0}\n'
+
+
+def test_numbers_that_json_cannot_say_are_null():
+    value = {"a": math.nan, "b": [math.inf, 1.5, "x"], "c": {"d": -math.inf, "e": None}, "f": True}
+    assert finite(value) == {"a": None, "b": [None, 1.5, "x"], "c": {"d": None, "e": None}, "f": True}
+
+
+def test_tensorboard_gets_numbers_by_kind(tmp_path):
+    pytest.importorskip("tensorboardX")
+    journal = journal_of(tmp_path, tensorboard=True)
+    journal.write(record(1, mfu=None))
+    journal.write({"kind": "eval", "step": 1, "eval_set": "heldout", "routing": "choice", "loss": 2.0})
+    journal.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"train/loss" in content and b"eval/heldout/choice/loss" in content and b"mfu" not in content
+
+
+def test_reading_a_directory_without_records_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="no metrics"):
+        read_metrics(tmp_path)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    view = View(10, 0)
+    view.write(record(5, loss_text=None, loss_image=3.0, step_seconds=2.0, tokens_per_second=1234.5, mfu=None))
+    view.write({"kind": "event", "step": 5, "event": "something"})
+    view.close()
+    out = capsys.readouterr().out
+    assert "step 5/10  loss 0.2000  text -  image 3.0000  1,234 tokens/s  0:00:10 left" in out
+    assert "something" in out and "\x1b" not in out
+    View(10, 0, quiet=True).write(record(5, step_seconds=1, tokens_per_second=1, mfu=None))
+    assert capsys.readouterr().out == ""
+
+
+def test_status_files_are_whole(tmp_path):
+    run = RunDir(tmp_path / "a" / "b")
+    assert run.read_json("status.json") is None
+    run.write_json("status.json", {"state": "running"})
+    assert RunDir(tmp_path / "a" / "b").read_json("status.json") == {"state": "running"}
+    with run.locked(), pytest.raises(InputError, match="another process"), RunDir(tmp_path / "a" / "b").locked():
+        pass

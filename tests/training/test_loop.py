@@ -1,0 +1,227 @@
+"""A run from its first step to its summary, and what stops it."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny
+
+import moma_jax
+from moma_jax.cost import flops_per_token
+from moma_jax.errors import InputError, RunError
+from moma_jax.model.routing import expert_choice
+from moma_jax.runs.checkpoint import Checkpoints
+from moma_jax.runs.directory import RunDir
+from moma_jax.training import loop
+
+TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
+
+
+def records(run):
+    """A run's records without what clocks say."""
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in moma_jax.read_metrics(run)]
+
+
+def parameters(run):
+    return jax.device_get(moma_jax.load(str(run)).params)
+
+
+def changed_batches(monkeypatch, change, module=loop):
+    """Makes the module's stream hand out change(number, batch), numbered from 1 in this process."""
+    original = module.open_stream
+
+    class Changed:
+        def __init__(self, stream):
+            self.stream, self.number = stream, 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            import dataclasses
+
+            packed = next(self.stream)
+            self.number += 1
+            return dataclasses.replace(packed, batch=change(self.number, packed.batch))
+
+        def close(self):
+            self.stream.close()
+
+    monkeypatch.setattr(module, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run, with TensorBoard."""
+    config = tiny(tmp_path_factory.mktemp("whole"), run_tensorboard=True, train_keep_every=3)
+    return config, moma_jax.train(config, quiet=True)
+
+
+def test_a_run_leaves_its_files(whole):
+    config, summary = whole
+    run = RunDir(config.run.dir)
+    names = {name.split("/")[0] for name in run.names("")}
+    assert names == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "status.json",
+        "summary.json",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert run.read_json("summary.json") == json.loads(json.dumps(summary))
+    assert moma_jax.recipe(config.run.dir) == config
+    status = run.read_json("status.json")
+    assert (status["state"], status["step"], status["total"], status["pid"]) == ("complete", 6, 6, os.getpid())
+    assert {"jax", "optax"} <= set(summary["versions"]) and summary["device"] == {"kind": "cpu", "count": 1}
+    evaluation = summary["eval"]["heldout"]
+    assert set(evaluation) == {"choice", "threshold", "gap_percent", "unigram"}
+    assert len({evaluation[name]["tokens"] for name in ("choice", "threshold", "unigram")}) == 1
+
+
+def test_records_say_what_the_readme_promises(whole):
+    found = records(whole[0].run.dir)
+    assert [(r["kind"], r["step"]) for r in found] == [
+        ("train", 2), ("train", 4), ("eval", 4), ("eval", 4), ("train", 6), ("eval", 6), ("eval", 6)
+    ]  # fmt: skip
+    train, choice, threshold = found[0], found[2], found[3]
+    both = {"schema", "kind", "step", "loss", "loss_text", "loss_image"}
+    conditions = {"image_given_text", "text_given_image", "interleaved"}
+    measures = {"", "_text", "_image"} | {f"_{name}" for name in conditions}
+    figures = {f"{what}{measure}" for what in ("loss", "tokens") for measure in measures}
+    assert set(choice) == both | figures | {"eval_set", "routing", "experts_per_token"}
+    assert set(threshold) == set(choice) | {f"perplexity{measure}" for measure in measures} | {"gap_percent"}
+    assert (choice["routing"], threshold["routing"]) == ("choice", "threshold")
+    assert threshold["perplexity"] == pytest.approx(np.exp(threshold["loss"]))
+    assert threshold["gap_percent"] == pytest.approx(100 * (threshold["loss"] / choice["loss"] - 1))
+    by_modality = {f"{n}_{m}" for n in ("tokens", "fill") for m in ("text", "image")}
+    taken = {f"taken_{m}_{n}" for m in ("text", "image") for n in ("0", "1", "2plus")}
+    more = {"z_loss", "grad_norm", "grad_norm_router", "learning_rate", "tokens", "flops"}
+    more |= {
+        f"{n}{g}{e}"
+        for n, e in (("threshold_load_", ""), ("threshold_load_", "_least"), ("dropped_", ""))
+        for g in ("text", "image")
+    }
+    assert set(train) - {k for k in train if k.startswith("epoch_")} == both | by_modality | taken | more
+    assert train["tokens"] == train["tokens_text"] + train["tokens_image"] > 0
+    assert found[1]["tokens"] >= 1.9 * train["tokens"]
+    assert train["flops"] == pytest.approx(train["tokens"] * flops_per_token(whole[0]))
+    assert sum(train[f"taken_text_{n}"] for n in ("0", "1", "2plus")) == pytest.approx(1)
+    assert 0 < train["fill_text"] <= 1
+    assert {r["mfu"] for r in moma_jax.read_metrics(whole[0].run.dir) if r["kind"] == "train"} == {None}
+
+
+def test_a_complete_run_is_left_alone(whole, capsys):
+    before = RunDir(whole[0].run.dir).read("metrics.jsonl")
+    assert moma_jax.train(whole[0]) == json.loads(json.dumps(whole[1]))
+    assert "complete" in capsys.readouterr().out
+    assert RunDir(whole[0].run.dir).read("metrics.jsonl") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_exactly(whole, tmp_path, monkeypatch, number):
+    def send(batch_number, batch):
+        if batch_number == 2:
+            os.kill(os.getpid(), number)
+        return batch
+
+    with monkeypatch.context() as patch:
+        changed_batches(patch, send)
+        with pytest.raises(SystemExit) as exit_:
+            moma_jax.train(tiny(tmp_path), quiet=True)
+    assert exit_.value.code == 128 + number
+    stopped = RunDir(tmp_path).read_json("status.json")
+    assert stopped["state"] == "stopped" and 0 < stopped["step"] < 6
+    assert Checkpoints(RunDir(tmp_path)).latest() == stopped["step"]
+    moma_jax.train(tiny(tmp_path), quiet=True)
+    assert records(tmp_path) == records(whole[0].run.dir)
+    jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(whole[0].run.dir))
+
+
+def test_a_changed_config_is_refused_with_the_list(whole):
+    with pytest.raises(InputError, match=r"train.seed: 0 -> 1.*run.dir") as error:
+        moma_jax.train(tiny(whole[0].run.dir, train_seed=1, model_norm="pre", train_log_every=1))
+    assert "model.norm: swin -> pre" in str(error.value) and "log_every" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def my_choice(score, eligible_T, quota, state, key):
+    selection, _, _ = expert_choice(score, eligible_T, quota, (), key)
+    return selection, jax.tree.map(lambda n: n + 1, state), {"pull": score.logit_TE.mean() ** 2}
+
+
+def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
+    state = {name: {"calls": np.zeros(2, np.float32)} for name in ("text", "image")}
+    config = tiny(tmp_path, train_steps=2)
+    summary = moma_jax.train(config, select=my_choice, routing_state=state)
+    assert "warning: optimizer.warmup_steps 2 is not below the run's 2 steps" in capsys.readouterr().out
+    assert summary["select"] == "my_choice" and summary["final"]["routing_pull"] > 0
+    loaded = moma_jax.load(str(tmp_path), select=my_choice)
+    assert loaded.routing_state["text"]["calls"].tolist() == [2, 2]
+    with pytest.raises(InputError, match="my_choice, not expert_choice"):
+        moma_jax.train(config)
+    with pytest.raises(InputError, match="expert_choice, not my_choice"):
+        moma_jax.train(whole[0], select=my_choice)
+
+
+def test_a_run_starts_from_anothers_weights(whole, tmp_path):
+    config = tiny(tmp_path, run_init_from=whole[0].run.dir, train_steps=1, optimizer_peak_lr=1e-12, optimizer_end_lr=0)
+    moma_jax.train(config, quiet=True)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), parameters(tmp_path), parameters(whole[0].run.dir)
+    )
+    with pytest.raises(InputError, match="init_from.*same model"):
+        moma_jax.train(tiny(tmp_path / "b", run_init_from=whole[0].run.dir, model_ffn="1t1i"), quiet=True)
+    with pytest.raises(InputError, match="no checkpoint"):
+        moma_jax.train(tiny(tmp_path / "c", run_init_from=str(tmp_path / "nothing")), quiet=True)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
+
+
+def poison(batch_number, batch):
+    """Batch 4 has a weight that is not a number."""
+    return batch._replace(weight_BS=batch.weight_BS * np.float32(np.nan if batch_number == 4 else 1))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    changed_batches(monkeypatch, poison)
+    with pytest.raises(RunError, match=r"step 4: .*last good checkpoint: .*/checkpoints/3"):
+        moma_jax.train(tiny(tmp_path), quiet=True)
+    assert RunDir(tmp_path).read_json("status.json")["state"] == "failed"
+
+
+def test_or_the_update_is_skipped(tmp_path, monkeypatch):
+    changed_batches(monkeypatch, poison)
+    summary = moma_jax.train(tiny(tmp_path, train_on_nan="skip"), quiet=True)
+    events = [r for r in records(tmp_path) if r["kind"] == "event"]
+    assert [(e["step"], "skipped" in e["event"]) for e in events] == [(4, True)]
+    assert summary["steps"] == 6 and np.isfinite(summary["final"]["loss"])
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    with RunDir(tmp_path).locked(), pytest.raises(InputError, match="another process"):
+        moma_jax.train(tiny(tmp_path), quiet=True)
+
+
+def test_data_that_ends_fails_the_run(tmp_path, monkeypatch):
+    def end(batch_number, batch):
+        if batch_number == 2:
+            raise StopIteration
+        return batch
+
+    changed_batches(monkeypatch, end)
+    with pytest.raises(RunError, match="data ended"):
+        moma_jax.train(tiny(tmp_path), quiet=True)
+
+
+def test_evaluation_sets_without_documents_are_found_before_training(tmp_path, monkeypatch):
+    def nothing(config):
+        raise InputError(f"{config.train.eval_sets[0].name}: no held-out documents")
+
+    monkeypatch.setattr(loop, "require_held_out", nothing)
+    with pytest.raises(InputError, match="heldout: no held-out"):
+        moma_jax.train(tiny(tmp_path / "a"), quiet=True)
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,163 @@
+"""More experts from fewer: the same function, token by token or in the mean."""
+
+import jax
+import numpy as np
+import pytest
+import quick
+from test_experts import Case, mixed
+from tiny import tiny
+
+from moma_jax import sharding
+from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.errors import InputError
+from moma_jax.training.step import create_state, first_routing_state, make_program, run_decoder
+from moma_jax.upcycling.copies import Copied, copied_groups, grown_state, perturbed
+
+
+def batch_of(config):
+    with open_stream(config) as stream:
+        return next(stream).batch
+
+
+def logits(program, params, batch):
+    """(B, S, V) in training's routing, without noise."""
+    groups, state = np.arange(len(batch.token_BS) // 2), first_routing_state(program.config, None)
+    with sharding.use_mesh(program.mesh):
+        run = quick.jit(lambda params: run_decoder(program, params, batch, 0, groups, state, False).hidden_BSD)
+        hidden_BSD = run(params)
+    return np.asarray(hidden_BSD) @ np.asarray(params["unembedding"]["kernel_DV"])
+
+
+def program_of(config):
+    return make_program(config, vocabulary_of(config))
+
+
+def grow(before, after):
+    """The first state of config `before`, and that of `after` grown from it."""
+    old, new = program_of(before), program_of(after)
+    with sharding.use_mesh(old.mesh):
+        state = create_state(old, first_routing_state(before, None))
+        made = grown_state(new, state.params, None, copied_groups(before, after), 0.0, 0)
+    return old, state, new, made
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "norm", "capacity", "scale"),
+    [
+        ("dense", "4t4i", "swin", 1.0, 1 / 2),
+        ("dense", "4t4i", "pre", 1.0, 1 / 2),
+        ("dense", "1t1i", "pre", None, 1),
+        ("dense", "8x", "pre", 1.0, 1 / 4),
+        ("2t2i", "4t4i", "swin", 0.5, 1 / 2),
+        ("2t2i", "4t4i", "pre", 0.5, 1 / 2),
+        ("2t2i", "2t4i", "pre", 0.5, (1, 1 / 2)),
+        ("1t1i+2x", "2t2i+2x", "pre", 1.0, 1),
+        ("mod+1t1i", "mod+4t4i", "pre", 1.0, 1 / 2),
+    ],
+)
+def test_logits_from_other_seeds(before, after, norm, capacity, scale):
+    # Without jitter copies of an expert take the same tokens.
+    same = {"model_norm": norm, "model_capacity": capacity, "model_jitter": 0.0}
+    configs = [tiny(model_ffn=ffn, **same) for ffn in (before, after)]
+    scales = [own.scale for own in copied_groups(*configs).values()]
+    np.testing.assert_allclose(scales, scale)
+    old, state, new, made = grow(*configs)
+    batch = batch_of(configs[0])
+    expected = logits(old, state.params, batch)
+    np.testing.assert_allclose(logits(new, made.params, batch), expected, atol=1e-5)
+
+
+def test_default_capacity_keeps_the_mean_over_tokens():
+    """A token that m of the four copies took has m times the seed's output; the mean of m is 1."""
+    modality_GT = mixed(2, groups=8, padding=0.0)
+    before, after = (Case(ffn, modality_GT) for ffn in ("1t1i", "4t4i"))
+    after.x_GTD = before.x_GTD
+    own = Copied("", 4, 2.0)
+    assert set(copied_groups(tiny(model_ffn="1t1i"), tiny(model_ffn="4t4i")).values()) == {
+        Copied(name, own.times, own.scale) for name in ("text", "image")
+    }
+    for name, weights in before.params.items():
+        copies = {kind: np.repeat(weight, 4, axis=0) for kind, weight in weights.items()}
+        after.params[name] = copies | {
+            "down_EFD": own.scale * copies["down_EFD"],
+            "router_DE": np.zeros_like(after.params[name]["router_DE"]),
+        }
+    (expected, _), (found, _) = before.run(), after.run()
+    times_GT = np.zeros(modality_GT.shape)
+    for selection in found.selections.values():
+        for g in range(len(modality_GT)):
+            np.add.at(times_GT[g], selection.index_EC[g][selection.filled_EC[g]], 1)
+    np.testing.assert_allclose(found.y_GTD, times_GT[..., None] * expected.y_GTD, atol=1e-4)
+    # An expert's share of a group's tokens is rounded up: at most 4 experts, 2 modalities, one token more each.
+    assert times_GT.sum() / times_GT.size == pytest.approx(1, abs=4 * 2 / modality_GT.shape[1])
+    assert 0.2 < (times_GT == 0).mean() < 0.4  # (3/4)^4 of the tokens
+
+
+def test_more_generations_and_groups():
+    def scales(before, after, **capacity):
+        return {n: (c.source, c.times, c.scale) for n, c in copied_groups(
+            tiny(model_ffn=before), tiny(model_ffn=after, **capacity)
+        ).items()}  # fmt: skip
+
+    assert scales("1t1i", "4t4i", model_capacity=1.0) == {"text": ("text", 4, 0.5), "image": ("image", 4, 0.5)}
+    assert scales("dense", "8x") == {"all": ("all", 8, 2.0)}
+    # c of the experts halves and they double: in the mean over tokens as much as before.
+    assert scales("2t2i", "4t2i") == {"text": ("text", 2, 1.0), "image": ("image", 1, 1.0)}
+    assert scales("2x", "4t2i") == {"text": ("all", 2, 1.0), "image": ("all", 1, 1.0)}
+
+
+def test_experts_lie_side_by_side_and_routers_go_with_them():
+    _, state, _, made = grow(tiny(model_ffn="2t2i"), tiny(model_ffn="4t2i"))
+    old, new = (x.params["layers"]["ffn"]["text"] for x in (state, made))
+    for name, axis in (("gate_EDF", 1), ("up_EDF", 1), ("down_EFD", 1), ("router_DE", 2)):
+        np.testing.assert_array_equal(new[name], np.repeat(old[name], 2, axis=axis))
+
+
+def test_noise_on_copied_experts():
+    before, after = tiny(model_ffn="1t2i", model_hidden=64), tiny(model_ffn="4t2i", model_hidden=64)
+    plain, copied = jax.device_get(grow(before, after)[3].params), copied_groups(before, after)
+    noisy, again, other = (jax.device_get(perturbed(plain, copied, 0.1, number)) for number in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, noisy, again)
+    ffn = [tree["layers"]["ffn"] for tree in (plain, noisy, other)]
+    for name in ("gate_EDF", "up_EDF", "down_EFD"):
+        clean, one, two = (x["text"][name] for x in ffn)
+        relative = (one - clean).std(axis=(-2, -1)) / clean.std(axis=(-2, -1))
+        np.testing.assert_allclose(relative, 0.1, rtol=0.15)
+        assert len(np.unique(one[:, :, 0, 0])) == one[:, :, 0, 0].size and not np.allclose(one, two)
+    assert not np.any(ffn[1]["text"]["router_DE"])
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), plain, noisy)
+    assert sum(jax.tree.leaves(changed)) == 3  # all else is as it was
+    assert perturbed(plain, {}, 0.0, 0) is plain
+
+
+def test_a_copys_gradient_is_as_moments_are_scaled():
+    """Where all copies take all tokens the factors are exact: 1/k, and 1/(k scale) of the down-projection."""
+    configs = [tiny(model_ffn=ffn, model_capacity=1.0, model_norm="pre") for ffn in ("1t1i", "4t4i")]
+    old, state, new, made = grow(*configs)
+    batch = batch_of(configs[0])
+
+    def gradient(program, params):
+        groups, routing = np.arange(4), first_routing_state(program.config, None)
+
+        def total(params):
+            output = run_decoder(program, params, batch, 0, groups, routing, False)
+            return (output.hidden_BSD**2 * np.arange(16)).sum()
+
+        with sharding.use_mesh(program.mesh):
+            return jax.device_get(quick.jit(jax.grad(total))(params))["layers"]["ffn"]["text"]
+
+    before, after = gradient(old, state.params), gradient(new, made.params)
+    for name, factor in (("gate_EDF", 1 / 4), ("up_EDF", 1 / 4), ("down_EFD", 1 / 2)):
+        expected = factor * np.repeat(before[name], 4, axis=1)
+        np.testing.assert_allclose(after[name], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_experts_that_do_not_divide(tmp_path):
+    for before, after, message in (
+        ("2t2i", "3t2i", "3 experts for text are no multiple of the seed's 2; use 2"),
+        ("4t4i", "2t4i", "use 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            copied_groups(tiny(model_ffn=before), tiny(model_ffn=after))
+    with pytest.raises(InputError, match=r"mod\+ must be the seed's"):
+        copied_groups(tiny(model_ffn="1t1i"), tiny(model_ffn="mod+4t4i"))
