@@ -25,10 +25,10 @@ from moma_jax.plan import plan
 _HOME = {
     "recipe": "moma_jax.recipes",
     "prepare": "moma_jax.data.prepare",
-    "train": "moma_jax.training.loop",
+    "train": "moma_jax.training.pretrain",
     "fit_routers": "moma_jax.training.fit_routers",
     "evaluate": "moma_jax.evaluation.evaluate",
-    "load": "moma_jax.training.load",
+    "load": "moma_jax.generation.model",
     "read_metrics": "moma_jax.runs.journal",
     "upcycle": "moma_jax.upcycling.upcycle",
     "from_chameleon": "moma_jax.convert",

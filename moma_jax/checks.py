@@ -78,6 +78,11 @@ def _check_ranges(config: Config) -> None:
         for name in names:
             value = getattr(getattr(config, section), name)
             require(value is not None and value > 0, f"{section}.{name}: must be positive, is {value}")
+    steps = config.train.profile_steps
+    require(
+        not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+        f"train.profile_steps: give the first and the last step, such as 10 12; is {steps}",
+    )
     cache = config.data.cache_bytes
     require(cache >= 0, f"data.cache_bytes: must be 0 (no cache) or more, is {cache}")
     shares = {"model.dropout": config.model.dropout, "optimizer.beta1": config.optimizer.beta1,

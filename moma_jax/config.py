@@ -277,6 +277,8 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Besides, keep every checkpoint whose step is a multiple of this."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of a profile, written to RUN/profile; (): none."""
 
 
 @dataclass(frozen=True)

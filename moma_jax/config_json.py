@@ -81,6 +81,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_every",
+    "train.profile_steps",
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,10 +28,8 @@ from moma_jax.generation.grammar import (
 from moma_jax.generation.output import Output, Reader
 from moma_jax.generation.prompts import Language, Piece, encode_prompt, language_of, writable_text
 from moma_jax.generation.sampling import Draw, Guidance, Sampling, draw_of
+from moma_jax.training.load import Loaded
 from moma_jax.vocab import Vocabulary
-
-if TYPE_CHECKING:
-    from moma_jax.training.load import Loaded
 
 SEEDS = 1 << 32
 

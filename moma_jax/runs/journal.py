@@ -4,7 +4,7 @@ Kinds of records: `train` (every `train.log_every` steps; losses and norms are m
 record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
 in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out; all are those of all
 processes but `epoch_<store>`, passes over a store, which are those of the lanes that process 0 reads. The journal of
-`moma fit-routers`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (training/routers.py).
+`moma fit-routers`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (router_step.py).
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
 `metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moma_jax import hosts
@@ -106,17 +107,17 @@ class Journal:
             sink.close()
 
 
-def open_journal(run: RunDir, *, step: int, tensorboard: bool, view: Any = None) -> Journal:
+def open_journal(run: RunDir, *, step: int, tensorboard: bool, sinks: Sequence[Any] = ()) -> Journal:
     """The journal of a run that stands at `step`: later records are cut off, then writing goes on.
 
-    Of several processes only process 0 records anything.
+    Of several processes only process 0 records anything. `sinks` are further ones, which come last.
     """
     if not hosts.is_first():
         return Journal()
-    sinks = [FileSink(run, step) if run.local else SegmentSink(run, step)]
+    own = [FileSink(run, step) if run.local else SegmentSink(run, step)]
     if tensorboard:
-        sinks.append(TensorBoardSink(run.join("tensorboard"), step))
-    return Journal(*sinks, *([view] if view is not None else []))
+        own.append(TensorBoardSink(run.join("tensorboard"), step))
+    return Journal(*own, *sinks)
 
 
 class FileSink:
@@ -198,3 +199,26 @@ class TensorBoardSink:
     def close(self) -> None:
         """Ends the event file."""
         self._writer.close()
+
+
+class UserSink:
+    """Hands every record to a function."""
+
+    def __init__(self, write: Callable[[dict[str, Any]], Any]):
+        self.write = write
+
+    def seal(self, step: int) -> None:
+        """Nothing to do: the user has the records."""
+
+    def close(self) -> None:
+        """Nothing to do: what the user opened is the user's to close."""
+
+
+def user_sinks(sink: Any) -> list[UserSink]:
+    """The sinks for `sink` of `train`: an object with `write(record)`, a function of a record, or None."""
+    if sink is None:
+        return []
+    write = getattr(sink, "write", sink)
+    if not callable(write):
+        raise InputError(f"sink: {sink!r} takes no records; give an object with write(record), or a function")
+    return [UserSink(write)]

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from moma_jax import hosts
 
 
-class View:
+class RunProgress:
     """A sink of the journal that draws; nothing at all where `quiet`, or on other processes than process 0."""
 
     def __init__(self, total: int, step: int, *, quiet: bool = False, console: Console | None = None):

@@ -9,10 +9,12 @@ from typing import Any
 from moma_jax.config import Config
 from moma_jax.config_json import differences, from_json
 from moma_jax.cost import total_steps
+from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, records_of
+from moma_jax.vocab import Vocabulary
 
 CONFIG, STATUS, SUMMARY = "config.json", "status.json", "summary.json"
 
@@ -64,6 +66,22 @@ def require_select(recorded: str | None, select: Callable | None, run: str) -> N
         raise InputError(
             f"{run}: trained with the select function {recorded}, not {select_name(select)}; pass select={recorded}"
         )
+
+
+def hashes_of(config: Config, vocabulary: Vocabulary) -> dict[str, str | None]:
+    """What makes ids mean the same: layout, tokenizer and codec of the stores (they are equal in all of them)."""
+    if config.data.kind == "synthetic":
+        return {"vocabulary": vocabulary.hash}
+    return open_store(config.data.stores[0].path).codecs.hashes
+
+
+def require_same_stores(hashes: dict[str, str | None], before: dict[str, str | None], where: str) -> None:
+    """InputError where the stores are no longer those of the checkpoint `where`, which had the hashes `before`."""
+    for name, value in before.items():
+        if hashes.get(name) != value:
+            raise InputError(
+                f"data.stores: their {name} is not that of {where}; restore the stores or choose another run.dir"
+            )
 
 
 def _own_config(run: RunDir) -> Config | None:

@@ -19,11 +19,11 @@ from moma_jax.config_json import differences, from_json
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.progress import View
+from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import require_resumable
 from moma_jax.studies.jobs import Job, chosen, jobs, state, trained_elsewhere
 from moma_jax.studies.study import Study, load_study
-from moma_jax.training.loop import prepare_missing_stores, train
+from moma_jax.training.pretrain import prepare_missing_stores, train
 
 COMPLETE, ELSEWHERE, FAILED = "complete", "trained by another process", "failed"
 
@@ -60,7 +60,7 @@ def run_jobs(selected: list[Job], *, quiet: bool = False) -> dict[str, str]:
             _require_same_run(config)
         if job.seed_run is not None:
             _require_upcycled(job)
-    say = View(0, 0, quiet=quiet).say
+    say = RunProgress(0, 0, quiet=quiet).say
     outcomes, failures = {}, {}
     with _signals_at_last_steps() as end_if_signalled:
         _prepare_stores(selected, quiet)

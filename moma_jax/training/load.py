@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
@@ -24,9 +24,6 @@ from moma_jax.runs.directory import RunDir
 from moma_jax.runs.resume import require_select
 from moma_jax.training.step import Program, abstract_params, make_program
 from moma_jax.vocab import Vocabulary
-
-if TYPE_CHECKING:
-    from moma_jax.generation.output import Output
 
 ROUTERS = "routers"
 """Directory, inside a run's, of the auxiliary routers that were fitted to it."""
@@ -72,12 +69,6 @@ class Loaded:
         if (reason := self._lacks(routing)) is not None:
             raise InputError(f"routing: {reason}")
         return choice_decoder(self.decoder) if routing == "choice" else causal_decoder(self.config, routing)
-
-    def generate(self, prompts: Sequence[Any], **settings: Any) -> list[Output]:
-        """Writes on after each prompt; see `moma_jax.generation.generate` for prompts and settings."""
-        from moma_jax.generation import generate
-
-        return generate(self, prompts, **settings)
 
     def _lacks(self, routing: str) -> str | None:
         """Why this model cannot be used under a routing, and the remedy."""

@@ -21,10 +21,10 @@ def prediction_figures(predicted_M4: np.ndarray, names: list[str]) -> dict[str, 
     """
     figures = {}
     for name, (right, predicted, taken, pairs) in zip(names, predicted_M4, strict=True):
-        figures[f"precision_{name}"] = _over(right, predicted)
-        figures[f"recall_{name}"] = _over(right, taken)
-        figures[f"accuracy_{name}"] = _over(pairs - predicted - taken + 2 * right, pairs)
-        figures[f"load_{name}"] = _over(predicted, taken)
+        figures[f"precision_{name}"] = mean(right, predicted)
+        figures[f"recall_{name}"] = mean(right, taken)
+        figures[f"accuracy_{name}"] = mean(pairs - predicted - taken + 2 * right, pairs)
+        figures[f"load_{name}"] = mean(predicted, taken)
     return figures
 
 
@@ -45,7 +45,8 @@ def threshold_figures(routing_state: Any) -> dict[str, float]:
     return figures
 
 
-def _over(value: float, count: float) -> float | None:
+def mean(value: float, count: float) -> float | None:
+    """A sum over how many there were; None where there were none."""
     return float(value / count) if count else None
 
 
@@ -182,14 +183,14 @@ def _losses(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
     names = [m.name for m in config.data.modalities]
     zero_M, steps = np.zeros(len(names)), seen.get("finite_steps", 0.0)
     nats_M, weight_M = seen.get("nats_M", zero_M), seen.get("weight_M", zero_M)
-    losses = {"loss": _over(nats_M.sum(), weight_M.sum())}
-    losses |= {f"loss_{n}": _over(a, w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
-    square = _over(seen.get("square_log_partition", 0.0), weight_M.sum())
+    losses = {"loss": mean(nats_M.sum(), weight_M.sum())}
+    losses |= {f"loss_{n}": mean(a, w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
+    square = mean(seen.get("square_log_partition", 0.0), weight_M.sum())
     losses["z_loss"] = None if square is None else config.train.z_loss * square
-    losses["grad_norm"] = _over(seen.get("grad_norm", 0.0), steps)
-    losses["grad_norm_router"] = _over(seen["grad_norm_router"], steps) if "grad_norm_router" in seen else None
+    losses["grad_norm"] = mean(seen.get("grad_norm", 0.0), steps)
+    losses["grad_norm_router"] = mean(seen["grad_norm_router"], steps) if "grad_norm_router" in seen else None
     routing = sorted(name for name in seen if name.startswith("routing_"))
-    return losses | {name: _over(seen[name], steps) for name in routing}
+    return losses | {name: mean(seen[name], steps) for name in routing}
 
 
 def _routing(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _routing(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
         record[f"fill_{name}"] = float(seen["tokens_M"][m] / (seen["steps"] * groups * quota))
         taken_3 = seen["taken_M3"][m] if "taken_M3" in seen else np.zeros(3)
         for label, taken in zip(("0", "1", "2plus"), taken_3, strict=True):
-            record[f"taken_{name}_{label}"] = _over(taken, taken_3.sum())
+            record[f"taken_{name}_{label}"] = mean(taken, taken_3.sum())
     if config.model.auxiliary:
         record |= layers_predicted(config, seen.get("predicted_M4"), seen.get("entered_M4"))
     return record

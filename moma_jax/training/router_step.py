@@ -16,7 +16,7 @@ from moma_jax.config import Config, EvalSet
 from moma_jax.evaluation.evaluate import held_out
 from moma_jax.model.auxiliary import LOSS
 from moma_jax.training.load import auxiliary_params, joined
-from moma_jax.training.metrics import layers_predicted, prediction_figures
+from moma_jax.training.metrics import Meter, layers_predicted, mean, prediction_figures
 from moma_jax.training.optimizer import norm_of
 from moma_jax.training.step import (
     Program,
@@ -24,6 +24,7 @@ from moma_jax.training.step import (
     abstract_batch,
     abstract_params,
     abstract_state_of,
+    compiled_for,
     init_params,
     over_microbatches,
     put,
@@ -102,7 +103,7 @@ def compile_routers_step(program: Program, state: TrainState, frozen: Any, routi
     """The stage's step, compiled; it donates the state and leaves the model alone."""
     shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
     step = jax.jit(make_routers_step(program), donate_argnums=0, out_shardings=shardings)
-    return step.lower(state, frozen, routing_state, abstract_batch(program)).compile()
+    return compiled_for(step.lower(state, frozen, routing_state, abstract_batch(program)), program.mesh)
 
 
 def cross_entropies(config: Config) -> int:
@@ -122,13 +123,41 @@ def router_sums(report: RoutersReport) -> dict[str, Any]:
     return sums | ({"entered_PM4": report.entered_PM4} if len(report.entered_PM4) else {})
 
 
-def layer_figures(config: Config, predicted_LM4: np.ndarray, entered_PM4: np.ndarray | None) -> dict[str, float | None]:
+def routers_record(
+    config: Config, meter: Meter, step: int, learning_rate: float, epochs: dict[str, float]
+) -> dict[str, Any]:
+    """The record of `step`, means over the steps since the last one; begins a new interval.
+
+    Loss, norm and figures are those of the updates that were made, None where every one was skipped.
+    """
+    seen = meter.interval()
+    updates = seen.get("finite_steps", 0.0)
+    record = {
+        "kind": "routers",
+        "step": step,
+        "loss": mean(seen.get("loss", 0.0), updates),
+        "grad_norm": mean(seen.get("grad_norm", 0.0), updates),
+        "learning_rate": learning_rate,
+        **meter.cumulative(),
+        "wall_seconds": meter.wall_seconds(),
+        **{f"epoch_{name}": float(value) for name, value in epochs.items()},
+        **meter.speed(seen),
+    }
+    return record | layer_figures(config, seen.get("predicted_LM4"), seen.get("entered_PM4"))
+
+
+def layer_figures(
+    config: Config, predicted_LM4: np.ndarray | None, entered_PM4: np.ndarray | None
+) -> dict[str, float | None]:
     """`prediction_figures` over all layers, precision_text, and of each, precision_text_layer_03 (from 00).
 
-    With mixture of depths also of who enters its layers: precision_depth_text, precision_depth_text_layer_02.
+    With mixture of depths also of who enters its layers: precision_depth_text, precision_depth_text_layer_02. None:
+    nothing was counted.
     """
     names = [m.name for m in config.data.modalities]
-    entered_PM4 = np.zeros((0, len(names), 4)) if entered_PM4 is None else entered_PM4
+    layers, pairs = config.model.layers, config.model.layers // 2 if config.depth else 0
+    predicted_LM4 = np.zeros((layers, len(names), 4)) if predicted_LM4 is None else predicted_LM4
+    entered_PM4 = np.zeros((pairs, len(names), 4)) if entered_PM4 is None else entered_PM4
     figures = layers_predicted(config, predicted_LM4.sum(0), entered_PM4.sum(0))
     for layer, predicted_M4 in enumerate(predicted_LM4):
         figures |= prediction_figures(predicted_M4, [f"{name}_layer_{layer:02d}" for name in names])

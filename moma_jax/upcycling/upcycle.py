@@ -26,9 +26,8 @@ from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import finite
 from moma_jax.runs.progress import losses
-from moma_jax.runs.resume import require_select, select_name
+from moma_jax.runs.resume import hashes_of, require_same_stores, require_select, select_name
 from moma_jax.training.load import fingerprint
-from moma_jax.training.loop import hashes_of, require_same_stores
 from moma_jax.training.metrics import Meter, step_sums
 from moma_jax.training.step import (
     Program,

@@ -164,7 +164,7 @@ def test_a_runs_config_is_a_recipe(tmp_path):
 
 def test_the_functions_stay_functions_after_their_modules_are_loaded():
     code = (
-        "import moma_jax, moma_jax.training.loop, moma_jax.data.prepare, moma_jax.cost\n"
+        "import moma_jax, moma_jax.training.pretrain, moma_jax.data.prepare, moma_jax.cost\n"
         "assert all(callable(getattr(moma_jax, name)) for name in moma_jax.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

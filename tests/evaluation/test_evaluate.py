@@ -22,7 +22,7 @@ from moma_jax.evaluation import evaluate as evaluate_lib
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, held_out, scheduled, unigram
 from moma_jax.model.causal import first_thresholds
 from moma_jax.model.decoder import causal_decoder
-from moma_jax.training.loop import train
+from moma_jax.training.pretrain import train
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
 

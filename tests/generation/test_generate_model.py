@@ -9,7 +9,7 @@ from moma_jax import load
 from moma_jax.errors import InputError
 from moma_jax.generation import Guidance, Sampling, generate_ids
 from moma_jax.generation.generate import causal_routing, generator_of
-from moma_jax.training.loop import train
+from moma_jax.training.pretrain import train
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[0], [0, 9, 30, 12], [0, 4, 41, 50, 63, 40, 5, 20], [0, 17]]

@@ -10,7 +10,7 @@ import pytest
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import SCHEMA, finite, open_journal, read_metrics
-from moma_jax.runs.progress import View
+from moma_jax.runs.progress import RunProgress
 
 
 def record(step, **fields):
@@ -111,14 +111,14 @@ def test_reading_a_directory_without_records_is_an_input_error(tmp_path):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    view = View(10, 0)
+    view = RunProgress(10, 0)
     view.write(record(5, loss_text=None, loss_image=3.0, step_seconds=2.0, tokens_per_second=1234.5, mfu=None))
     view.write({"kind": "event", "step": 5, "event": "something"})
     view.close()
     out = capsys.readouterr().out
     assert "step 5/10  loss 0.2000  text -  image 3.0000  1,234 tokens/s  0:00:10 left" in out
     assert "something" in out and "\x1b" not in out
-    View(10, 0, quiet=True).write(record(5, step_seconds=1, tokens_per_second=1, mfu=None))
+    RunProgress(10, 0, quiet=True).write(record(5, step_seconds=1, tokens_per_second=1, mfu=None))
     assert capsys.readouterr().out == ""
 
 

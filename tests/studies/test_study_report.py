@@ -23,7 +23,7 @@ from moma_jax.studies import figures, report
 from moma_jax.studies.jobs import jobs
 from moma_jax.studies.report import write_report
 from moma_jax.studies.study import Study, Upcycled, Variant
-from moma_jax.training.loop import train
+from moma_jax.training.pretrain import train
 
 PER_UPDATE = 128
 """Tokens of an update of the tiny config."""

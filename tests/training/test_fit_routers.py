@@ -27,6 +27,7 @@ from moma_jax.model.routing import expert_choice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.training import fit_routers as routers
+from moma_jax.training import loop
 from moma_jax.training.load import auxiliary_params, load
 from moma_jax.training.router_step import compile_routers_step, first_state
 from moma_jax.training.step import make_program, put
@@ -119,7 +120,7 @@ def test_the_data_go_on_where_training_ended(whole, run, monkeypatch):
         seen.append(batch)
         return batch
 
-    changed_batches(monkeypatch, note, routers)
+    changed_batches(monkeypatch, note)
     fit(run, steps=2)
     every = [packed.batch for _, packed in zip(range(8), open_stream(config), strict=False)]
     for batch, right in zip(seen[:2], every[6:], strict=True):
@@ -142,7 +143,7 @@ def test_a_signal_saves_and_the_stage_goes_on_exactly(whole, run, monkeypatch):
         return batch
 
     with monkeypatch.context() as patch:
-        changed_batches(patch, send, routers)
+        changed_batches(patch, send)
         with pytest.raises(SystemExit) as stopped:
             fit(run)
     assert stopped.value.code == 143
@@ -298,7 +299,7 @@ def test_the_command_takes_the_runs_own_settings(run, monkeypatch):
 
 def main(run):
     """Kills itself when the first checkpoint is written and later updates are under way."""
-    original = routers.open_stream
+    original = loop.open_stream
 
     def killing(*arguments, **settings):
         stream = original(*arguments, **settings)
@@ -322,7 +323,7 @@ def main(run):
 
         return Killing()
 
-    routers.open_stream = killing
+    loop.open_stream = killing
     fit(run)
 
 

@@ -15,7 +15,7 @@ from moma_jax.errors import InputError, RunError
 from moma_jax.model.routing import expert_choice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
-from moma_jax.training import loop
+from moma_jax.training import loop, pretrain
 
 TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
 
@@ -29,9 +29,9 @@ def parameters(run):
     return jax.device_get(moma_jax.load(str(run)).params)
 
 
-def changed_batches(monkeypatch, change, module=loop):
-    """Makes the module's stream hand out change(number, batch), numbered from 1 in this process."""
-    original = module.open_stream
+def changed_batches(monkeypatch, change):
+    """Makes the loop's stream hand out change(number, batch), numbered from 1 in this process."""
+    original = loop.open_stream
 
     class Changed:
         def __init__(self, stream):
@@ -50,7 +50,7 @@ def changed_batches(monkeypatch, change, module=loop):
         def close(self):
             self.stream.close()
 
-    monkeypatch.setattr(module, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
+    monkeypatch.setattr(loop, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_evaluation_sets_without_documents_are_found_before_training(tmp_path, m
     def nothing(config):
         raise InputError(f"{config.train.eval_sets[0].name}: no held-out documents")
 
-    monkeypatch.setattr(loop, "require_held_out", nothing)
+    monkeypatch.setattr(pretrain, "require_held_out", nothing)
     with pytest.raises(InputError, match="heldout: no held-out"):
         moma_jax.train(tiny(tmp_path / "a"), quiet=True)
     assert not (tmp_path / "a").exists()

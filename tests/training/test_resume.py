@@ -13,6 +13,7 @@ import numpy as np
 from test_loop import parameters, records
 from tiny import tiny
 
+import moma_jax
 from moma_jax.training import loop
 
 KILLS, STEPS = 5, 66
@@ -82,7 +83,7 @@ def main(directory, cache):
 
     loop.open_stream = slow
     jax.config.update("jax_disable_most_optimizations", False)
-    loop.train(config_of(directory, cache))
+    moma_jax.train(config_of(directory, cache))
 
 
 if __name__ == "__main__":

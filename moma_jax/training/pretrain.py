@@ -1,0 +1,202 @@
+"""Pre-training: the decoder learns to predict the next token of packed documents."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from moma_jax import hosts
+from moma_jax.config import Config, EvalSet, HostsConfig, resolve
+from moma_jax.config_json import to_json
+from moma_jax.cost import flops_per_token, peak_flops, total_steps
+from moma_jax.data.stream import require_held_out, vocabulary_of
+from moma_jax.errors import InputError
+from moma_jax.evaluation.evaluate import Evaluator, gap_percent, scheduled, unigram
+from moma_jax.evaluation.tables import held_out_lines
+from moma_jax.runs.checkpoint import Checkpoints
+from moma_jax.runs.directory import RunDir, commit, versions
+from moma_jax.runs.journal import user_sinks
+from moma_jax.runs.resume import hashes_of, require_resumable, select_name
+from moma_jax.training.loop import run_stage
+from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, train_record
+from moma_jax.training.step import (
+    Program,
+    TrainState,
+    abstract_params,
+    abstract_state,
+    compile_step,
+    create_state,
+    first_routing_state,
+    make_program,
+    with_dtype,
+)
+from moma_jax.vocab import Vocabulary
+
+
+def train(
+    config: Config,
+    *,
+    select: Callable | None = None,
+    routing_state: Any = None,
+    sink: Any = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains, or goes on training, the run in `config.run.dir`; every process of a run calls it (`config.hosts`).
+
+    Args:
+      config: a resolved config (`moma_jax.recipe`).
+      select: a routing function of your own for experts (see model/routing.py); its name goes into the run's record.
+        Mixture of depths keeps the rule of the config.
+      routing_state: its first state, stacked over layers, by group of experts; None where it has none.
+      sink: an object with `write(record)`, or a function of a record: receives every record on process 0, as it is
+        written to metrics.jsonl (runs/journal.py says which there are). A run that goes on from a checkpoint hands over
+        again what it had recorded after it.
+      quiet: print nothing.
+
+    Returns:
+      The run's summary, as in summary.json.
+
+    Raises:
+      InputError: the config contradicts itself, the run in this directory was begun with another one, or it holds
+        files of another program; nothing was written then.
+      RunError: the loss stopped being a number (`train.on_nan`), the data ended, or files cannot be read or written
+        any more.
+      SystemExit: 143 after SIGTERM, 130 after SIGINT, when the checkpoint is written.
+    """
+    sinks = user_sinks(sink)
+    hosts.join(config.hosts)
+    config = with_dtype(resolve(dataclasses.replace(config, hosts=HostsConfig())))  # who is who is no part of a run
+    if config.run.dir is None:
+        raise InputError("run.dir: name the directory of the run, such as runs/first")
+
+    def make_stage() -> Pretraining:
+        hosts.by_first(lambda: prepare_missing_stores(config, progress=not quiet))
+        vocabulary = vocabulary_of(config)
+        require_held_out(config)
+        program = make_program(config, vocabulary, select)
+        first = first_routing_state(config, select) if routing_state is None else routing_state
+        return Pretraining(program, vocabulary, select_name(select), first)
+
+    return run_stage(
+        RunDir(config.run.dir), config, lambda: require_resumable(config, select), make_stage, sinks, quiet
+    )
+
+
+class Pretraining:
+    """The stage of `train` (`loop.Stage`)."""
+
+    cursor, doing = None, ""
+    not_finite = (
+        "the loss or its gradient",
+        "lower optimizer.peak_lr, or set train.on_nan=skip in a new run",
+    )
+
+    def __init__(self, program: Program, vocabulary: Vocabulary, select: str, routing_state: Any):
+        """Args: `select` is the select function's name, `routing_state` its first state."""
+        self.program, self.vocabulary, self.routing_state = program, vocabulary, routing_state
+        config = program.config
+        self.meta = {
+            "config": to_json(config),
+            "vocabulary": vocabulary.to_json(),
+            "hashes": hashes_of(config, vocabulary),
+            "select": select,
+            "versions": versions(),
+            "commit": commit(),
+        }
+        self.warnings = _warnings(config)
+        self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state))
+        peak = peak_flops(program.mesh.devices.flat[0].device_kind)
+        self._hardware = Hardware(flops_per_token(config), None if peak is None else peak * program.mesh.size)
+
+    def abstract_state(self) -> TrainState:
+        """See `loop.Stage`."""
+        return abstract_state(self.program, self.routing_state)
+
+    def create_state(self) -> TrainState:
+        """A fresh state; its parameters are those of run.init_from where that is given."""
+        if (path := self.program.config.run.init_from) is None:
+            return create_state(self.program, self.routing_state)
+        params = self._params_of(path)
+        return dataclasses.replace(create_state(self.program, self.routing_state), params=params)
+
+    def compile_step(self, state: TrainState) -> Callable:
+        """See `loop.Stage`."""
+        return compile_step(self.program, state)
+
+    sums = staticmethod(step_sums)
+
+    def record(self, meter: Meter, state: TrainState, step: int, epochs: dict[str, float]) -> dict[str, Any]:
+        """A train record."""
+        rate = float(self.program.optimizer.learning_rate(step))
+        thresholds = threshold_figures(jax.device_get(state.routing_state))
+        return train_record(self.program.config, meter, self._hardware, step, rate, epochs) | thresholds
+
+    def evaluate(self, state: TrainState, eval_set: EvalSet) -> list[dict[str, Any]]:
+        """An eval record for each routing."""
+        results = self._evaluator(state.params, state.routing_state, eval_set)
+        gaps = gap_percent(results)
+        return [
+            {"kind": "eval", "routing": routing, **figures}
+            | ({"gap_percent": gaps[routing]["loss"]} if routing in gaps else {})
+            for routing, figures in results.items()
+        ]
+
+    def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """The last train record, and the last evaluation of each set beside the losses of a unigram model."""
+        final = [r for r in records if r["kind"] == "train"][-1]
+        held_out: dict[str, Any] = {}
+        for eval_set in self.program.config.train.eval_sets:
+            about = ("schema", "kind", "step", "eval_set", "routing", "gap_percent", "time")
+            results = {
+                r["routing"]: {k: v for k, v in r.items() if k not in about}
+                for r in records
+                if (r["kind"], r["step"]) == ("eval", final["step"]) and r["eval_set"] == eval_set.name
+            }
+            baseline = unigram(self.program.config, self.vocabulary, eval_set)
+            held_out[eval_set.name] = results | {"gap_percent": gap_percent(results), "unigram": baseline}
+        return {"final": {k: v for k, v in final.items() if k not in ("schema", "kind", "time")}, "eval": held_out}
+
+    held_out_lines = staticmethod(held_out_lines)
+
+    def _params_of(self, path: str) -> Any:
+        """The newest parameters of another run; its ids must mean the same."""
+        with contextlib.closing(Checkpoints(RunDir(path))) as checkpoints:
+            if (latest := checkpoints.latest()) is None:
+                raise InputError(f"run.init_from: {path} has no checkpoint; give the directory of a run that was saved")
+            for name, value in checkpoints.saved(latest).meta["hashes"].items():
+                if self.meta["hashes"].get(name) != value:
+                    raise InputError(
+                        f"run.init_from: the {name} of {path} is not that of this run's stores; use the same"
+                    )
+            return checkpoints.restore_params(latest, abstract_params(self.program, self.routing_state))
+
+
+def _warnings(config: Config) -> list[str]:
+    """Settings that can be meant but rarely are."""
+    total, warnings = total_steps(config), []
+    if (warmup := config.optimizer.warmup_steps) >= total:
+        warnings.append(
+            f"warning: optimizer.warmup_steps {warmup} is not below the run's {total} steps, so the learning rate "
+            f"still rises at the last one; set --optimizer.warmup-steps {total // 10}"
+        )
+    if config.model.routing == "threshold" and config.model.routing_warmup >= total:
+        warnings.append(
+            f"warning: model.routing_warmup {config.model.routing_warmup} is not below the run's {total} steps, so "
+            f"experts choose to the end; set --model.routing-warmup {total // 10}"
+        )
+    return warnings
+
+
+def prepare_missing_stores(config: Config, progress: bool) -> None:
+    """Makes the stores' directories that do not exist, where the config says how."""
+    if config.data.kind != "store" or config.data.prepare is None:
+        return
+    from moma_jax.data.prepare import prepare
+
+    for path in dict.fromkeys(store.path for store in config.data.stores):
+        if RunDir(path).read("manifest.json") is None:
+            prepare(config.data.prepare, path, modalities=config.data.modalities, progress=progress)
