@@ -117,36 +117,9 @@ def _check_mesh(config: Config) -> None:
     )
 
 
-def check_split(config: Config, mesh: Mapping[str, int]) -> None:
-    """Raises InputError where the axes of a mesh (axis -> devices, none -1) do not divide what is split over them."""
-    model, tensor = config.model, mesh["tensor"]
-    stored = mesh["fsdp"] * mesh["expert"]
-    require(
-        model.width % stored == 0,
-        f"mesh.fsdp x mesh.expert: {stored} devices do not divide model.width {model.width}; use a divisor of it",
-    )
-    split = {"model.heads": model.heads, "model.hidden": model.hidden, "the vocabulary's": config.vocabulary_size}
-    for name, size in split.items():
-        require(size % tensor == 0, f"mesh.tensor: {tensor} devices do not divide {name} {size}; use a divisor of it")
-    groups = config.train.batch_rows // (config.train.accumulate * config.data.group_rows)
-    shards = mesh["data"] * stored
-    require(
-        groups % shards == 0,
-        f"mesh: {groups} routing groups of a microbatch do not split over the {shards} devices of data x fsdp x "
-        f"expert; use a divisor of {groups}",
-    )
-
-
 def _check_routing(config: Config) -> None:
     """Thresholds and auxiliary routers. Either is harmless where no group of experts has a router: nothing is made."""
-    model, routers = config.model, config.routers
-    decay, slack, warmup = model.threshold_decay, model.routing_slack, model.routing_warmup
-    require(0 <= decay < 1, f"model.threshold_decay: must be at least 0 and below 1, such as 0.98; is {decay}")
-    require(
-        1 <= slack < math.inf,
-        f"model.routing_slack: must be 1 (the slots of expert choice) or more, such as 1.25; is {slack}",
-    )
-    require(warmup >= 1, f"model.routing_warmup: must be 1 or more, as thresholds begin with an update; is {warmup}")
+    routers = config.routers
     for name in ("end_lr", "warmup_steps", "seed"):
         value = getattr(routers, name)
         require(value >= 0, f"routers.{name}: must be 0 or more, is {value}")
@@ -253,8 +226,8 @@ def _check_eval_routings(config: Config) -> None:
         require(name in known, f"train.eval_routings: {name!r} is none of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")
     require(
-        "causal" not in names or config.model.auxiliary or not config.routed,
-        "train.eval_routings: causal needs auxiliary routers; set model.auxiliary, or leave it out",
+        "causal" not in names or config.model.router.auxiliary or not config.routed,
+        "train.eval_routings: causal needs auxiliary routers; set model.router.auxiliary, or leave it out",
     )
 
 

@@ -13,6 +13,9 @@ from typing import Literal
 
 from moma_jax.checks import check, round_up
 from moma_jax.ffn import ExpertGroup, FfnLayout, depth_groups, parse_ffn
+from moma_jax.router import Router
+from moma_jax.routers.choice import Choice
+from moma_jax.rules import as_rule
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,9 @@ class ModelConfig:
     depth_by: Literal["modality", "all"] = "modality"
     """mod+ only: rank tokens against those of their own modality, each of which has that share; or all together (the
     paper), so that experts need slots for a layer full of their modality."""
-    gumbel: bool = False
-    """Gumbel-Sigmoid noise on router scores in training (paper Eq. 5)."""
-    jitter: float = 1e-3
-    """Size of the fixed tie-breaking term added to logits for ranking only; never in the gate."""
+    router: Router = Choice()
+    """The routing rule with its options: choice (the paper's expert choice; sees the future), threshold, or your own,
+    file.py:attribute or package.module:attribute (moma_jax/router.py); in Python a name or a Router."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
     norm_epsilon: float = 1e-5
@@ -77,17 +79,6 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products' results, or whole layers."""
     attention_chunk: int = 512
     """Queries attended at once, in positions: bounds the memory of attention scores."""
-    routing: Literal["choice", "threshold"] = "choice"
-    """Who chooses in training: experts (the paper; sees the future) or, after a warm-up of expert choice, running
-    thresholds (causal, each token by itself)."""
-    routing_warmup: int = 1000
-    """threshold only: updates of expert choice before it."""
-    routing_slack: float = 1.25
-    """threshold only: slots of an expert over those of expert choice; beyond them the latest positions are dropped."""
-    threshold_decay: float = 0.98
-    """Decay per update of the running thresholds, which every model with routers keeps, 0 to 1."""
-    auxiliary: bool = False
-    """Train auxiliary routers (paper section 2.4) beside the model, on stopped gradients; else `moma fit-routers`."""
 
 
 @dataclass(frozen=True)
@@ -382,7 +373,7 @@ def quota_tokens(modality: Modality, group_tokens: int) -> int:
 
 def resolve(config: Config) -> Config:
     """Fills the derived fields (those that are None in a recipe) and checks the result."""
-    model = config.model
+    model = dataclasses.replace(config.model, router=as_rule(config.model.router))
     if model.hidden is None:
         model = dataclasses.replace(model, hidden=round_up(-(-2 * model.ffn_width // 3), 128))
     resolved = dataclasses.replace(config, model=model)

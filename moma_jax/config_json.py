@@ -7,30 +7,65 @@ import types
 import typing
 from typing import Any, Literal
 
+from moma_jax import rules
 from moma_jax.checks import require
 from moma_jax.config import Config
+from moma_jax.router import Router
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def to_json(config: Config) -> dict[str, Any]:
     """The content of config.json: plain values and a format version."""
-    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+    plain = dataclasses.asdict(dataclasses.replace(config, model=dataclasses.replace(config.model, router=None)))
+    return {
+        "format_version": FORMAT_VERSION,
+        **plain,
+        "model": plain["model"] | {"router": rules.to_json(config.model.router)},
+    }
 
 
 def from_json(data: dict[str, Any]) -> Config:
     """Reads `to_json`'s dictionary; raises InputError for unknown or missing keys and other format versions."""
     require(isinstance(data, dict), f"config.json: expected an object, found {str(data)[:40]}")
     version = data.get("format_version")
+    if version == 1:
+        data, version = _of_format_1(data), FORMAT_VERSION
     require(version == FORMAT_VERSION, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION}")
     return _read(Config, {k: v for k, v in data.items() if k != "format_version"}, "config")
+
+
+_OF_FORMAT_1 = {
+    "jitter": "jitter",
+    "gumbel": "gumbel",
+    "threshold_decay": "decay",
+    "auxiliary": "auxiliary",
+    "routing_warmup": "warmup",
+    "routing_slack": "slack",
+}
+"""Fields of the section model that are options of the routing rule now."""
+
+
+def _of_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary of format 1 in today's form: its routing fields were the model's own."""
+    model = data.get("model")
+    if not isinstance(model, dict) or "router" in model:
+        return data
+    own = {name: model[name] for name in _OF_FORMAT_1 if name in model}
+    rule = model.get("routing", "choice")
+    options = {_OF_FORMAT_1[n]: v for n, v in own.items() if rule == "threshold" or not n.startswith("routing_")}
+    rest = {name: value for name, value in model.items() if name not in own and name != "routing"}
+    return data | {"model": rest | {"router": {rules.NAME: rule, **options}}}
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     """`value` of a JSON document as the annotated type `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Router:
+        require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
+        return rules.from_json(value, lambda rule, options: _read(rule, options, where))
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = {n: h for n, h in typing.get_type_hints(kind).items() if n in kind.__dataclass_fields__}
         require(isinstance(value, dict), f"{where}: expected an object, found {value!r}")
         unknown = sorted(set(value) - set(hints))
         require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(hints)}")
@@ -93,6 +128,9 @@ def differences(before: Config, after: Config) -> list[str]:
 def _differences(old: Any, new: Any, path: str) -> list[str]:
     if old == new or path in MAY_CHANGE:
         return []
+    if isinstance(old, Router):
+        pair = [rules.to_json(rule) for rule in (old, new)]
+        return [] if rules.same_rule(old, new) else [f"{path}: {pair[0]} -> {pair[1]}"]
     if isinstance(old, tuple) and len(old) == len(new):
         pairs = [(i, *values) for i, values in enumerate(zip(old, new, strict=True))]
     elif dataclasses.is_dataclass(old):

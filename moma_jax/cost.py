@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 
 from moma_jax.config import Config, resolve
 from moma_jax.errors import InputError
-from moma_jax.ffn import ExpertGroup, depth_quotas, depth_share, depth_slots
+from moma_jax.ffn import ExpertGroup
+from moma_jax.geometry import LayerShape, depth_of, depth_rule, group_capacity, layer_of
+from moma_jax.router import Parameter
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass: one product per operand."""
@@ -111,58 +113,74 @@ def parameter_count(config: Config) -> dict[str, int]:
     qk_norm = 4 * d  # scale and bias for every head of q and of k
     attention = 4 * d * d + qk_norm
     norms = 2 * d
-    inside = attention + norms + layout.shared * expert
-    routed = layers * sum(g.experts * expert + _router_width(g) * d for g in layout.groups)
-    shares = zip(layout.groups, _group_shares(config), strict=True)
-    passed = sum(s * (g.experts * g.capacity(model.capacity) * expert + _router_width(g) * d) for g, s in shares)
-    depth = layers // 2 * len(config.depth) * d
+    inside = attention + norms + sum(g.width for g in layout.shared) * expert
+    routed = layers * sum(g.experts * expert + _router_size(config, g) for g in layout.groups)
+    passed = attention + norms + sum(_share(config, g) * g.width for g in layout.shared) * expert
+    for g in layout.groups:
+        taken = g.experts * group_capacity(model, g) * expert
+        passed += _share(config, g) * (taken + _router_size(config, g))
+    depth = layers // 2 * sum(_size(depth_rule(model).parameters(d, g.experts)) for g in config.depth)
     met = layers // 2 * d if config.depth else 0  # of the routers' columns a token meets one
     embedding = 2 * config.vocabulary_size * d
-    active = round(_entered_layers(config) * (inside + passed)) + met + d
+    active = round(_entered_layers(config) * passed) + met + d
     return {
         "total": layers * inside + d + routed + depth + embedding,
         "active": active + embedding,
         "active_non_embedding": active,
         "embedding": embedding,
-        "auxiliary": sum(own.number * (d * (d // 2) + d // 2 * own.columns) for own in _predictors(config)),
+        "auxiliary": sum(own.number * own.size for own in _predictors(config)),
     }
 
 
 def _entered_layers(config: Config) -> Fraction:
     """Layers that an average token enters."""
     layers = config.model.layers
-    return Fraction(layers) if not config.depth else layers // 2 * (1 + depth_share(config.model))
+    return Fraction(layers) if not config.depth else layers // 2 * (1 + depth_of(config).share)
 
 
 class _Predictor(NamedTuple):
-    """An auxiliary router in training: layers that have it, its columns, and the times that a position meets it."""
+    """An auxiliary router in training: layers that have it, its columns and parameters, and the times that a position
+    meets it."""
 
     number: int
     columns: int
+    size: int
     met: Fraction
 
 
 def _predictors(config: Config) -> list[_Predictor]:
     """The auxiliary routers in training; those of experts see the slots of a layer that some tokens enter."""
-    if not config.model.auxiliary:
-        return []
-    layers, sequence = config.model.layers, config.data.sequence
-    met, pairs = Fraction(layers), layers // 2
-    if config.depth:
-        met = pairs * (1 + Fraction(depth_slots(config.model, sequence), sequence))
-    of_experts = [_Predictor(layers, g.experts, met) for g in config.experts.groups if g.routed]
-    return of_experts + [_Predictor(pairs, g.experts, Fraction(pairs)) for g in config.depth]
+    rule, of_depth = config.model.router, depth_rule(config.model)
+    layers, sequence, pairs = config.model.layers, config.data.sequence, config.model.layers // 2
+    met = Fraction(layers) if not config.depth else pairs * (1 + Fraction(depth_of(config).inside.sequence, sequence))
+    found = [(rule, layers, g, met) for g in config.experts.groups if g.routed]
+    found += [(of_depth, pairs, g, Fraction(pairs)) for g in config.depth]
+    return [
+        _Predictor(number, g.experts, _size(rule.auxiliary_parameters(config.model.width, g.experts)), met)
+        for rule, number, g, met in found
+        if rule.auxiliary
+    ]
 
 
-def _router_width(group: ExpertGroup) -> int:
-    """Columns of the group's router."""
-    return group.experts if group.routed else 0
+def _size(parameters: dict[str, Parameter]) -> int:
+    """Numbers in a score network."""
+    return sum(math.prod(parameter.shape) for parameter in parameters.values())
 
 
-def _group_shares(config: Config) -> list[Fraction]:
-    """Share of all tokens that each expert group is responsible for, at the normalised quotas' ratio."""
+def _router_size(config: Config, group: ExpertGroup) -> int:
+    """Parameters of the group's router."""
+    return _size(config.model.router.parameters(config.model.width, group.experts)) if group.routed else 0
+
+
+def _router_flops(config: Config, group: ExpertGroup) -> int:
+    """FLOPs of scoring a token for the experts of a group."""
+    return config.model.router.flops(config.model.width, group.experts) if group.routed else 0
+
+
+def _share(config: Config, group: ExpertGroup) -> Fraction:
+    """Share of all tokens that an expert group is responsible for, at the normalised quotas' ratio."""
     quotas = config.quotas
-    return [Fraction(sum(quotas[m] for m in g.modalities), sum(quotas)) for g in config.experts.groups]
+    return Fraction(sum(quotas[m] for m in group.modalities), sum(quotas))
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -170,37 +188,38 @@ def _group_shares(config: Config) -> list[Fraction]:
 
 def _forward_by_part(config: Config) -> dict[str, Fraction | int]:
     """Forward FLOPs of one position, by part."""
-    model = config.model
-    taken = scored = Fraction(0)
-    for group, share in zip(config.experts.groups, _group_shares(config), strict=True):
-        taken += share * group.experts * group.capacity(model.capacity)
-        scored += share * _router_width(group)
+    model, taken, scored = config.model, Fraction(0), Fraction(0)
+    for group in config.experts.groups:
+        share = _share(config, group)
+        taken += share * group.experts * group_capacity(model, group)
+        scored += share * _router_flops(config, group)
+    beside = sum((_share(config, g) * g.width for g in config.experts.shared), Fraction(0))
+    whole = _Layers(model.layers, Fraction(1), taken, beside, scored)
     if not config.depth:
-        return _by_part(config, [_Layers(model.layers, Fraction(1), taken, scored)])
-    share, pairs = depth_share(model), model.layers // 2
-    skipped = _Layers(pairs, share, share * taken, share * scored)
-    return _by_part(config, [skipped, _Layers(pairs, Fraction(1), taken, scored)], columns=1)
+        return _by_part(config, [whole])
+    share, pairs = depth_of(config).share, model.layers // 2
+    skipped = _Layers(pairs, share, share * taken, share * beside, share * scored)
+    return _by_part(config, [skipped, whole._replace(number=pairs)], columns=1)
 
 
 def _executed_by_part(config: Config) -> dict[str, Fraction | int]:
     """Forward FLOPs of one position as the static shapes run them: slots instead of k_e tokens."""
-    model, rows, sequence = config.model, config.data.group_rows, config.data.sequence
-    if not config.depth:
-        return _by_part(config, [_executed_layers(config, model.layers, sequence, config.quotas)])
-    slots, pairs = depth_slots(model, sequence), model.layers // 2
-    quotas = depth_quotas(model, config.quotas, rows, sequence)
-    layers = [_executed_layers(config, pairs, slots, quotas), _executed_layers(config, pairs, sequence, config.quotas)]
-    return _by_part(config, layers, columns=len(config.depth))
+    layers, depth = config.model.layers, depth_of(config)
+    if depth is None:
+        return _by_part(config, [_executed_layers(config, layers, layer_of(config))])
+    both = [_executed_layers(config, layers // 2, shape) for shape in (depth.inside, layer_of(config))]
+    return _by_part(config, both, columns=len(config.depth))
 
 
-def _executed_layers(config: Config, number: int, sequence: int, quotas: tuple[int, ...]) -> _Layers:
-    """Layers on rows of `sequence` slots, with their experts' slots."""
-    layout, tokens = config.experts, config.data.group_rows * sequence
-    share = Fraction(sequence, config.data.sequence)
-    if layout.dense:
-        return _Layers(number, share, share, Fraction(0))
-    slots = sum(g.experts * group_slots(config, g, quotas, tokens) for g in layout.groups)
-    return _Layers(number, share, Fraction(slots, config.group_tokens), share * sum(map(_router_width, layout.groups)))
+def _executed_layers(config: Config, number: int, shape: LayerShape) -> _Layers:
+    """Layers of this shape, with their experts' slots."""
+    share = Fraction(shape.sequence, config.data.sequence)
+    slots = {False: 0, True: 0}
+    for own in shape.groups:
+        of_one = shape.tokens if own.everywhere else own.slots
+        slots[own.group.shared] += own.group.experts * own.group.width * of_one
+    taken, beside = (Fraction(slots[shared], config.group_tokens) for shared in (False, True))
+    return _Layers(number, share, taken, beside, share * sum(_router_flops(config, own.group) for own in shape.groups))
 
 
 def _auxiliary_flops(config: Config) -> Fraction:
@@ -210,29 +229,14 @@ def _auxiliary_flops(config: Config) -> Fraction:
     return sum((own.met * (2 * first + 3 * second * own.columns) for own in _predictors(config)), Fraction(0))
 
 
-def group_slots(
-    config: Config, group: ExpertGroup, quotas: tuple[int, ...] | None = None, tokens: int | None = None
-) -> int:
-    """Slots C of one expert of `group` in a routing group: ceil(capacity * quota); more under threshold routing.
-
-    `quotas` and `tokens` are those of a layer that some tokens enter (mixture of depths); None: the config's.
-    """
-    model = config.model
-    quotas, tokens = config.quotas if quotas is None else quotas, config.group_tokens if tokens is None else tokens
-    quota = min(tokens, sum(quotas[m] for m in group.modalities))
-    slots = math.ceil(quota * group.capacity(model.capacity))
-    if model.routing == "choice" or not group.routed:
-        return slots
-    return min(tokens, math.ceil(slots * model.routing_slack))
-
-
 class _Layers(NamedTuple):
     """Layers alike, and what an average position of the model does in one of them: the `share` of it that enters, the
-    routed experts that it passes and the router columns that it meets."""
+    routed experts that it passes, the shared ones (in hidden sizes), and the FLOPs of the routers that score it."""
 
     number: int
     share: Fraction
     taken: Fraction
+    beside: Fraction
     scored: Fraction
 
 
@@ -245,9 +249,9 @@ def _by_part(config: Config, layers: list[_Layers], columns: int = 0) -> dict[st
     parts = {
         "attention_projections": sum(own.number * own.share for own in layers) * 4 * 2 * d * d,
         "attention_scores": sum(own.number * own.share**2 for own in layers) * scores,
-        "router": sum(own.number * own.scored for own in layers) * 2 * d,
+        "router": sum(own.number * own.scored for own in layers),
         "experts": sum(own.number * own.taken for own in layers) * expert,
-        "shared_experts": sum(own.number * own.share for own in layers) * config.experts.shared * expert,
+        "shared_experts": sum(own.number * own.beside for own in layers) * expert,
         "unembedding": 2 * config.vocabulary_size * d,
     }
     return parts | ({"depth_router": model.layers // 2 * columns * 2 * d} if columns else {})
@@ -276,7 +280,8 @@ def activation_bytes(config: Config) -> int:
     layers = _executed_by_part(config)["attention_projections"] / (8 * d * d)  # full ones, or as many parts of them
     width = FLOAT32 if model.dtype == "float32" else 2
     positions = config.batch_tokens // config.train.accumulate
-    slots = _executed_by_part(config)["experts"] / (layers * 6 * d * hidden) + config.experts.shared
+    executed = _executed_by_part(config)
+    slots = (executed["experts"] + executed["shared_experts"]) / (layers * 6 * d * hidden)
     products = 6 * d + slots * (2 * hidden + d)
     weights = FLOAT32 * model.heads * data.sequence if data.sequence <= model.attention_chunk else 0
     one_chunk = FLOAT32 * model.heads * min(model.attention_chunk, data.sequence)

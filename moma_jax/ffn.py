@@ -1,20 +1,16 @@
-"""The FFN notation of the paper, `dense`, `8x`, `4t4i`, `4t4i+1x`, `mod+4t4i`, read into groups of experts.
-
-And what enters a layer of mixture of depths, in numbers, from the `model` section of a config.
-"""
+"""The FFN notation of the paper, `dense`, `8x`, `4t4i`, `4t4i+1x`, `mod+4t4i`, read into groups of experts."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
 
 from moma_jax.errors import InputError
 
 DEPTH = "mod+"
 """Before the notation of an FFN: mixture of depths in front of it."""
+SHARED = "shared"
+"""How the names of groups of shared experts begin."""
 
 
 @dataclass(frozen=True)
@@ -22,36 +18,33 @@ class ExpertGroup:
     """Experts that share a router: the modalities they serve (indices) and how many they are.
 
     A single expert takes everything and has no router, unless it is `gated`: the body of a layer under mixture of
-    depths, which a router lets some tokens enter.
+    depths, which a router lets some tokens enter. `shared` ones stand beside the routed experts, always on; N of them
+    are one expert of `width` = N times the hidden size.
     """
 
     name: str
     modalities: tuple[int, ...]
     experts: int
     gated: bool = False
+    shared: bool = False
+    width: int = 1
 
     @property
     def routed(self) -> bool:
         """Whether a router decides who enters."""
         return self.experts > 1 or self.gated
 
-    def capacity(self, capacity: float | None) -> Fraction:
-        """Share of eligible tokens that each expert takes, exact (paper: c_e = 1/|E|)."""
-        if self.experts == 1:
-            return Fraction(1)
-        return Fraction(1, self.experts) if capacity is None else Fraction(capacity).limit_denominator(10000)
-
 
 @dataclass(frozen=True)
 class FfnLayout:
-    """What an FFN layer is made of: groups of routed experts and always-on shared experts.
+    """What an FFN layer is made of: groups of experts, and always-on shared ones beside them.
 
     `dense` is one group of one expert that serves every modality. A group of one expert has no router and gate 1.
     With `depth` every second layer is entered by some tokens only (mixture of depths, paper section 2.3).
     """
 
     groups: tuple[ExpertGroup, ...]
-    shared: int = 0
+    shared: tuple[ExpertGroup, ...] = ()
     depth: bool = False
 
     @property
@@ -61,24 +54,33 @@ class FfnLayout:
 
 
 def parse_ffn(notation: str, modalities) -> FfnLayout:
-    """Reads `dense`, `8x`, `4t4i`, `4t4i+1x`, `mod+4t4i`, ...; raises InputError naming what is wrong."""
-    everything = tuple(range(len(modalities)))
+    """Reads `dense`, `8x`, `4t4i`, `4t4i+1x`, `4t4i+1t1i`, `mod+4t4i`, ...; raises InputError naming what is wrong."""
     ffn = notation.removeprefix(DEPTH)
-    routed, _, shared_text = ffn.partition("+")
-    shared = re.fullmatch(r"([1-9]\d*)x", shared_text) if shared_text else None
-    mixed = re.fullmatch(r"([1-9]\d*)x", routed)
-    counts = re.findall(r"(\d+)([a-z])", routed)
-    if routed == "dense":
-        groups = (ExpertGroup("all", everything, 1),)
-    elif mixed:
-        groups = (ExpertGroup("all", everything, int(mixed[1])),)
-    elif counts and "".join(n + letter for n, letter in counts) == routed:
-        groups = _modality_groups(notation, counts, modalities)
-    else:
-        groups = ()
-    if not groups or ("+" in ffn and not shared):
-        raise InputError(f"model.ffn: {notation!r} is not an FFN; write dense, 8x, 1t1i, 4t4i, 4t4i+1x or mod+4t4i")
-    return FfnLayout(groups, int(shared[1]) if shared else 0, depth=ffn != notation)
+    routed, plus, shared = ffn.partition("+")
+    everything = tuple(range(len(modalities)))
+    groups = (ExpertGroup("all", everything, 1),) if routed == "dense" else _groups(notation, routed, modalities)
+    beside = _groups(notation, shared, modalities) if plus else ()
+    if not groups or (plus and not beside):
+        raise InputError(
+            f"model.ffn: {notation!r} is not an FFN; write dense, 8x, 1t1i, 4t4i, 4t4i+1x, 4t4i+1t1i or mod+4t4i"
+        )
+    return FfnLayout(groups, tuple(map(_always_on, beside)), depth=ffn != notation)
+
+
+def _groups(notation: str, part: str, modalities) -> tuple[ExpertGroup, ...]:
+    """The groups of `8x` or `4t4i`; () where it is neither."""
+    mixed, counts = re.fullmatch(r"([1-9]\d*)x", part), re.findall(r"(\d+)([a-z])", part)
+    if mixed:
+        return (ExpertGroup("all", tuple(range(len(modalities))), int(mixed[1])),)
+    if not counts or "".join(n + letter for n, letter in counts) != part:
+        return ()
+    return _modality_groups(notation, counts, modalities)
+
+
+def _always_on(group: ExpertGroup) -> ExpertGroup:
+    """The shared expert that stands for a group of the notation."""
+    name = SHARED if group.name == "all" else f"{SHARED}_{group.name}"
+    return ExpertGroup(name, group.modalities, 1, shared=True, width=group.experts)
 
 
 def depth_groups(by: str, modalities) -> tuple[ExpertGroup, ...]:
@@ -101,25 +103,3 @@ def _modality_groups(notation, counts, modalities) -> tuple[ExpertGroup, ...]:
     if missing or len(counts) != len(by_letter):
         raise InputError(f"model.ffn: {notation!r} must name each of {', '.join(letters)} once, at least 1 expert each")
     return tuple(ExpertGroup(m.name, (index,), by_letter[m.letter]) for index, m in enumerate(modalities))
-
-
-def depth_share(model: Any) -> Fraction:
-    """`model.depth_capacity`, exact."""
-    return Fraction(model.depth_capacity).limit_denominator(10000)
-
-
-def depth_slots(model: Any, sequence: int) -> int:
-    """Tokens of a row that can enter a layer of mixture of depths: floor(share * S); more under threshold routing."""
-    slots = math.floor(depth_share(model) * sequence)
-    return slots if model.routing == "choice" else min(sequence, math.ceil(slots * model.routing_slack))
-
-
-def depth_quotas(model: Any, quotas: tuple[int, ...], rows: int, sequence: int) -> tuple[int, ...]:
-    """Hard bounds on what enters such a layer of a routing group of `rows` rows, by modality: that share of the quotas.
-
-    Where tokens of all modalities are ranked together, or thresholds let them in, all that enter may be of one.
-    """
-    slots = rows * depth_slots(model, sequence)
-    if model.depth_by == "modality" and model.routing == "choice":
-        return tuple(min(slots, math.floor(depth_share(model) * quota)) for quota in quotas)
-    return tuple(min(slots, quota) for quota in quotas)

@@ -153,7 +153,7 @@ def shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def dealt(experts: int) -> bool:
+def experts_are_split(experts: int) -> bool:
     """Whether a group of so many experts is dealt to the mesh axis "expert" that traced code sees."""
     return experts % size(EXPERT) == 0
 
@@ -226,12 +226,12 @@ def mesh_spec(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str
 
 # Inside the program ---------------------------------------------------------------------------------------------------
 
-# What communicates is written out, each device's share of the work inside `on_shards`; the compiler's partitioner has
+# What communicates is written out, each device's share of the work inside `shard_map`; the compiler's partitioner has
 # only element-wise operations and small sums (reports, gradients of norms) to place. So what moves weights, tokens and
 # activations stands here and in the callers.
 
 
-def on_shards(function: Callable, in_specs: Any, out_specs: Any, check: bool = True) -> Callable:
+def shard_map(function: Callable, in_specs: Any, out_specs: Any, check: bool = True) -> Callable:
     """`function` of every device's own parts of its arguments; itself where traced code sees a single device.
 
     `check` tracks which values differ between devices, so that gradients of those that do not are summed once. It can
@@ -245,23 +245,23 @@ def on_shards(function: Callable, in_specs: Any, out_specs: Any, check: bool = T
 def spec(*axes: str | None) -> PartitionSpec:
     """Where an array of these logical axes lies; mesh axes of one device are left out."""
     table = dict(RULES)
-    return PartitionSpec(*(None if axis is None else present(*_names(table[axis])) or None for axis in axes))
+    return PartitionSpec(*(None if axis is None else split_axes(*_names(table[axis])) or None for axis in axes))
 
 
-def whole(weight, axes: Sequence[str | None], dtype, stored: Sequence[str] = STORED):
+def gather_weight(weight, axes: Sequence[str | None], dtype, stored: Sequence[str] = STORED):
     """A device's part of a parameter of these logical axes, in `dtype`, gathered along those it is only stored along.
 
     The gradient is scattered back as it is summed, in `dtype`; then the copies on the other axes are summed in float32.
     """
     apart = {name for place in spec(*axes) for name in _names(place)}
-    weight = varying(weight, *(axis for axis in BATCH if axis not in apart)).astype(dtype)
+    weight = pvary(weight, *(axis for axis in BATCH if axis not in apart)).astype(dtype)
     for dimension, axis in enumerate(axes):
         if axis in stored and (places := _names(spec(axis)[0])):
             weight = jax.lax.all_gather(weight, places, axis=dimension, tiled=True)
     return weight
 
 
-def present(*axes: str) -> tuple[str, ...]:
+def split_axes(*axes: str) -> tuple[str, ...]:
     """Those of the mesh axes that have several devices."""
     return tuple(axis for axis in axes if size(axis) > 1)
 
@@ -271,16 +271,16 @@ def _names(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (place,) if isinstance(place, str) else place or ()
 
 
-def varying(x, *axes: str):
+def pvary(x, *axes: str):
     """The same value, free to differ between devices along mesh axes where it was equal; its gradients are summed."""
-    return jax.lax.pcast(x, places, to="varying") if (places := present(*axes)) else x
+    return jax.lax.pcast(x, places, to="varying") if (places := split_axes(*axes)) else x
 
 
-def summed(tree: Any, *axes: str) -> Any:
+def psum(tree: Any, *axes: str) -> Any:
     """The sum over devices along mesh axes."""
-    return jax.lax.psum(tree, places) if (places := present(*axes)) else tree
+    return jax.lax.psum(tree, places) if (places := split_axes(*axes)) else tree
 
 
-def averaged(tree: Any, *axes: str) -> Any:
+def pmean(tree: Any, *axes: str) -> Any:
     """The mean over devices along mesh axes."""
-    return jax.lax.pmean(tree, places) if (places := present(*axes)) else tree
+    return jax.lax.pmean(tree, places) if (places := split_axes(*axes)) else tree

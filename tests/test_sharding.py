@@ -112,4 +112,4 @@ def test_groups_of_the_only_process_are_all():
 
 def test_without_a_mesh_there_is_one_device_of_the_default_platform():
     assert sharding.size(*sharding.AXES) == 1 and sharding.platform() == jax.default_backend()
-    assert sharding.dealt(7) and sharding.present(*sharding.AXES) == ()
+    assert sharding.experts_are_split(7) and sharding.split_axes(*sharding.AXES) == ()

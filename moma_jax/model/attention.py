@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
-from moma_jax.model.experts import normal, output_scale
-from moma_jax.model.fused_attention import attend_fused, refusal, warn
+from moma_jax.model.kernels.splash import attend_fused, refusal, warn
+from moma_jax.model.parameters import ATTENTION_AXES as AXES
 from moma_jax.model.precision import wide
 from moma_jax.sharding import TENSOR
 
-AXES = {
-    "query_DHK": ("embed", "heads", "head"),
-    "key_DHK": ("embed", "heads", "head"),
-    "value_DHK": ("embed", "heads", "head"),
-    "out_HKD": ("heads", "head", "embed"),
-}
-"""Logical axes of the projections."""
+NOWHERE = 2**31 - 1
+"""The position of a key that is not there: behind every one."""
 
 # A score that no softmax sees; finite, so that a row without a visible key gives no NaN.
 HIDDEN = -1e30
@@ -116,63 +110,69 @@ def project_out(y_BSHK, weights: dict[str, Any]):
     return jnp.einsum("bshk,hkd->bsd", y_BSHK, weights["out_HKD"].astype(y_BSHK.dtype))
 
 
-class QkNormWeights(nn.Module):
-    """Declares scale and bias of one of the two QK-norms."""
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self) -> dict[str, Any]:
-        def weight(name, init):
-            return self.param(name, nn.with_logical_partitioning(init, ("heads", "head")), self.shape, jnp.float32)
-
-        return {
-            "scale_HK": weight("scale_HK", nn.initializers.ones),
-            "bias_HK": weight("bias_HK", nn.initializers.zeros),
-        }
-
-
-class Attention(nn.Module):
-    """The attention sub-layer: projections without bias, QK-norm, rotary positions, `attend`."""
-
-    model: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BSD, segment_BS, position_BS, angles):
-        """x_BSD in compute dtype; returns the same shape and dtype."""
-        model, d, h = self.model, self.model.width, self.model.heads
-
-        def weight(name, init, shape):
-            return self.param(name, nn.with_logical_partitioning(init, AXES[name]), shape, jnp.float32)
-
-        weights = {name: weight(name, normal(d), (d, h, d // h)) for name in ("query_DHK", "key_DHK", "value_DHK")}
-        weights["out_HKD"] = weight("out_HKD", normal(d, output_scale(model)), (h, d // h, d))
-        weights |= {name: QkNormWeights((h, d // h), name=name)() for name in ("query_norm", "key_norm")}
-
-        matrices = {name: weights.pop(name) for name in AXES}
-        return _over_shards(model, x_BSD, matrices, weights, segment_BS, position_BS, angles)
-
-
-def _over_shards(model: ModelConfig, x_BSD, matrices, norms, segment_BS, position_BS, angles):
-    """The sub-layer on each device's own rows and heads."""
+def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig):
+    """The attention sub-layer on whole rows, each device's own rows and heads: projections without bias, QK-norm, rotary
+    positions, `attend`. x_BSD in compute dtype; returns the same shape and dtype."""
     dtype = x_BSD.dtype
+    matrices = {name: weights[name] for name in AXES}
+    norms = {name: own for name, own in weights.items() if name not in AXES}
 
     def prepare(x_BSD, matrices, norms, angles):
-        matrices = {name: sharding.whole(w, AXES[name], dtype) for name, w in matrices.items()}
+        matrices = {name: sharding.gather_weight(w, AXES[name], dtype) for name, w in matrices.items()}
         return project(x_BSD, matrices | norms, angles, model.norm_epsilon)
 
     def finish(y_BSHK, out_HKD):
-        return sharding.summed(
-            project_out(y_BSHK, {"out_HKD": sharding.whole(out_HKD, AXES["out_HKD"], dtype)}), TENSOR
+        return sharding.psum(
+            project_out(y_BSHK, {"out_HKD": sharding.gather_weight(out_HKD, AXES["out_HKD"], dtype)}), TENSOR
         )
 
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
     norm = dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
     specs = {name: sharding.spec(*axes) for name, axes in AXES.items()}
     out_HKD, out_spec = matrices.pop("out_HKD"), specs.pop("out_HKD")
-    qkv = sharding.on_shards(prepare, (rows, specs, dict.fromkeys(norms, norm), rows), (heads,) * 3)
+    qkv = sharding.shard_map(prepare, (rows, specs, dict.fromkeys(norms, norm), rows), (heads,) * 3)
     # A kernel does not say which of its results differ between devices; all do.
     attention = functools.partial(attend, chunk=model.attention_chunk)
-    mix = sharding.on_shards(attention, (heads,) * 3 + (rows,) * 2, heads, check=False)
+    mix = sharding.shard_map(attention, (heads,) * 3 + (rows,) * 2, heads, check=False)
     y_BSHK = mix(*qkv(x_BSD, matrices, norms, angles), segment_BS, position_BS)
-    return sharding.on_shards(finish, (heads, out_spec), rows)(y_BSHK, out_HKD)
+    return sharding.shard_map(finish, (heads, out_spec), rows)(y_BSHK, out_HKD)
+
+
+class Memory(NamedTuple):
+    """Keys and values that rows of one layer have been told so far.
+
+    Attributes:
+      key_BPHK, value_BPHK: in compute dtype; P positions are allocated.
+      position_BP: int32 position in the row of each key, NOWHERE where there is none, in layers that only some tokens
+        enter (mixture of depths): a token that passed by left none. None elsewhere: a key's number is its position.
+    """
+
+    key_BPHK: Any
+    value_BPHK: Any
+    position_BP: Any = None
+
+
+def attend_cached(x_BQD, weights: dict[str, Any], memory: Memory, position_BQ, enters_BQ, angles, epsilon: float):
+    """The attention sub-layer on new tokens and all that their rows hold; (its output, the memory with them).
+
+    Args:
+      position_BQ: of the new tokens, in their rows. enters_BQ: bool; the others leave no key.
+    """
+    q_BQHK, k_BQHK, v_BQHK = project(x_BQD, weights, angles, epsilon)
+    key_BPHK, value_BPHK, place_BP = memory
+    rows, positions = key_BPHK.shape[:2]
+    row_B1 = jnp.arange(rows)[:, None]
+    if place_BP is None:
+        slot_BQ, key_position_BP = position_BQ, jnp.broadcast_to(jnp.arange(positions), (rows, positions))
+    else:  # keys lie one after the other, and their positions tell who sees them
+        filled_B1 = (place_BP != NOWHERE).sum(axis=1, dtype=jnp.int32)[:, None]
+        slot_BQ = filled_B1 + jnp.cumsum(enters_BQ, axis=1, dtype=jnp.int32) - 1
+    slot_BQ = jnp.where(enters_BQ, slot_BQ, positions)  # beyond the end: dropped
+    key_BPHK, value_BPHK = (
+        old.at[row_B1, slot_BQ].set(new, mode="drop") for old, new in ((key_BPHK, k_BQHK), (value_BPHK, v_BQHK))
+    )
+    if place_BP is not None:
+        key_position_BP = place_BP = place_BP.at[row_B1, slot_BQ].set(position_BQ, mode="drop")
+    one_BQ, one_BP = jnp.ones_like(position_BQ), jnp.ones((rows, positions), jnp.int32)
+    y_BQHK = attend_block((q_BQHK, one_BQ, position_BQ), key_BPHK, value_BPHK, one_BP, key_position_BP)
+    return project_out(y_BQHK, weights), Memory(key_BPHK, value_BPHK, place_BP)

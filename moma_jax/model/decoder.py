@@ -1,44 +1,13 @@
 """The Chameleon decoder with a mixture of modality-aware experts (paper sections 2.1 and 2.2).
 
-Parameters, all float32; layers are stacked with a leading axis L, also where there is one (logical axes in brackets):
-
-    embedding/kernel_VD                     [vocab, embed]
-    layers/attention_norm/scale_D           [layers, norm]
-    layers/attention/query_DHK              [layers, embed, heads, head]
-    layers/attention/key_DHK                [layers, embed, heads, head]
-    layers/attention/value_DHK              [layers, embed, heads, head]
-    layers/attention/query_norm/scale_HK    [layers, heads, head]
-    layers/attention/query_norm/bias_HK     [layers, heads, head]
-    layers/attention/key_norm/scale_HK      [layers, heads, head]
-    layers/attention/key_norm/bias_HK       [layers, heads, head]
-    layers/attention/out_HKD                [layers, heads, head, embed]
-    layers/ffn_norm/scale_D                 [layers, norm]
-    layers/ffn/<group>/router_DE            [layers, embed, -]                where the group has several experts
-    layers/ffn/<group>/gate_EDF             [layers, expert, expert_embed, ffn]
-    layers/ffn/<group>/up_EDF               [layers, expert, expert_embed, ffn]
-    layers/ffn/<group>/down_EFD             [layers, expert, ffn, expert_embed]
-    layers/ffn/<group>_auxiliary/in_DA      [layers, embed, -]                where model.auxiliary; A = d/2
-    layers/ffn/<group>_auxiliary/out_AE     [layers, -, -]
-    final_norm/scale_D                      [norm]
-    unembedding/kernel_DV                   [embed, vocab]
-
-With mixture of depths (mod+4t4i) layers come in pairs, of which only some tokens enter the first: layers/even/... and
-layers/odd/... have half of the layers each, and layers/depth/<router>/router_DE [layers, embed, -] decides, with
-<router> "depth_<modality>", or "depth_all" (model.depth_by); its auxiliary router is layers/depth/<router>_auxiliary.
-
-<group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), and `shared` (+1x, of N times the
-hidden width, one expert).
-
-Initial weights are normal. Embeddings have deviation 1, so that a token's own vector is not drowned by what the first
-sub-layers add, which is of that size. The unembedding has 1/sqrt(d), projections 1/sqrt(fan-in), so that a
-unit-variance input stays one, routers included: their logits then have unit variance, and experts differ from the
-start. Projections into the residual stream are scaled by a further 1/sqrt(2L) under pre-norm (`experts.output_scale`).
+Its parameters are declared in model/parameters.py, its layer is model/block.py; model/decode.py runs the same layers
+with a cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -48,25 +17,27 @@ import jax.numpy as jnp
 
 from moma_jax import sharding
 from moma_jax.config import Config, Modality, ModelConfig
-from moma_jax.errors import InputError
-from moma_jax.ffn import FfnLayout, depth_groups, depth_quotas, depth_share, depth_slots, parse_ffn
-from moma_jax.model import causal
+from moma_jax.ffn import parse_ffn
+from moma_jax.geometry import DepthShape, LayerShape, depth_rule, depth_shape, layer_shape, require_shards
 from moma_jax.model.attention import rotary_angles
-from moma_jax.model.depth import DepthRules, Pair, of_layers, of_pairs
-from moma_jax.model.experts import Place, Rules, normal, placed
-from moma_jax.model.layer import Common, RmsNorm, rematerialised
+from moma_jax.model.block import Context, rematerialised, rms_norm
+from moma_jax.model.depth import Pair, of_layers, of_pairs
+from moma_jax.model.moe import RoutingTokens, routing_tokens
+from moma_jax.model.parameters import MatrixParameters, NormParameters
 from moma_jax.model.precision import compute_dtype
-from moma_jax.model.routing import Quota, RoutingReport, Selection, expert_choice, place_hash
+from moma_jax.model.routing import RoutingReport, position_hash
+from moma_jax.router import Selection
 from moma_jax.sharding import BATCH, DATA, EXPERT, FSDP, TENSOR
 
 
 class DecoderOutput(NamedTuple):
-    """What a forward pass has to say.
+    """Result of a forward pass.
 
     Attributes:
       hidden_BSD: after the final norm, in compute dtype.
       routing_state: the state after this step, stacked over layers, by group of experts.
-      losses: float32 scalars of the select function, averaged over routing groups, summed over layers.
+      losses: float32 scalars of the routing rule, averaged over routing groups, summed over layers.
+      metrics: float32 scalars of the routing rule that are only recorded, averaged over routing groups and layers.
       report: tokens taken, layer by layer.
       selections: by group of experts, stacked (L, G, E, C), where asked for; else None. With mixture of depths they are
         stacked over pairs of layers, as "even/<group>" and "odd/<group>"; and "depth", who entered the even layers, in
@@ -76,66 +47,28 @@ class DecoderOutput(NamedTuple):
     hidden_BSD: Any
     routing_state: Any
     losses: dict[str, Any]
+    metrics: dict[str, Any]
     report: RoutingReport
     selections: dict[str, Selection] | None
 
 
-def look_up(table_VD, token_BS, dtype):
-    """Rows of the embedding table in compute dtype, (B, S, D).
-
-    On a mesh a device has some columns of the table, and with `tensor` some of its ids; so ids travel to the columns
-    that are stored elsewhere, and columns come back.
-    """
-
-    def local(table_VD, token_BS):
-        stored = sharding.present(FSDP, EXPERT)
-        if stored:
-            token_BS = jax.lax.all_gather(token_BS, stored, axis=0, tiled=True)
-        table_VD = sharding.varying(table_VD, DATA)
-        if sharding.size(TENSOR) > 1:
-            token_BS = token_BS - jax.lax.axis_index(TENSOR) * len(table_VD)
-        here_BS = (token_BS >= 0) & (token_BS < len(table_VD))
-        x_BSD = jnp.where(here_BS[..., None], table_VD[jnp.where(here_BS, token_BS, 0)], 0).astype(dtype)
-        x_BSD = sharding.summed(x_BSD, TENSOR)
-        return jax.lax.all_to_all(x_BSD, stored, 0, 2, tiled=True) if stored else x_BSD
-
-    rows = sharding.spec("batch")
-    return sharding.on_shards(local, (sharding.spec("vocab", "embed"), rows), rows)(table_VD, token_BS)
-
-
-class Kernel(nn.Module):
-    """A matrix of its own: the embedding table or the unembedding."""
-
-    kernel: str
-    axes: tuple[str, str]
-    shape: tuple[int, int]
-    init: Callable
-
-    @nn.compact
-    def __call__(self):
-        return self.param(self.kernel, nn.with_logical_partitioning(self.init, self.axes), self.shape, jnp.float32)
-
-
 class Decoder(nn.Module):
-    """The decoder. Build it with `decoder_of`.
+    """The decoder. Build it with `decoder_of`, or `causal_decoder` for a causal routing.
 
     Attributes:
-      model: the model's part of the config.
+      model: the model's part of the config, with its routing rule.
       modalities: of the vocabulary, in order.
       quotas: hard bound on each modality's tokens in one routing group.
       group_rows: rows of a routing group.
-      select: who takes which token, in groups of more than one expert.
-      filled_only: compute filled slots alone (`experts.in_blocks`); without gradient.
-      select_depth: who enters a layer of mixture of depths; None: the model's rule of training.
+      causal: name of a causal routing of the rule, under which tokens decide by themselves and every one finds a slot,
+        whatever the documents' mixture of modalities; without gradient. None: the routing of training.
     """
 
     model: ModelConfig
     modalities: tuple[Modality, ...]
     quotas: tuple[int, ...]
     group_rows: int
-    select: Callable = expert_choice
-    filled_only: bool = False
-    select_depth: Callable | None = None
+    causal: str | None = None
 
     @nn.compact
     def __call__(
@@ -155,106 +88,96 @@ class Decoder(nn.Module):
         chex.assert_rank(token_BS, 2)
         chex.assert_equal_shape((token_BS, segment_BS, position_BS, modality_BS))
         chex.assert_is_divisible(token_BS.shape[0], self.group_rows)
-        groups, shards = token_BS.shape[0] // self.group_rows, sharding.size(*BATCH)
-        if groups % shards:
-            raise InputError(f"mesh: {groups} routing groups do not split over {shards} devices; use a multiple")
         model, vocabulary = self.model, sum(m.size for m in self.modalities)
-        dtype = compute_dtype(model)
-        group_G = jnp.arange(token_BS.shape[0] // self.group_rows) if group_G is None else group_G
-        embedding_VD = Kernel(
-            "kernel_VD", ("vocab", "embed"), (vocabulary, model.width), nn.initializers.normal(1.0), name="embedding"
-        )()
+        groups, sequence = token_BS.shape[0] // self.group_rows, token_BS.shape[1]
+        require_shards(groups, sharding.size(*BATCH))
+        table = ("kernel_VD", ("vocab", "embed"), (vocabulary, model.width), 1.0)
+        embedding_VD = MatrixParameters(*table, name="embedding")()
         # Declared here, used by the objective, which makes logits a chunk at a time.
-        Kernel("kernel_DV", ("embed", "vocab"), (model.width, vocabulary), normal(model.width), name="unembedding")()
-        rules = self.rules(dtype, token_BS.shape[1])
+        table = ("kernel_DV", ("embed", "vocab"), (model.width, vocabulary), 1 / math.sqrt(model.width))
+        MatrixParameters(*table, name="unembedding")()
         jitter_key, step_key = jax.random.split(key)
-        common = Common(
+        context = Context(
             segment_BS,
             position_BS,
             rotary_angles(position_BS, model.width // model.heads, model.rope_theta),
-            self.place(rules, segment_BS, modality_BS, group_G),
+            self.tokens(segment_BS, modality_BS, jnp.arange(groups) if group_G is None else group_G),
             jitter_key,
             jax.random.fold_in(step_key, step),
         )
+        with jax.named_scope("embedding"):
+            x_BSD = look_up(embedding_VD, token_BS, compute_dtype(model))
         state = {} if routing_state is None else routing_state
-        x_BSD = look_up(embedding_VD, token_BS, dtype)
-        through = self.in_pairs if parse_ffn(model.ffn, self.modalities).depth else self.in_layers
-        x_BSD, state, losses, (taken_LM3, *predicted), selections = through(
-            x_BSD, rules, common, state, (train, return_selections)
-        )
+        layers = self.in_pairs if parse_ffn(model.ffn, self.modalities).depth else self.in_layers
+        x_BSD, state, result, entered_PM4 = layers(x_BSD, context, sequence, state, (train, return_selections))
+        scale_D = NormParameters(model.width, name="final_norm")()
         return DecoderOutput(
-            RmsNorm(model.norm_epsilon, name="final_norm")(x_BSD),
+            rms_norm(x_BSD, scale_D, model.norm_epsilon),
             state,
-            {name: loss_L.sum() for name, loss_L in losses.items()},
-            RoutingReport(taken_LM3, taken_LM3.sum(-1), *predicted),
-            selections,
+            {name: loss_L.sum() for name, loss_L in result.losses.items()},
+            {name: value_L.mean() for name, value_L in result.metrics.items()},
+            RoutingReport(result.taken_M3, result.taken_M3.sum(-1), result.predicted_M4, entered_PM4),
+            result.selections,
         )
 
-    def in_layers(self, x_BSD, rules: Rules, common: Common, state, asked):
-        """All layers, one after the other: (x_BSD, state, losses, the fields of a RoutingReport, selections)."""
-        layers = stacked(rematerialised(self.model.remat), self.model.layers)
-        body = layers(self.model, rules, self._layout.shared, self.group_rows, *asked, name="layers")
-        x_BSD, (state, losses, taken, selections) = body(x_BSD, (jnp.arange(self.model.layers), state), common)
-        return x_BSD, state, losses, (*taken, jnp.zeros((0, len(self.modalities), 4), jnp.int32)), selections
+    def in_layers(self, x_BSD, context: Context, sequence: int, state, asked):
+        """All layers, one after the other: (x_BSD, state, RoutingResult stacked over layers, entered_PM4)."""
+        model, zero = self.model, jnp.zeros((0, len(self.modalities), 4), jnp.int32)
+        body = stacked(rematerialised(model.remat), model.layers)
+        layers = body(model, self.shape(sequence), self.group_rows, self.causal, *asked, name="layers")
+        x_BSD, result = layers(x_BSD, (jnp.arange(model.layers), state), context)
+        return x_BSD, result.state, result, zero
 
-    def in_pairs(self, x_BSD, rules: Rules, common: Common, state, asked):
+    def in_pairs(self, x_BSD, context: Context, sequence: int, state, asked):
         """`in_layers` where some tokens alone enter the first of every two layers (mixture of depths)."""
-        model, depth = self.model, self.depth(rules.dtype, x_BSD.shape[1])
-        pairs = stacked(Pair, model.layers // 2)
-        body = pairs(model, rules, depth, self._layout.shared, self.group_rows, *asked, name="layers")
+        model, depth = self.model, self.depth(sequence)
+        body = stacked(Pair, model.layers // 2)
+        pairs = body(model, self.shape(sequence), depth, self.group_rows, self.causal, *asked, name="layers")
         numbers = jnp.arange(model.layers).reshape(-1, 2)
-        scanned = (numbers, *of_pairs(state, depth.routers.groups))
-        x_BSD, (state, own, losses, (taken, predicted, entered_PM4), selections) = body(x_BSD, scanned, common)
-        return x_BSD, of_layers(state) | own, losses, (of_layers(taken), of_layers(predicted), entered_PM4), selections
+        scanned = (numbers, *of_pairs(state, depth.routers))
+        x_BSD, (result, of_routers) = pairs(x_BSD, scanned, context)
+        state, taken_LM3, predicted_LM4 = map(of_layers, (result.state, result.taken_M3, result.predicted_M4))
+        result = result._replace(taken_M3=taken_LM3, predicted_M4=predicted_LM4)
+        return x_BSD, state | of_routers.state, result, of_routers.predicted_M4
 
-    @property
-    def _layout(self) -> FfnLayout:
-        return parse_ffn(self.model.ffn, self.modalities)
+    def shape(self, sequence: int) -> LayerShape:
+        """Quotas and slots for rows of `sequence` positions."""
+        return layer_shape(self.model, self.modalities, self.quotas, self.group_rows, sequence, self.causal is not None)
 
-    def rules(self, dtype, sequence: int) -> Rules:
-        """The static side of routing for rows of `sequence` positions."""
-        return self._of_experts(dtype, self.quotas, self.group_rows * sequence)
+    def depth(self, sequence: int) -> DepthShape:
+        """The same of a layer of mixture of depths."""
+        return depth_shape(self.model, self.modalities, self.quotas, self.group_rows, sequence, self.causal is not None)
 
-    def _of_experts(self, dtype, quotas: tuple[int, ...], tokens: int) -> Rules:
-        """The same for groups of `tokens` positions, at most quotas[m] of modality m."""
-        groups = self._layout.groups
-        bounds = [min(tokens, sum(quotas[m] for m in g.modalities)) for g in groups]
-        capacities = [g.capacity(self.model.capacity) for g in groups]
-        return self._rules(dtype, groups, map(Quota, bounds, capacities), self.select, self.model.gumbel)
-
-    def depth(self, dtype, sequence: int) -> DepthRules:
-        """The static side of mixture of depths for rows of `sequence` positions."""
-        model, share = self.model, depth_share(self.model)
-        groups = depth_groups(model.depth_by, self.modalities)
-        bounds = [min(sequence, sum(self.quotas[m] for m in g.modalities)) for g in groups]
-        select = causal.depth_select(model) if self.select_depth is None else self.select_depth
-        routers = self._rules(dtype, groups, (Quota(b, share, down=True) for b in bounds), select, False)
-        if self.filled_only:  # however many a rule lets in
-            return DepthRules(routers, self.rules(dtype, sequence), sequence)
-        slots, quotas = depth_slots(model, sequence), depth_quotas(model, self.quotas, self.group_rows, sequence)
-        return DepthRules(routers, self._of_experts(dtype, quotas, self.group_rows * slots), slots)
-
-    def _rules(self, dtype, groups, quotas, select: Callable, gumbel: bool) -> Rules:
-        model = self.model
-        return Rules(
-            groups,
-            tuple(quotas),
-            len(self.modalities),
-            select,
-            model.jitter,
-            gumbel,
-            dtype,
-            model.auxiliary,
-            self.filled_only,
-        )
-
-    def place(self, rules: Rules, segment_BS, modality_BS, group_G) -> Place:
+    def tokens(self, segment_BS, modality_BS, group_G) -> RoutingTokens:
         """What routing knows about each token, the same in every layer that all tokens enter."""
         groups, sequence = group_G.shape[0], segment_BS.shape[1]
         modality_GT = jnp.where(segment_BS > 0, modality_BS.astype(jnp.int32), -1).reshape(groups, -1)
         row_GR1 = (group_G[:, None] * self.group_rows + jnp.arange(self.group_rows))[..., None]
-        hash_GT = place_hash(row_GR1, jnp.arange(sequence)).reshape(groups, -1)
-        return placed(rules, modality_GT, hash_GT, group_G)
+        hash_GT = position_hash(row_GR1, jnp.arange(sequence)).reshape(groups, -1)
+        return routing_tokens(self.shape(sequence).groups, modality_GT, hash_GT, group_G)
+
+
+def look_up(table_VD, token_BS, dtype):
+    """Rows of the embedding table in compute dtype, (B, S, D).
+
+    On a mesh a device has some columns of the table, and with `tensor` some of its ids; so ids travel to the columns
+    that are stored elsewhere, and columns come back.
+    """
+
+    def local(table_VD, token_BS):
+        stored = sharding.split_axes(FSDP, EXPERT)
+        if stored:
+            token_BS = jax.lax.all_gather(token_BS, stored, axis=0, tiled=True)
+        table_VD = sharding.pvary(table_VD, DATA)
+        if sharding.size(TENSOR) > 1:
+            token_BS = token_BS - jax.lax.axis_index(TENSOR) * len(table_VD)
+        here_BS = (token_BS >= 0) & (token_BS < len(table_VD))
+        x_BSD = jnp.where(here_BS[..., None], table_VD[jnp.where(here_BS, token_BS, 0)], 0).astype(dtype)
+        x_BSD = sharding.psum(x_BSD, TENSOR)
+        return jax.lax.all_to_all(x_BSD, stored, 0, 2, tiled=True) if stored else x_BSD
+
+    rows = sharding.spec("batch")
+    return sharding.shard_map(local, (sharding.spec("vocab", "embed"), rows), rows)(table_VD, token_BS)
 
 
 def stacked(layer, length: int):
@@ -269,29 +192,31 @@ def stacked(layer, length: int):
     )
 
 
-def decoder_of(config: Config, select: Callable = expert_choice) -> Decoder:
-    """The decoder of a resolved config."""
-    return Decoder(config.model, config.data.modalities, config.quotas, config.data.group_rows, select)
+def decoder_of(config: Config) -> Decoder:
+    """The decoder of a resolved config under its routing of training."""
+    return Decoder(config.model, config.data.modalities, config.quotas, config.data.group_rows)
 
 
-def choice_decoder(decoder: Decoder) -> Decoder:
-    """A training decoder under expert choice: where thresholds are the rule, that of their warm-up."""
-    select = decoder.select
-    if not isinstance(select, causal.ThresholdTraining):
-        return decoder
-    model = dataclasses.replace(decoder.model, routing="choice")
-    return decoder.clone(select=select.choice, model=model)
+def evaluation_decoder(decoder: Decoder) -> Decoder:
+    """A decoder under what its rule's evaluations call the routing of training."""
+    router = decoder.model.router.for_evaluation()
+    return decoder.clone(model=dataclasses.replace(decoder.model, router=router))
 
 
 def causal_decoder(config: Config, routing: str) -> Decoder:
-    """The decoder under a causal routing, "causal" or "threshold", without gradient.
+    """The decoder under a causal routing of its rule, without gradient."""
+    return decoder_of(config).clone(causal=routing)
 
-    Every token finds a slot at every expert that it enters, whatever the documents' mixture of modalities; what is
-    computed is what was taken.
-    """
-    data, everyone = config.data, (config.group_tokens,) * len(config.data.modalities)
-    rules = {
-        "select": causal.inference_select(routing, data.group_rows),
-        "select_depth": causal.inference_select(routing, 1),
+
+def first_routing_state(config: Config) -> dict[str, Any]:
+    """The routing state of a run that has not begun: each rule's, by group of experts that has a router, stacked over
+    layers; and by router of mixture of depths, stacked over the layers that have it."""
+    model, layers = config.model, config.model.layers
+    rules = [(group, model.router, layers) for group in config.experts.groups if group.routed]
+    rules += [(group, depth_rule(model), layers // 2) for group in config.depth]
+    states = {group.name: (rule.state(group.experts), number) for group, rule, number in rules}
+    return {
+        name: jax.tree.map(lambda x, number=number: jnp.broadcast_to(x, (number, *jnp.shape(x))), state)
+        for name, (state, number) in states.items()
+        if state
     }
-    return Decoder(config.model, data.modalities, everyone, data.group_rows, filled_only=True, **rules)

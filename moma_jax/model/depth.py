@@ -5,9 +5,9 @@ the whole layer, attention and mixture of experts ("staged"), and come back weig
 
     out = x + gate(x) * (layer(x) - x)   for tokens that entered,     out = x   for the others
 
-This is one more Selection, whose expert is a layer: the select functions of experts choose here too, in single rows
-instead of routing groups. Tokens that entered keep their order, positions and documents, so attention among them is
-causal and stays inside documents.
+A router's "expert" is a layer: the routing rules of experts choose here too, in single rows instead of routing groups.
+Tokens that entered keep their order, positions and documents, so attention among them is causal and stays inside
+documents.
 
 The paper ranks all tokens together. Then a layer may be full of one modality, and its experts need slots for that. By
 default tokens are ranked by modality (`model.depth_by`), each of which gets floor(share * its tokens of the row): then
@@ -24,33 +24,17 @@ import jax.numpy as jnp
 
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
-from moma_jax.ffn import ExpertGroup
-from moma_jax.model import auxiliary as auxiliary_lib
-from moma_jax.model import experts as experts_lib
+from moma_jax.geometry import DepthShape, GroupSlots, LayerShape, depth_rule
+from moma_jax.model import moe
 from moma_jax.model.attention import rotary_angles
-from moma_jax.model.auxiliary import SUFFIX, AuxiliaryWeights
-from moma_jax.model.experts import Drawn, Place, Rules, as_before, normal, placed
-from moma_jax.model.layer import Common, rematerialised
-from moma_jax.model.routing import Selection
-from moma_jax.model.slots import Experts
+from moma_jax.model.block import Context, rematerialised
+from moma_jax.model.moe import Routing, RoutingKeys, RoutingTokens, as_before, routing_tokens
+from moma_jax.model.parameters import DepthParameters, ExpertWeights, router_axes
+from moma_jax.router import Selection
 from moma_jax.sharding import BATCH
 
 SELECTED = "depth"
 """Name of a layer's Entered among the selections."""
-
-
-class DepthRules(NamedTuple):
-    """What is static about a layer that some tokens enter.
-
-    Attributes:
-      routers: of its routers, whose routing groups are single rows.
-      inside: of the feed-forward layer on what entered.
-      slots: C, tokens of a row that can enter.
-    """
-
-    routers: Rules
-    inside: Rules
-    slots: int
 
 
 class Entered(NamedTuple):
@@ -66,79 +50,70 @@ class Entered(NamedTuple):
     filled_BC: Any
 
 
-class Routers(nn.Module):
-    """Declares the routers of one layer and their auxiliary ones."""
-
-    groups: tuple[ExpertGroup, ...]
-    width: int
-    auxiliary: bool
-
-    @nn.compact
-    def __call__(self) -> dict[str, Experts]:
-        return {group.name: self._router(group.name) for group in self.groups}
-
-    def _router(self, name: str) -> Experts:
-        predictor = AuxiliaryWeights(1, self.width, name=name + SUFFIX)() if self.auxiliary else None
-        return Experts(router_DE=RouterWeights(self.width, name=name)(), auxiliary=predictor)
-
-
-class RouterWeights(nn.Module):
-    """Declares one router of one column."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self):
-        axes = nn.with_logical_partitioning(normal(self.width), ("embed", None))
-        return self.param("router_DE", axes, (self.width, 1), jnp.float32)
-
-
 class Pair(nn.Module):
-    """Two layers: some tokens enter the first, all the second. Parameters: `depth`, the routers; `even`; `odd`."""
+    """Two layers: some tokens enter the first, all the second. Parameters: `depth`, the routers; `even`; `odd`.
+
+    Attributes: as of `Layer`; `shape` of the odd layer, `depth` of the even one.
+    """
 
     model: ModelConfig
-    rules: Rules
-    depth: DepthRules
-    shared: int
+    shape: LayerShape
+    depth: DepthShape
     group_rows: int
+    causal: str | None
     train: bool
     return_selections: bool
 
     @nn.compact
-    def __call__(self, x_BSD, scanned, common: Common):
+    def __call__(self, x_BSD, scanned, context: Context):
         (even, odd), state_2, own = scanned
-        model, rules = self.model, self.depth.routers
-        weights = Routers(rules.groups, model.width, rules.auxiliary, name="depth")()
-        drawn = Drawn(
-            jax.random.bits(jax.random.fold_in(common.jitter_key, model.layers + even)),
-            jax.random.fold_in(jax.random.fold_in(common.step_key, even), 3),
+        model, rule = self.model, depth_rule(self.model)
+        weights = DepthParameters(rule, self.depth.routers, model.width, name="depth")()
+        keys = RoutingKeys(
+            jax.random.bits(jax.random.fold_in(context.jitter_key, model.layers + even)),
+            jax.random.fold_in(jax.random.fold_in(context.step_key, even), 3),
         )
-        x_BCD, inner, entered, own, losses, entered_M4 = enter(x_BSD, common, drawn, own, weights, self.depth, model)
-        y_BCD, of_even = self._layer("even", self.depth.inside)(x_BCD, (even, _part(state_2, 0)), inner)
+        routing = depth_routing(model, self.depth.routers, len(self.shape.quotas), self.causal)
+        arguments = (x_BSD, context, keys, own, weights, routing, self.depth, model)
+        x_BCD, inside, entered, of_routers = enter(*arguments)
+        y_BCD, of_even = self._layer("even", self.depth.inside)(x_BCD, (even, _part(state_2, 0)), inside)
         x_BSD = leave(x_BSD, x_BCD, y_BCD, entered)
-        x_BSD, of_odd = self._layer("odd", self.rules)(x_BSD, (odd, _part(state_2, 1)), common)
-        state_2, taken = (jax.tree.map(lambda *x: jnp.stack(x), of_even[i], of_odd[i]) for i in (0, 2))
-        for name, loss in [*of_even[1].items(), *of_odd[1].items()]:
+        x_BSD, of_odd = self._layer("odd", self.shape)(x_BSD, (odd, _part(state_2, 1)), context)
+        return x_BSD, self._joined(of_even, of_odd, of_routers, entered)
+
+    def _layer(self, name: str, shape: LayerShape) -> nn.Module:
+        asked = (self.causal, self.train, self.return_selections)
+        return rematerialised(self.model.remat)(self.model, shape, self.group_rows, *asked, name=name)
+
+    def _joined(self, of_even: moe.RoutingResult, of_odd: moe.RoutingResult, of_routers: moe.RoutingResult, entered):
+        """(RoutingResult of both layers, stacked; that of the routers); losses of all three are in the first."""
+        both = [jax.tree.map(lambda *x: jnp.stack(x), a, b) for a, b in zip(of_even[:5], of_odd[:5], strict=True)]
+        state_2, _, _, taken_2M3, predicted_2M4 = both
+        losses = of_routers.losses
+        for name, loss in [*of_even.losses.items(), *of_odd.losses.items()]:
             losses = losses | {name: losses.get(name, 0.0) + loss}
+        metrics = jax.tree.map(lambda a, b: (a + b) / 2, of_even.metrics, of_odd.metrics) | of_routers.metrics
         selections = None
         if self.return_selections:
-            halves = {"even": of_even[3], "odd": of_odd[3]}
+            halves = {"even": of_even.selections, "odd": of_odd.selections}
             selections = {f"{half}/{name}": s for half, by_group in halves.items() for name, s in by_group.items()}
             selections[SELECTED] = Selection(*(x_BC[:, None] for x_BC in entered))
-        return x_BSD, (state_2, own, losses, (*taken, entered_M4), selections)
+        layers = moe.RoutingResult(state_2, losses, metrics, taken_2M3, predicted_2M4, selections)
+        return layers, of_routers._replace(losses={}, metrics={}, selections=None)
 
-    def _layer(self, name: str, rules: Rules) -> nn.Module:
-        layer = rematerialised(self.model.remat)
-        return layer(self.model, rules, self.shared, self.group_rows, self.train, self.return_selections, name=name)
+
+def depth_routing(model: ModelConfig, routers: tuple[GroupSlots, ...], modalities: int, causal: str | None) -> Routing:
+    """How routers let tokens enter a layer: in single rows, without noise."""
+    return Routing(depth_rule(model), routers, modalities, 1, causal)
 
 
 def _part(state_2, index: int):
     return jax.tree.map(lambda x_2: x_2[index], state_2)
 
 
-def of_pairs(state: dict[str, Any], routers: tuple[ExpertGroup, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def of_pairs(state: dict[str, Any], routers: tuple[GroupSlots, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The routing state as pairs of layers are scanned: of experts (P, 2, ...) and of the routers (P, ...)."""
-    names = {group.name for group in routers}
+    names = {own.group.name for own in routers}
     own = {name: value for name, value in state.items() if name in names}
     layers = {name: value for name, value in state.items() if name not in names}
     return jax.tree.map(lambda x_L: x_L.reshape(-1, 2, *x_L.shape[1:]), layers), own
@@ -149,91 +124,95 @@ def of_layers(tree_P2):
     return jax.tree.map(lambda x_P2: x_P2.reshape(-1, *x_P2.shape[2:]), tree_P2)
 
 
-# Computation ----------------------------------------------------------------------------------------------------------
+# On whole rows --------------------------------------------------------------------------------------------------------
 
 
-def enter(
-    x_BSD, common: Common, drawn: Drawn, state, weights: dict[str, Experts], depth: DepthRules, model: ModelConfig
-):
+def enter(x_BSD, context: Context, keys, state, weights, routing: Routing, depth: DepthShape, model: ModelConfig):
     """Who enters, by row, on each device's own rows.
 
     Returns:
-      (x_BCD of those who do, what a layer has to know about them, Entered, the routers' state and losses, averaged over
-      rows, int32 entered_M4 (`RoutingReport`)).
+      (x_BCD of those who do, their Context, Entered, RoutingResult of the routers).
     """
-    axes = {name: _axes(own) for name, own in weights.items()}
+    axes = {
+        own.group.name: ExpertWeights(
+            None, None, None, *router_axes(routing.rule, own.group, model.width, bool(weights[own.group.name].auxiliary))
+        )
+        for own in routing.groups
+    }
 
-    def local(x_BSD, segment_BS, position_BS, place: Place, drawn, state, weights):
+    def local(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, keys, state, weights):
         weights = {
-            name: jax.tree.map(lambda w, own: sharding.whole(w, own, w.dtype), own, axes[name])
+            name: jax.tree.map(lambda w, own: sharding.gather_weight(w, own, w.dtype), own, axes[name])
             for name, own in weights.items()
         }
-        entered, after, losses, entered_M4 = choose(x_BSD, place, drawn, state, weights, depth)
-        x_BCD, segment_BC, position_BC, place = take(x_BSD, segment_BS, position_BS, place, entered, depth.inside)
-        after = jax.tree.map(as_before, sharding.averaged(after, *BATCH), state)
-        said = (sharding.averaged(losses, *BATCH), sharding.summed(entered_M4, *BATCH))
-        return x_BCD, segment_BC, position_BC, place, entered, after, *said
+        entered, result = choose(x_BSD, tokens, keys, state, weights, routing, depth)
+        taken = take(x_BSD, segment_BS, position_BS, tokens, entered, depth.inside.groups)
+        result = result._replace(
+            state=jax.tree.map(as_before, sharding.pmean(result.state, *BATCH), state),
+            losses=sharding.pmean(result.losses, *BATCH),
+            metrics=sharding.pmean(result.metrics, *BATCH),
+            predicted_M4=sharding.psum(result.predicted_M4, *BATCH),
+        )
+        return (*taken, entered, result)
 
-    mine, same = sharding.spec("batch"), sharding.spec()
+    split, same = sharding.spec("batch"), sharding.spec()
     specs = jax.tree.map(lambda _, own: sharding.spec(*own), weights, axes)
-    arguments = (x_BSD, common.segment_BS, common.position_BS, common.place, drawn, state, weights)
-    run = sharding.on_shards(local, (*(mine,) * 4, same, same, specs), (*(mine,) * 5, *(same,) * 3))
-    x_BCD, segment_BC, position_BC, place, entered, *said = run(*arguments)
+    arguments = (x_BSD, context.segment_BS, context.position_BS, context.tokens, keys, state, weights)
+    run = sharding.shard_map(local, (*(split,) * 4, same, same, specs), (*(split,) * 5, same))
+    x_BCD, segment_BC, position_BC, tokens, entered, result = run(*arguments)
     angles = rotary_angles(position_BC, model.width // model.heads, model.rope_theta)
-    inner = common._replace(segment_BS=segment_BC, position_BS=position_BC, angles=angles, place=place)
-    return x_BCD, inner, entered, *said
+    inside = context._replace(segment_BS=segment_BC, position_BS=position_BC, angles=angles, tokens=tokens)
+    return x_BCD, inside, entered, result
 
 
-def _axes(own: Experts) -> Experts:
-    """Logical axes of a router's weights."""
-    return Experts(
-        router_DE=("embed", None),
-        auxiliary=None if own.auxiliary is None else auxiliary_lib.Auxiliary(("embed", None), (None, None)),
-    )
-
-
-def choose(x_BSD, place: Place, drawn: Drawn, state, weights: dict[str, Experts], depth: DepthRules):
-    """(Entered, the routers' new state, losses, entered_M4) of whole rows; the routers see x as it is."""
+def choose(x_BSD, tokens: RoutingTokens, keys, state, weights, routing: Routing, depth: DepthShape):
+    """(Entered, RoutingResult without selections) of whole rows; the routers see x as it is."""
     rows, sequence = x_BSD.shape[:2]
-    group_rows = rows // len(place.group_G)
-    row_B = (place.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
-    of_rows = Place(place.modality_GT.reshape(rows, -1), place.hash_GT.reshape(rows, -1), row_B, {})
-    rules = depth.routers
-    selections, state, losses = experts_lib.choose(x_BSD, of_rows, drawn, state, weights, rules=rules, noise=False)
-    entered_M4 = jnp.zeros((rules.modalities, 4), jnp.int32)
-    if rules.auxiliary and not rules.filled_only:
-        predictors = {name: own.auxiliary for name, own in weights.items()}
-        loss, entered_M4 = auxiliary_lib.judge(x_BSD, of_rows.modality_GT, selections, predictors, rules)
-        losses = losses | {auxiliary_lib.LOSS: loss}
-    in_order = jax.vmap(lambda chosen: ordered(list(chosen.values()), sequence, depth.slots))
-    return in_order(selections), state, losses, entered_M4
+    group_rows = rows // len(tokens.group_G)
+    row_B = (tokens.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
+    of_rows = RoutingTokens(tokens.modality_GT.reshape(rows, -1), tokens.hash_GT.reshape(rows, -1), row_B, {})
+    if routing.causal is None:
+        result = moe.select(x_BSD, of_rows, keys, state, weights, routing)
+        gate_BS, enters_BS = jax.vmap(lambda chosen: by_token(list(chosen.values()), sequence))(result.selections)
+    else:
+        gate_BS, enters_BS = decide(x_BSD, of_rows.modality_GT, weights, state, routing)
+        zero_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
+        result = moe.RoutingResult(state, {}, {}, None, zero_M4, None)
+    entered = jax.vmap(lambda gate_S, enters_S: ordered(gate_S, enters_S, depth.inside.sequence))(gate_BS, enters_BS)
+    return entered, result._replace(selections=None)
 
 
-def ordered(selections: list[Selection], tokens: int, slots: int) -> Entered:
-    """One row's selections (1, C) as the C = `slots` first tokens that any of them took."""
-    gate_S, taken_S = jnp.zeros(tokens, jnp.float32), jnp.zeros(tokens, bool)
+def by_token(selections: list[Selection], tokens: int):
+    """(gate_S, enters_S) of one row's selections (1, C)."""
+    gate_S, enters_S = jnp.zeros(tokens, jnp.float32), jnp.zeros(tokens, bool)
     for index_1C, gate_1C, filled_1C in selections:
         gate_S = gate_S.at[index_1C[0]].add(gate_1C[0])
-        taken_S = taken_S.at[index_1C[0]].max(filled_1C[0])
+        enters_S = enters_S.at[index_1C[0]].max(filled_1C[0])
+    return gate_S, enters_S
+
+
+def ordered(gate_S, enters_S, slots: int) -> Entered:
+    """The first C = `slots` tokens of one row that enter."""
+    tokens = len(enters_S)
     # Earlier positions rank higher; float32 holds them exactly and sorts fastest.
-    rank_S = jnp.where(taken_S, jnp.float32(tokens) - jnp.arange(tokens, dtype=jnp.float32), 0.0)
+    rank_S = jnp.where(enters_S, jnp.float32(tokens) - jnp.arange(tokens, dtype=jnp.float32), 0.0)
     _, index_C = jax.lax.top_k(rank_S, slots)
-    filled_C = jnp.arange(slots) < taken_S.sum()
+    filled_C = jnp.arange(slots) < enters_S.sum()
     return Entered(index_C, jnp.where(filled_C, gate_S[index_C], 0.0), filled_C)
 
 
-def take(x_BSD, segment_BS, position_BS, place: Place, entered: Entered, inside: Rules):
-    """(x_BCD, segment_BC, position_BC, Place) of those who entered; an empty slot is padding."""
-    rows, groups = len(x_BSD), len(place.group_G)
+def take(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, entered: Entered, inside: tuple[GroupSlots, ...]):
+    """(x_BCD, segment_BC, position_BC, RoutingTokens) of those who entered; an empty slot is padding."""
+    rows, groups = len(x_BSD), len(tokens.group_G)
 
     def picked(x_BS, empty):
         x_BC = jnp.take_along_axis(x_BS.reshape(rows, -1), entered.index_BC, axis=1)
         return jnp.where(entered.filled_BC, x_BC, empty)
 
     x_BCD = jnp.take_along_axis(x_BSD, entered.index_BC[..., None], axis=1)
-    modality_GT = picked(place.modality_GT, -1).reshape(groups, -1)
-    hash_GT = picked(place.hash_GT, place.hash_GT.dtype.type(0)).reshape(groups, -1)
-    inner = placed(inside, modality_GT, hash_GT, place.group_G)
+    modality_GT = picked(tokens.modality_GT, -1).reshape(groups, -1)
+    hash_GT = picked(tokens.hash_GT, tokens.hash_GT.dtype.type(0)).reshape(groups, -1)
+    inner = routing_tokens(inside, modality_GT, hash_GT, tokens.group_G)
     return x_BCD, picked(segment_BS, 0), picked(position_BS, 0), inner
 
 
@@ -244,5 +223,35 @@ def leave(x_BSD, x_BCD, y_BCD, entered: Entered):
         change_BCD = (entered.gate_BC[..., None] * (y_BCD - x_BCD)).astype(x_BSD.dtype)
         return x_BSD.at[jnp.arange(len(x_BSD))[:, None], entered.index_BC].add(change_BCD)
 
-    mine = sharding.spec("batch")
-    return sharding.on_shards(local, (mine,) * 4, mine)(x_BSD, x_BCD, y_BCD, entered)
+    split = sharding.spec("batch")
+    return sharding.shard_map(local, (split,) * 4, split)(x_BSD, x_BCD, y_BCD, entered)
+
+
+# Token by token -------------------------------------------------------------------------------------------------------
+
+
+def decide(x_BSD, modality_BS, weights: dict[str, ExpertWeights], state, routing: Routing):
+    """(gate_BS float32, enters_BS bool) of every token by itself; modality -1 never enters."""
+    gate_BS, enters_BS = jnp.zeros(modality_BS.shape, jnp.float32), jnp.zeros(modality_BS.shape, bool)
+    for own in routing.groups:
+        name = own.group.name
+        decision = moe.decide(x_BSD, modality_BS, own, weights[name], (state or {}).get(name), routing)
+        own_BS, own_gate_BS = (part[..., 0] for part in decision)
+        enters_BS, gate_BS = enters_BS | own_BS, jnp.where(own_BS, own_gate_BS, gate_BS)
+    return gate_BS, enters_BS
+
+
+def enter_cached(x_BQD, modality_BQ, memory, weights, state, routing: Routing, layer):
+    """A layer that some tokens alone enter, in cached decoding; where no token of any row does, nothing of it is read.
+
+    Args:
+      modality_BQ: -1 for tokens that are not to be computed. layer: (x_BQD, enters_BQ, memory) -> (x_BQD, memory).
+    """
+    gate_BQ, enters_BQ = decide(x_BQD, modality_BQ, weights, state, routing)
+
+    def enter(x_BQD, memory):
+        y_BQD, memory = layer(x_BQD, enters_BQ, memory)
+        change_BQD = (gate_BQ[..., None] * (y_BQD - x_BQD)).astype(x_BQD.dtype)
+        return x_BQD + jnp.where(enters_BQ[..., None], change_BQD, 0), memory
+
+    return jax.lax.cond(enters_BQ.any(), enter, lambda *same: same, x_BQD, memory)

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from moma_jax.checks import check_split
 from moma_jax.config import Config, MeshConfig, resolve
 from moma_jax.cost import flops_per_token
 from moma_jax.plan import memory, search
@@ -84,7 +83,7 @@ def with_dtype(config: Config, target: Topology) -> Config:
 def planned(config: Config, target: Topology) -> dict[str, Any]:
     """`plan` of a config whose mesh and dtype are settled."""
     mesh = dataclasses.asdict(config.mesh)
-    check_split(config, mesh)
+    require_split(config, mesh)
     flops = flops_per_token(config) * config.batch_tokens
     shape = {
         "topology": target.name,
@@ -183,7 +182,7 @@ def _host_bytes(sizes: dict[str, Any], target: Topology) -> int:
 
 def _warnings(config: Config, target: Topology) -> list[str]:
     """What would run without its kernel there."""
-    from moma_jax.model.fused_attention import refusal
+    from moma_jax.model.kernels.splash import refusal
 
     reason = refusal("tpu" if target.kind else "gpu", config.data.sequence)
     return [] if reason is None else [f"attention: without a fused kernel, because {reason}; it will be slower"]

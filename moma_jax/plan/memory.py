@@ -12,9 +12,10 @@ import dataclasses
 import math
 
 from moma_jax.config import Config, MeshConfig
-from moma_jax.cost import FLOAT32, activation_bytes, group_slots, parameter_count
+from moma_jax.cost import FLOAT32, activation_bytes, parameter_count
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
+from moma_jax.geometry import layer_of
 
 USABLE = 0.92
 """Share of a device's memory that the sum here may take: the rest is for what it does not know."""
@@ -74,8 +75,8 @@ def kept_beyond_cost(config: Config) -> float:
         return 0.0
     width, lanes = FLOAT32 if model.dtype == "float32" else 2, 128
     padded = model.heads * -(-model.width // model.heads // lanes) * lanes
-    routed = sum(g.experts * group_slots(config, g) for g in config.experts.groups) / config.group_tokens
-    slots = routed + config.experts.shared
+    shape = layer_of(config)
+    slots = sum(own.group.experts * own.group.width * own.slots for own in shape.groups) / shape.tokens
     compute = 4 * padded + 3 * model.width + slots * (2 * model.width + 4 * model.hidden)
     counted = 15 * model.width + slots * (model.width + 2 * model.hidden)  # by cost.activation_bytes
     per_position = FLOAT32 * 6 * (padded + model.width) + width * (compute - counted)
@@ -86,12 +87,13 @@ def gathered_parameters(config: Config) -> float:
     """Parameters of one layer that a device computes with: its part over tensor, and its own experts."""
     model, mesh = config.model, config.mesh
     expert = 3 * model.width * model.hidden
-    own = sum(g.experts / (mesh.expert if is_dealt(g, mesh.expert) else 1) for g in config.experts.groups)
-    return (4 * model.width**2 + (own + config.experts.shared) * expert) / mesh.tensor
+    groups = config.experts.groups + config.experts.shared
+    own = sum(g.experts * g.width / (mesh.expert if splits_experts(g, mesh.expert) else 1) for g in groups)
+    return (4 * model.width**2 + own * expert) / mesh.tensor
 
 
-def is_dealt(group: ExpertGroup, devices: int) -> bool:
-    """Whether the experts of a group live apart on an expert axis of so many devices (`sharding.dealt`)."""
+def splits_experts(group: ExpertGroup, devices: int) -> bool:
+    """Whether the experts of a group live apart on an expert axis of so many devices (`sharding.experts_are_split`)."""
     return group.experts % devices == 0
 
 

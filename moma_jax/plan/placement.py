@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from moma_jax.config import Config
 from moma_jax.plan import network
 from moma_jax.plan.hlo import Array, Module
-from moma_jax.plan.memory import is_dealt, row_parts
+from moma_jax.plan.memory import splits_experts, row_parts
 
 _FLOATS = ("bf16", "f32", "f16")
 
@@ -28,16 +28,16 @@ def expert_stacks_gathered(module: Module, config: Config) -> list[str]:
       Such as "all-gather bf16 4x512x1408".
     """
     mesh, layout, model = config.mesh, config.experts, config.model
-    dealt = [g.experts for g in layout.groups if g.experts > 1 and is_dealt(g, mesh.expert)]
-    if mesh.expert == 1 or not dealt:
+    split = [g.experts for g in layout.groups if g.experts > 1 and splits_experts(g, mesh.expert)]
+    if mesh.expert == 1 or not split:
         return []
     matrix = model.width * model.hidden // mesh.tensor
-    others = {g.experts for g in layout.groups if not is_dealt(g, mesh.expert)}
-    others |= {1, layout.shared} if layout.shared else set()
+    others = {g.experts for g in layout.groups if not splits_experts(g, mesh.expert)}
+    others |= {1} | {g.width for g in layout.shared} if layout.shared else set()
     whole = {model.width * size // mesh.tensor for size in (model.width, config.vocabulary_size)}
-    whole |= {matrix * number for number in others} - {matrix * number for number in dealt}
+    whole |= {matrix * number for number in others} - {matrix * number for number in split}
     stored = {size // n for size in whole for n in (1, mesh.fsdp, mesh.expert, mesh.fsdp * mesh.expert)}
-    least = min(dealt) * matrix // mesh.fsdp
+    least = min(split) * matrix // mesh.fsdp
     found = {}
     for kind, arrays in _crossing(module, vars(mesh), "expert"):
         bound = least // (mesh.expert if kind == "collective-permute" else 1)

@@ -191,8 +191,8 @@ def arithmetic_seconds(config: Config, target: Topology) -> float:
     passes = train.accumulate * model.layers
     products = flops_per_token(config) * config.batch_tokens / target.devices * REMAT_FLOPS[model.remat]
     gathered = 3 * 2 * memory.gathered_parameters(config) * _left(mesh.fsdp)
-    dealt = sum(memory.is_dealt(g, mesh.expert) for g in config.experts.groups) / len(config.experts.groups)
-    travelled = (6 if model.remat == "full" else 4) * 2 * tokens * model.width * _left(mesh.expert) * dealt
+    split = sum(memory.splits_experts(g, mesh.expert) for g in config.experts.groups) / len(config.experts.groups)
+    travelled = (6 if model.remat == "full" else 4) * 2 * tokens * model.width * _left(mesh.expert) * split
     added = 4 * 2 * 2 * tokens * model.width * _left(mesh.tensor)
     reduced = train.accumulate * memory.state_bytes(config)["parameters"] * _left(mesh.data)  # in bfloat16, twice
     kept = activation_bytes(config) / memory.row_parts(config) * train.accumulate / 1e13  # breaks ties

@@ -89,22 +89,22 @@ _total.defvjp(_total_forward, _total_backward)
 
 def _over_devices(settings, with_grads, *arrays):
     """`_local` on every device's own rows and part of the vocabulary, sums and gradients added up over the mesh."""
-    stored = sharding.present(FSDP, EXPERT)
+    stored = sharding.split_axes(FSDP, EXPERT)
 
     def on_device(hidden_BSD, kernel_DV, *targets):
         if stored:
             kernel_DV = kernel_DV.astype(hidden_BSD.dtype)
             kernel_DV = jax.lax.all_gather(kernel_DV, stored, axis=0, tiled=True)
         (total, sums), grads = _local(settings, with_grads, hidden_BSD, kernel_DV, *targets)
-        total, sums = sharding.summed((total, sums), *BATCH)
+        total, sums = sharding.psum((total, sums), *BATCH)
         if with_grads:
             grad_DV = jax.lax.psum_scatter(grads[1], stored, tiled=True) if stored else grads[1]
-            grads = (grads[0], sharding.summed(grad_DV, DATA))
+            grads = (grads[0], sharding.psum(grad_DV, DATA))
         return (total, sums), grads
 
     row, whole, kernel = sharding.spec("batch"), sharding.spec(), sharding.spec("embed", "vocab")
     out_specs = ((whole, whole), (row, kernel) if with_grads else None)
-    return sharding.on_shards(on_device, (row, kernel, row, row, row), out_specs, check=False)(*arrays)
+    return sharding.shard_map(on_device, (row, kernel, row, row, row), out_specs, check=False)(*arrays)
 
 
 def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS):
@@ -149,7 +149,7 @@ def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_
     if sharding.size(TENSOR) > 1:  # this device has some of the ids
         target_N = target_N - jax.lax.axis_index(TENSOR) * logit_NV.shape[-1]
     is_target_NV = jnp.arange(logit_NV.shape[-1]) == target_N[:, None]
-    target_logit_N = sharding.summed(jnp.sum(jnp.where(is_target_NV, logit_NV, 0), axis=-1), TENSOR)
+    target_logit_N = sharding.psum(jnp.sum(jnp.where(is_target_NV, logit_NV, 0), axis=-1), TENSOR)
     counted_N = weight_N != 0  # not a product: what padding's hidden state holds must not matter, even if it is NaN
     nats_N = jnp.where(counted_N, weight_N * (log_partition_N - target_logit_N), 0)
     square_N = jnp.where(counted_N, weight_N * log_partition_N**2, 0)
@@ -167,7 +167,7 @@ def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_
     grad_NV = weight_N[:, None] * (pull_N[:, None] * softmax_NV - is_target_NV)
     grad_NV = jnp.where(counted_N[:, None], grad_NV, 0).astype(hidden_ND.dtype)
     grad_hidden_ND = jnp.dot(grad_NV, kernel_DV.T, preferred_element_type=jnp.float32)
-    grad_hidden_ND = sharding.summed(grad_hidden_ND, TENSOR).astype(hidden_ND.dtype)
+    grad_hidden_ND = sharding.psum(grad_hidden_ND, TENSOR).astype(hidden_ND.dtype)
     hidden_ND = jnp.where(counted_N[:, None], hidden_ND, 0)  # 0 * NaN again
     grad_kernel_DV = jnp.dot(hidden_ND.T, grad_NV, preferred_element_type=jnp.float32)
     return (total, sums), grad_hidden_ND, grad_kernel_DV
@@ -178,4 +178,4 @@ def _log_partition(logit_NV):
     if sharding.size(TENSOR) == 1:
         return jax.nn.logsumexp(logit_NV, axis=-1)
     highest_N = jax.lax.pmax(logit_NV.max(axis=-1), TENSOR)
-    return highest_N + jnp.log(sharding.summed(jnp.exp(logit_NV - highest_N[:, None]).sum(axis=-1), TENSOR))
+    return highest_N + jnp.log(sharding.psum(jnp.exp(logit_NV - highest_N[:, None]).sum(axis=-1), TENSOR))

@@ -1,0 +1,54 @@
+"""Thresholds as the training rule: after a warm-up of expert choice, every token enters the experts whose running
+threshold its logit reaches, so training is causal.
+
+No expert can starve for long: its threshold follows the scores of all tokens of its modality, not of those it took, so
+where nothing passes it sinks to where the expert's share does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from moma_jax.late import jax, jnp
+from moma_jax.router import Quota, Routed, Router, Score, Selection, take_entering
+from moma_jax.routers.choice import Choice, State, passes_threshold
+
+
+@dataclass(frozen=True)
+class Threshold(Choice):
+    """Expert choice for `warmup` updates, then the thresholds that it left, which go on following it."""
+
+    warmup: int = 1000
+    """Updates of expert choice before thresholds decide."""
+    slack: float = 1.25
+    """Slots of an expert over those of expert choice; beyond them the latest positions are dropped."""
+
+    exact: ClassVar[bool] = False
+
+    def select(self, score: Score, eligible_T, quota: Quota, state: State, key) -> Routed:
+        slots = self.slots(quota, len(eligible_T))
+        chosen, followed, *_ = super().select(score, eligible_T, quota, state, key)
+        chosen = Selection(*(jnp.pad(x_EC, ((0, 0), (0, slots - quota.slots))) for x_EC in chosen))
+        passes_TE = eligible_T[:, None] & passes_threshold(score.plain_TE, state)
+        passed = take_entering(passes_TE, jax.nn.sigmoid(score.logit_TE), score.order_T, slots)
+        warm = state["updates"] < self.warmup
+        selection = Selection(*(jnp.where(warm, a, b) for a, b in zip(chosen, passed, strict=True)))
+        count_E = jnp.maximum(passes_TE.sum(0), 1)
+        dropped_E = jnp.where(warm, 0.0, 1.0 - jnp.minimum(count_E, slots) / count_E)
+        return Routed(selection, followed | {"dropped_E": dropped_E})
+
+    def slots(self, quota: Quota, tokens: int) -> int:
+        return min(tokens, math.ceil(quota.slots * self.slack))
+
+    def for_evaluation(self) -> Router:
+        return Choice(**{field.name: getattr(self, field.name) for field in fields(Choice)})
+
+    def advice(self, steps: int) -> str | None:
+        if self.warmup < steps:
+            return None
+        return (
+            f"model.router.warmup {self.warmup} is not below the run's {steps} steps, so experts choose to the end; set "
+            f"--model.router.warmup {steps // 10}"
+        )

@@ -1,0 +1,186 @@
+"""Routing rules by name: the built-in ones of moma_jax/routers, and your own, `file.py:attribute` or
+`package.module:attribute`.
+
+Foreign code runs only where a recipe, the command line or Python names it. A config.json is data: a rule that it names
+and that is not built in stays a name (`Unloaded`) until it is named by whoever runs the command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moma_jax import routers
+from moma_jax.errors import InputError
+from moma_jax.router import Function, Router, name_of
+
+NAME = "rule"
+"""Key of the rule's name beside its options, in JSON."""
+
+
+@dataclass(frozen=True)
+class Unloaded(Router):
+    """A rule that a config.json names, whose code was not run."""
+
+    name: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@functools.cache
+def built_in() -> dict[str, type[Router]]:
+    """The built-in rules by name."""
+    modules = {info.name: f"{routers.__name__}.{info.name}" for info in pkgutil.iter_modules(routers.__path__)}
+    return {name: _only_rule(importlib.import_module(module)) for name, module in modules.items()}
+
+
+def _only_rule(module: Any) -> type[Router]:
+    (rule,) = (
+        own
+        for own in vars(module).values()
+        if inspect.isclass(own) and issubclass(own, Router) and own.__module__ == module.__name__
+    )
+    return rule
+
+
+def loaded_rule(name: str) -> Router:
+    """The rule of a name with its default options; runs the code of the file or module that it names.
+
+    Raises:
+      InputError: there is none of this name, or its code fails.
+    """
+    if name in built_in():
+        return built_in()[name]()
+    where, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise InputError(
+            f"model.router: {name!r} is none of {', '.join(built_in())}; name your own as FILE.py:ATTRIBUTE or "
+            "PACKAGE.MODULE:ATTRIBUTE"
+        )
+    try:
+        module = _of_file(str(Path(where).resolve())) if where.endswith(".py") else importlib.import_module(where)
+        rule = getattr(module, attribute)
+    except Exception as error:
+        raise InputError(f"model.router: {name}: {type(error).__name__}: {error}") from error
+    return as_rule(rule, name)
+
+
+def as_rule(rule: Any, name: str | None = None) -> Router:
+    """A Router from what names one: a Router, a class of them, a name, or a function (the short form).
+
+    Args:
+      name: how it is called in records; None: as it is defined.
+    """
+    match rule:
+        case str():
+            return loaded_rule(rule)
+        case Router():
+            return rule
+        case type() if issubclass(rule, Router):
+            if name is not None and ":" in name:
+                rule.__moma_name__ = name
+            return rule()
+        case _ if callable(rule):
+            if name is not None and hasattr(rule, "__dict__"):
+                rule.__moma_name__ = name
+            return Function(rule)
+    raise InputError(f"model.router: {name or rule!r} is neither a Router nor a function; see moma_jax/router.py")
+
+
+@functools.cache
+def _of_file(path: str) -> Any:
+    """The module of a file, once per process; it can import its neighbours' names by their paths alone."""
+    name = f"moma_rule_{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# Rules in config.json -------------------------------------------------------------------------------------------------
+
+
+def options_of(router: Router) -> dict[str, Any]:
+    """A rule's options by name."""
+    if isinstance(router, Unloaded):
+        return dict(router.options)
+    if isinstance(router, Function):
+        return {}
+    return {field.name: getattr(router, field.name) for field in dataclasses.fields(router)}
+
+
+def rule_name(router: Router) -> str:
+    """How a rule is called in records, loaded or not."""
+    return router.name if isinstance(router, Unloaded) else name_of(router)
+
+
+def to_json(router: Router) -> dict[str, Any]:
+    """{"rule": its name, its options}."""
+    return {NAME: rule_name(router), **options_of(router)}
+
+
+def from_json(data: Mapping[str, Any], read: Callable[[type, dict[str, Any]], Router]) -> Router:
+    """The inverse of `to_json`; no foreign code is run.
+
+    Args:
+      read: reads a dictionary into a dataclass, checking it.
+    """
+    name, options = data.get(NAME), {key: value for key, value in data.items() if key != NAME}
+    if not isinstance(name, str):
+        raise InputError(f"model.router: {data!r} does not name its rule; give {{{NAME!r}: NAME, OPTION: VALUE, ...}}")
+    return read(built_in()[name], options) if name in built_in() else Unloaded(name, options)
+
+
+def same_rule(one: Router, other: Router) -> bool:
+    """Whether two rules are one and the same with equal options, loaded or not."""
+    return rule_name(one) == rule_name(other) and options_of(one) == options_of(other)
+
+
+def bind(router: Router, named: Any) -> Router:
+    """The rule of a run's config with its code: `router` itself where it is built in.
+
+    Args:
+      named: what the user named to be used, as `as_rule` takes it; None: nothing.
+
+    Raises:
+      InputError: the code of the run's rule was not named, or another rule was.
+    """
+    if named is None:
+        return require_loaded(router)
+    chosen = as_rule(named)
+    if not isinstance(router, Unloaded):
+        if rule_name(router) != rule_name(chosen):
+            raise InputError(f"router: the run was trained with {rule_name(router)}, not {rule_name(chosen)}")
+        return router
+    if rule_name(chosen) != router.name and not rule_name(chosen).endswith(f":{router.name}"):
+        raise InputError(f"router: the run was trained with {router.name}, not {rule_name(chosen)}; name that one")
+    if isinstance(chosen, Function):
+        return chosen
+    try:
+        return dataclasses.replace(chosen, **router.options)
+    except TypeError as error:
+        raise InputError(f"router: {router.name} no longer takes the run's options ({error})") from error
+
+
+def require_loaded(router: Router) -> Router:
+    """The rule itself; InputError where its code was not run."""
+    if isinstance(router, Unloaded):
+        raise InputError(
+            f"router: the config names the routing rule {router.name}, whose code is not part of moma_jax and is not "
+            f"run for that; name it yourself: --router {router.name} (in Python router={router.name!r})"
+        )
+    return router
