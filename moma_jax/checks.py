@@ -15,8 +15,6 @@ from moma_jax.ffn import parse_ffn
 from moma_jax.vocab import SPECIAL_NAMES
 
 if typing.TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from moma_jax.config import Config, PrepareConfig
 
 

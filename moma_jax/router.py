@@ -184,12 +184,12 @@ class Router:
         raise NotImplementedError
 
     def lacks(self, routing: str, state: Any) -> str | None:
-        """Why a trained model cannot be used under a causal routing yet; None where it can.
+        """What a model lacks to be used under a causal routing, to stand behind "RUN has "; None where nothing.
 
         Args:
-          state: of one group of experts, NumPy arrays stacked over layers.
+          state: of one group of experts, stacked over layers; None where training has not begun.
         """
-        return None if routing in self.causal else f"the routing rule {name_of(self)} has no causal decision {routing}"
+        return None if routing in self.causal else f"no causal decision {routing!r}: its rule {name_of(self)} has none"
 
     def capacity(self, experts: int, asked: Fraction | None) -> Fraction:
         """Share of eligible tokens that one expert takes on average; `asked` is `model.capacity`, None by default."""
@@ -202,6 +202,10 @@ class Router:
     def flops(self, width: int, experts: int) -> int:
         """FLOPs of scoring one token, forward."""
         return 2 * width * experts
+
+    def first_gate(self, experts: int) -> Fraction:
+        """The gate of a token that entered where the score network's last weights are 0, as in an upcycled model."""
+        return Fraction(1, 2)
 
     def for_depth(self) -> Router | None:
         """The rule of the routers of mixture of depths in front of experts under this rule; None: expert choice."""
@@ -240,7 +244,7 @@ def name_of(router: Router) -> str:
 
 
 def take_entering(enters_TE, gate_TE, order_T, slots: int) -> Selection:
-    """The Selection (E, slots) of all tokens that enter, in the order `order_T`; the latest are dropped where it is full.
+    """The Selection (E, slots) of all tokens that enter, in the order `order_T`; beyond the slots they are dropped.
 
     A token's slot depends on earlier positions alone, so not even rounding knows about later ones.
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 
 from moma_jax.bench.timing import differentiated, in_turns, random, say, summarise
 from moma_jax.config import IMAGE, TEXT, ModelConfig
-from moma_jax.ffn import parse_ffn
-from moma_jax.model import experts as experts_lib
-from moma_jax.model import slots
+from moma_jax.model import dispatch, moe
 from moma_jax.model.decoder import Decoder
+from moma_jax.model.parameters import ExpertWeights, FfnParameters, weights_of
 
 
 def bench_ffn(
@@ -59,41 +58,40 @@ def _half_and_half(ffn: str, width: int, hidden: int, tokens: int) -> FfnCase:
     first = tokens // 2
     decoder = Decoder(model, (TEXT, IMAGE), (first, tokens - first), 1)
     modality_BS = (jnp.arange(tokens) >= first).astype(jnp.int32)[None]
-    return FfnCase.of(decoder, jnp.ones((1, tokens), jnp.int32), modality_BS, jnp.float32)
+    return FfnCase.of(decoder, jnp.ones((1, tokens), jnp.int32), modality_BS)
 
 
 class FfnCase(NamedTuple):
-    """One FFN layer with what it needs to run: the module, its parameters, where its tokens are."""
+    """One FFN layer with what it needs to run: how it routes, its parameters, where its tokens are."""
 
-    module: experts_lib.Ffn
+    model: ModelConfig
+    routing: moe.Routing
     params: Any
-    place: experts_lib.Place
-    drawn: experts_lib.Drawn
+    tokens: moe.RoutingTokens
+    keys: moe.RoutingKeys
 
     @classmethod
-    def of(cls, decoder: Decoder, segment_BS, modality_BS, dtype, params=None) -> FfnCase:
-        """The FFN of a decoder on a batch of these segments and modalities, in the compute type `dtype`.
+    def of(cls, decoder: Decoder, segment_BS, modality_BS, params=None) -> FfnCase:
+        """The FFN of a decoder on a batch of these segments and modalities.
 
         `params` are one layer's; fresh ones where None.
         """
-        model = decoder.model
-        rules = decoder.rules(dtype, segment_BS.shape[1])
+        model, shape = decoder.model, decoder.shape(segment_BS.shape[1])
         group_G = jnp.arange(segment_BS.shape[0] // decoder.group_rows)
-        place = jax.jit(lambda *args: decoder.place(rules, *args))(segment_BS, modality_BS, group_G)
-        module = experts_lib.Ffn(model, rules, parse_ffn(model.ffn, decoder.modalities).shared, True)
-        drawn = experts_lib.Drawn(jnp.uint32(1), jax.random.key(1))
+        tokens = jax.jit(decoder.tokens)(segment_BS, modality_BS, group_G)
         if params is None:
-            x_GTD = jnp.zeros((*place.modality_GT.shape, model.width), dtype)
-            params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x_GTD, place, drawn, {}))["params"]
-        return cls(module, params, place, drawn)
+            params = nn.unbox(jax.jit(FfnParameters(model, shape.groups).init)(jax.random.key(0)))["params"]
+        routing = moe.layer_routing(model, shape, decoder.group_rows, None, True)
+        return cls(model, routing, params, tokens, moe.RoutingKeys(jnp.uint32(1), jax.random.key(1)))
 
     def whole(self, x_BSD) -> Callable:
         """The layer as the decoder runs it."""
 
         def layer(params, x_GTD, around):
-            return self.module.apply({"params": params}, x_GTD, *around, {}).y_GTD
+            options = {"routing": self.routing, "model": self.model}
+            return moe.moe(x_GTD, *around, {}, weights_of(params), **options)[0]
 
-        return differentiated(layer, (self.params, self._grouped(x_BSD)), (self.place, self.drawn))
+        return differentiated(layer, (self.params, self._grouped(x_BSD)), (self.tokens, self.keys))
 
     def pieces(self, x_BSD, times: int = 1) -> dict[str, Callable]:
         """The layer's pieces, each alone, forward and backward, `times` of them in one call.
@@ -101,14 +99,13 @@ class FfnCase(NamedTuple):
         router: scores and selections. dispatch: tokens to slots. experts: SwiGLU of every slot, shared experts
         included. combine: slots back to tokens, weighted. A dense FFN has experts alone.
         """
-        rules, weights, x_GTD = self.module.rules, self._weights(), self._grouped(x_BSD)
-        shared, around = weights.pop("shared", None), (self.place, self.drawn)
-        if experts_lib.is_dense(rules):
-            always = (*weights.values(), *(() if shared is None else (shared,)))
+        weights, x_GTD, around = weights_of(self.params), self._grouped(x_BSD), (self.tokens, self.keys)
+        always = [weights.pop(own.group.name) for own in self.routing.groups if own.everywhere]
+        if not weights:
             return {"experts": differentiated(_everywhere, (always, x_GTD), times=times)}
 
         def chosen(weights, x_GTD, around):
-            return experts_lib.choose(x_GTD, *around, {}, weights, rules=rules, noise=True)[0]
+            return moe.select(x_GTD, *around, {}, weights, self.routing).selections
 
         def gates(weights, x_GTD, around):
             return {name: selection.gate_EC for name, selection in chosen(weights, x_GTD, around).items()}
@@ -117,47 +114,42 @@ class FfnCase(NamedTuple):
         taken_slots = {name: _slots(selection, x_GTD.shape[1]) for name, selection in selections.items()}
         index = {name: slot[0] for name, slot in taken_slots.items()}
         gate = {name: slot[1] for name, slot in taken_slots.items()}
-        taken = jax.jit(_dispatch)(x_GTD, index)
+        inputs = jax.jit(_dispatch)(x_GTD, index)
         calls = {}
-        if any(weight.router_DE is not None for weight in weights.values()):
+        if self.routing.routed:
             calls["router"] = differentiated(gates, (weights, x_GTD), around, times=times)
         calls["dispatch"] = differentiated(_dispatch, (x_GTD,), index, times=times)
-        calls["experts"] = differentiated(_experts, (weights, taken, gate, shared, x_GTD), times=times)
-        calls["combine"] = differentiated(_combine, (taken,), (index, x_GTD), times=times)
+        calls["experts"] = differentiated(_experts, (weights, inputs, gate, always, x_GTD), times=times)
+        calls["combine"] = differentiated(_combine, (inputs,), (index, x_GTD), times=times)
         return calls
-
-    def _weights(self) -> dict[str, slots.Experts]:
-        """The parameters by group of experts."""
-        return experts_lib.experts_of(self.params)
 
     def _grouped(self, x_BSD):
         """Rows to routing groups."""
-        return x_BSD.reshape(*self.place.modality_GT.shape, x_BSD.shape[-1])
+        return x_BSD.reshape(*self.tokens.modality_GT.shape, x_BSD.shape[-1])
 
 
 def _slots(selection, tokens: int):
     """(index_EN, gate_EN) of all routing groups' slots, by expert."""
-    selection = slots.offset(selection, tokens)
-    return slots.flat(selection.index_EC), slots.flat(selection.gate_EC)
+    selection = moe.offset(selection, tokens)
+    return moe.flat(selection.index_EC), moe.flat(selection.gate_EC)
 
 
 def _dispatch(x_GTD, index):
     x_ND = x_GTD.reshape(-1, x_GTD.shape[-1])
-    return {name: slots.dispatch(x_ND, index_EN) for name, index_EN in index.items()}
+    return {name: dispatch.dispatch(x_ND, index_EN) for name, index_EN in index.items()}
 
 
-def _experts(weights, taken, gate, shared, x_GTD, _):
-    outputs = {name: slots.swiglu(taken[name], weights[name], gate[name]) for name in weights}
-    return outputs if shared is None else (outputs, experts_lib.everywhere(x_GTD, shared))
+def _experts(weights: dict[str, ExpertWeights], inputs, gate, always, x_GTD, _):
+    return {n: dispatch.swiglu(inputs[n], weights[n], gate[n]) for n in weights}, _everywhere(always, x_GTD, _)
 
 
-def _everywhere(weights, x_GTD, _):
-    return sum(experts_lib.everywhere(x_GTD, weight) for weight in weights)
+def _everywhere(always: list[ExpertWeights], x_GTD, _):
+    return sum(moe.everywhere(x_GTD, weight) for weight in always)
 
 
 def _combine(outputs, around):
     index, x_GTD = around
     y_ND = jnp.zeros((x_GTD.shape[0] * x_GTD.shape[1], x_GTD.shape[2]), x_GTD.dtype)
     for name, out_END in outputs.items():
-        y_ND = slots.combine(y_ND, index[name], out_END)
+        y_ND = dispatch.combine(y_ND, index[name], out_END)
     return y_ND

@@ -16,14 +16,16 @@ from moma_jax import vocab
 from moma_jax.bench.timing import in_turns, say, summarise, timed
 from moma_jax.config import Config, resolve
 from moma_jax.errors import InputError
+from moma_jax.ffn import SHARED
 from moma_jax.generation.decoding import Model, Writer, Writing
 from moma_jax.generation.grammar import first_state, make_rules
 from moma_jax.generation.sampling import Sampling, draw_of
 from moma_jax.model import decode
 from moma_jax.model.auxiliary import taken_pairs
-from moma_jax.model.causal import ByThreshold, Choice, first_thresholds
-from moma_jax.model.decoder import Decoder
+from moma_jax.model.decoder import Decoder, first_routing_state
 from moma_jax.model.depth import SELECTED
+from moma_jax.router import THRESHOLD
+from moma_jax.routers.choice import Choice
 from moma_jax.training import step as step_lib
 
 BANDWIDTH_BYTES = 256 << 20
@@ -109,16 +111,16 @@ def variant_of(config: Config, ffn: str) -> Variant:
     spans = [m for m in config.data.modalities[1:] if m.span]
     if len(config.data.modalities) != 2 or not spans:
         raise InputError("data.modalities: bench generate writes text and one modality with spans; give such a recipe")
-    model = dataclasses.replace(config.model, ffn=ffn, auxiliary=False, routing="choice")
+    model = dataclasses.replace(config.model, ffn=ffn, router=Choice(decay=0.5))
     data = dataclasses.replace(config.data, kind="synthetic", stores=())
     train = dataclasses.replace(config.train, eval_sets=())
     config = step_lib.with_dtype(resolve(dataclasses.replace(config, model=model, data=data, train=train)))
     say(f"weights of {ffn}")
     token_BS = _random_rows(config, 8, 64, seed=1)
-    decoder = _decoder(config, token_BS.shape, Choice(0.5, False))
+    decoder = _decoder(config, token_BS.shape)
     boxed = jax.jit(lambda key: nn.unbox(decoder.init(key, *_arguments(config, token_BS), **_state(config, None))))
     params = boxed(jax.random.key(0))["params"]
-    routing_state = _apply(config, decoder, params, token_BS, first_thresholds(config)).routing_state
+    routing_state = _apply(config, decoder, params, token_BS, first_routing_state(config)).routing_state
     modality_V = vocab.contiguous(config.data.modalities).modality_V
 
     def extend(weights, cache, token_BQ, count_B):
@@ -146,9 +148,9 @@ def _random_rows(config: Config, rows: int, length: int, seed: int) -> np.ndarra
     return token_BS.astype(np.int32)
 
 
-def _decoder(config: Config, shape: tuple[int, int], select) -> Decoder:
+def _decoder(config: Config, shape: tuple[int, int]) -> Decoder:
     """The decoder with all rows in one routing group."""
-    return Decoder(config.model, config.data.modalities, (shape[0] * shape[1],) * 2, shape[0], select)
+    return Decoder(config.model, config.data.modalities, (shape[0] * shape[1],) * 2, shape[0])
 
 
 def _arguments(config: Config, token_BS):
@@ -159,7 +161,7 @@ def _arguments(config: Config, token_BS):
 
 
 def _state(config: Config, routing_state) -> dict[str, Any]:
-    return {"key": jax.random.key(0), "routing_state": routing_state or first_thresholds(config)}
+    return {"key": jax.random.key(0), "routing_state": routing_state or first_routing_state(config)}
 
 
 def _apply(config: Config, decoder: Decoder, params, token_BS, routing_state, **asked):
@@ -238,14 +240,14 @@ def _use(variant: Variant, rows: int, prompt: int, tokens: int) -> Use:
     config = variant.config
     written, _ = _written(variant, rows, prompt, tokens)
     token_BS = np.concatenate([_random_rows(config, rows, prompt, seed=2), written], axis=1)
-    decoder = _decoder(config, token_BS.shape, ByThreshold(rows)).clone(select_depth=ByThreshold(1), filled_only=True)
+    decoder = _decoder(config, token_BS.shape).clone(causal=THRESHOLD)
     output = _apply(config, decoder, variant.params, token_BS, variant.routing_state, return_selections=True)
     taken = {
         name: np.asarray(
             jax.vmap(jax.vmap(lambda s: taken_pairs(s, token_BS.size)))(selection)[:, 0]  # one routing group
         ).reshape(-1, *token_BS.shape, selection.index_EC.shape[2])
         for name, selection in output.selections.items()
-        if name != SELECTED
+        if name != SELECTED and not name.rpartition("/")[2].startswith(SHARED)
     }
     enters_LBS = np.ones((config.model.layers, *token_BS.shape), bool)
     if config.depth:
@@ -278,10 +280,10 @@ def bytes_per_step(config: Config, weights: Any, use: Use, rows: int, position: 
     total = size((weights["unembedding_DV"], weights["final_norm_D"]))
     cache = rows * position * 2 * config.model.width * weights["embedding_VD"].dtype.itemsize
     for layer in weights["layers"]:
-        ffn, depth = layer["ffn"], size(layer["depth"])
+        experts, depth = layer["experts"], size(layer["depth"])
         kept, read = (use.tokens, use.steps) if layer["depth"] else (1.0, 1.0)
-        always = size(layer) - depth - sum(size(own["experts"]) for own in ffn.values())
-        shared = sum(size(own["experts"][0]) for name, own in ffn.items() if name not in use.experts)
+        always = size(layer) - depth - size(experts)
+        shared = sum(size(own[0]) for name, own in experts.items() if name not in use.experts)
         total += depth + read * (always + shared + kept * cache)
-        total += sum(number * size(ffn[name]["experts"][0]) for name, number in use.experts.items())
+        total += sum(number * size(experts[name][0]) for name, number in use.experts.items())
     return int(total)

@@ -12,7 +12,7 @@ from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.bench.ffn import FfnCase
 from moma_jax.bench.timing import differentiated, in_turns, random, summarise
-from moma_jax.model.attention import Attention, rotary_angles
+from moma_jax.model.attention import attend_rows, rotary_angles
 from moma_jax.training import objective
 from moma_jax.training import step as step_lib
 
@@ -36,7 +36,7 @@ def measure_parts(
     x_BSD = random(0, (rows, config.data.sequence, config.model.width), config.model.dtype)
     modality_BS = jnp.asarray(program.modality_V, jnp.int32)[batch.token_BS]
     layer = jax.tree.map(lambda x: x[0], state.params["layers"])
-    ffn = FfnCase.of(program.decoder, batch.segment_BS, modality_BS, x_BSD.dtype, layer["ffn"])
+    ffn = FfnCase.of(program.decoder, batch.segment_BS, modality_BS, layer["ffn"])
     attention = _attention(program, layer["attention"], batch, x_BSD)
     seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
     seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
@@ -52,7 +52,7 @@ def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callab
     rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.width // model.heads, model.rope_theta))
 
     def attend(params, x_BSD, around):
-        return Attention(model).apply({"params": params}, x_BSD, *around)
+        return attend_rows(x_BSD, params, *around, model)
 
     around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS))
     return differentiated(attend, (params, x_BSD), around, times=model.layers)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moma_jax import sharding, vocab
@@ -22,8 +21,8 @@ from moma_jax.config import Config, resolve
 from moma_jax.cost import activation_bytes, flops_per_token, parameter_count, peak_flops
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import RunError
-from moma_jax.model.decoder import decoder_of
-from moma_jax.model.experts import is_dense
+from moma_jax.geometry import layer_of
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.training import step as step_lib
 
 SAME_FLOPS = 0.01
@@ -102,7 +101,7 @@ def _compile(name: str, config: Config) -> Variant:
     say(f"compiling the step of {name}: {config.train.batch_rows} rows of {config.data.sequence}")
     program = step_lib.make_program(config, vocab.contiguous(config.data.modalities))
     with sharding.use_mesh(program.mesh):
-        routing_state = step_lib.first_routing_state(config, None)
+        routing_state = first_routing_state(config)
         abstract = step_lib.abstract_state(program, routing_state)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         create = jax.jit(lambda: step_lib.create_state(program, routing_state), out_shardings=shardings)
@@ -166,17 +165,17 @@ def _relative_flops(name: str, config: Config, dense: Config) -> float:
 
 def quota_slack(config: Config, batch: Batch) -> float:
     """Share of the routed experts' slots that stay empty on a batch: k_e below ceil(capacity * quota)."""
-    rules = decoder_of(config).rules(jnp.float32, config.data.sequence)
-    if is_dense(rules):
+    dispatched = [own for own in layer_of(config).groups if not own.everywhere and not own.group.shared]
+    if not dispatched:
         return 0.0
     modality_V = vocab.contiguous(config.data.modalities).modality_V
     modality_BS = np.where(np.asarray(batch.segment_BS) > 0, modality_V[np.asarray(batch.token_BS)], -1)
     modality_GT = modality_BS.reshape(-1, config.group_tokens)
     slots = filled = 0
-    for group, quota in zip(rules.groups, rules.quotas, strict=True):
-        count_G = np.isin(modality_GT, group.modalities).sum(1)
-        slots += group.experts * quota.slots * len(count_G)
-        filled += group.experts * sum(quota.take(int(count)) for count in count_G)
+    for own in dispatched:
+        count_G = np.isin(modality_GT, own.group.modalities).sum(1)
+        slots += own.group.experts * own.slots * len(count_G)
+        filled += own.group.experts * sum(own.quota.take(int(count)) for count in count_G)
     return 1 - filled / slots
 
 

@@ -11,6 +11,8 @@ import tyro
 from moma_jax import recipes
 from moma_jax.config import Config, resolve
 from moma_jax.errors import InputError
+from moma_jax.router import Router
+from moma_jax.rules import options_of
 from moma_jax.training.load import config_of
 from moma_jax.upcycling.upcycle import upcycle
 
@@ -22,7 +24,7 @@ class Upcycle(recipes.ConfigOptions):
     """More experts from a trained run: a new run that goes on from its weights and its position in the data.
 
     The config is the seed run's, any field of which can be overridden; --model.ffn and --run.dir must be. Routers have
-    Gumbel noise (paper Eq. 5) unless --model.gumbel False is given.
+    Gumbel noise (paper Eq. 5) unless --model.router.gumbel False is given.
     """
 
     seed_run: tyro.conf.Positional[str] = ""
@@ -61,7 +63,12 @@ def _options(words: list[str]) -> Upcycle:
     config = config_of(seed_run)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, gumbel=True),
+        model=dataclasses.replace(config.model, router=_with_noise(config.model.router)),
         run=dataclasses.replace(config.run, init_from=None),
     )
     return recipes.parse(Upcycle, Upcycle(config=config, seed_run=seed_run), words, PROGRAM)
+
+
+def _with_noise(router: Router) -> Router:
+    """The rule with Gumbel noise, where it has that option."""
+    return dataclasses.replace(router, gumbel=True) if "gumbel" in options_of(router) else router

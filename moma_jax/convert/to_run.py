@@ -37,12 +37,14 @@ from moma_jax.convert.weights import DTYPES, Weights, copy_descriptions, library
 from moma_jax.data.directory import Directory
 from moma_jax.data.parts import FORMAT_VERSION as STORE_VERSION
 from moma_jax.data.store import Codecs
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.rules import rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, command, commit, versions
-from moma_jax.runs.resume import CONFIG, SUMMARY, select_name
+from moma_jax.runs.resume import CONFIG, SUMMARY
 from moma_jax.runs.status import Status
 from moma_jax.training.metrics import Meter, step_sums
-from moma_jax.training.step import TrainState, first_routing_state
+from moma_jax.training.step import TrainState
 
 SCRATCH = ".float32"
 
@@ -138,12 +140,12 @@ def _write_vocabulary(directory: Directory, codecs: Codecs) -> None:
 
 def _write_run(run: RunDir, config: Config, params: Any, codecs: Codecs, folder: str) -> dict[str, Any]:
     """Checkpoint 0 and the files beside it; returns the summary."""
-    state = TrainState(np.int32(0), params, {}, first_routing_state(config, None))
+    state = TrainState(np.int32(0), params, {}, first_routing_state(config))
     meta = {
         "config": to_json(config),
         "vocabulary": codecs.vocabulary.to_json(),
         "hashes": codecs.hashes,
-        "select": select_name(None),
+        "router": rule_name(config.model.router),
         "versions": versions(),
         "commit": commit(),
         "counters": Meter(config, step_sums).to_json(),
@@ -151,7 +153,7 @@ def _write_run(run: RunDir, config: Config, params: Any, codecs: Codecs, folder:
     with Checkpoints(run, write=True) as checkpoints:
         checkpoints.save(state, Saved(0, None, meta))
         checkpoints.wait()
-    about = {name: meta[name] for name in ("select", "commit", "versions")}
+    about = {name: meta[name] for name in ("router", "commit", "versions")}
     summary = {"steps": 0, "eval": {}, "wall_seconds": 0.0, "converted_from": folder, "command": command(), **about}
     run.write_json(CONFIG, to_json(config))
     run.write_json(SUMMARY, summary)

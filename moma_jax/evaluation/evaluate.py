@@ -24,8 +24,9 @@ from moma_jax.cost import total_steps
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.conditions import Kinds
-from moma_jax.model.causal import ROUTINGS
-from moma_jax.model.decoder import causal_decoder, choice_decoder
+from moma_jax.ffn import SHARED
+from moma_jax.geometry import depth_rule
+from moma_jax.model.decoder import causal_decoder, evaluation_decoder
 from moma_jax.model.depth import SELECTED
 from moma_jax.training import objective
 from moma_jax.training.load import load
@@ -45,7 +46,7 @@ def evaluate(
     run: str | Config,
     *,
     routing: tuple[str, ...] = (),
-    select: Callable | None = None,
+    router: Any = None,
     step: int | None = None,
     eval_set: str | None = None,
     mesh: MeshConfig | None = None,
@@ -55,7 +56,7 @@ def evaluate(
     Args:
       run: run directory, or a config whose `run.dir` is one.
       routing: routings to evaluate under, of "choice" (as in training), "causal" and "threshold"; (): all that it has.
-      select: the run's own select function, where it was trained with one.
+      router: the run's own routing rule, where it was trained with one (`moma_jax.load`).
       step: which checkpoint; None: the newest.
       eval_set: name of one of the run's evaluation sets; None: the first.
       mesh: devices to lay the parameters on; None: whole on every device.
@@ -69,7 +70,7 @@ def evaluate(
         vocabulary is not the run's.
     """
     hosts.join(HostsConfig())
-    loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, select=select, mesh=mesh)
+    loaded = load(run.run.dir if isinstance(run, Config) else run, step=step, router=router, mesh=mesh)
     decoders = {name: loaded.under(name) for name in routing or loaded.routings}
     if loaded.refused is not None and hosts.is_first():
         print(f"note: {loaded.refused}", file=sys.stderr)
@@ -80,7 +81,8 @@ def evaluate(
         evaluator = Evaluator(loaded.program, loaded.vocabulary, decoders)
         results = evaluator(loaded.params, loaded.routing_state, chosen)
     baseline = unigram(loaded.config, loaded.vocabulary, chosen)
-    return results | {"gap_percent": gap_percent(results), "unigram": baseline}
+    training = loaded.config.model.router.training_name
+    return results | {"gap_percent": gap_percent(results, training), "unigram": baseline}
 
 
 def _named(config: Config, name: str | None) -> EvalSet:
@@ -97,27 +99,28 @@ def _named(config: Config, name: str | None) -> EvalSet:
 def scheduled(program: Program, routing_state: Any) -> dict[str, Any]:
     """Decoders, by routing, that a run in training is evaluated under: `train.eval_routings`.
 
-    Where that names none they are: the routing of training; if the model has routers, the auxiliary ones that train
-    beside it; and thresholds, if the routing state holds them.
+    Where that names none they are: the routing of training, and, if the model has routers, the causal ones of its rule
+    that it is being trained for (auxiliary routers alone where they train beside it).
 
     Raises:
       InputError: a routing is named that the run has not.
     """
-    config, groups = program.config, [group.name for group in program.config.routed]
-    states = [routing_state.get(name) for name in groups]
-    thresholds = all(isinstance(state, dict) and "threshold_E" in state for state in states)
-    has = {"choice": True, "causal": not groups or config.model.auxiliary, "threshold": thresholds}
+    config, rule = program.config, program.config.model.router
+    rules = [(group, depth_rule(config.model) if group.gated else rule) for group in config.routed]
+    states = [None if routing_state.get(group.name) else {} for group, _ in rules]  # None: still to be trained
+
+    def lacks(name: str) -> str | None:
+        asked = zip(rules, states, strict=True) if name != rule.training_name else ()
+        return next((reason for (_, own), state in asked if (reason := own.lacks(name, state)) is not None), None)
+
     for name in config.train.eval_routings:
-        if not has[name]:  # causal was checked with the config
-            raise InputError(
-                f"train.eval_routings: {name} needs thresholds, which the run's own select function does not keep; "
-                "leave it out"
-            )
+        if (reason := lacks(name)) is not None:
+            raise InputError(f"train.eval_routings: {name} cannot be, as the run has {reason}; leave it out")
     # Without routers all are the same, so one is enough.
-    every = tuple(name for name in ROUTINGS if has[name]) if groups else ("choice",)
+    every = tuple(name for name in (rule.training_name, *(rule.causal if rules else ())) if lacks(name) is None)
     names = config.train.eval_routings or every
-    choice = choice_decoder(program.decoder)
-    return {name: choice if name == "choice" else causal_decoder(config, name) for name in names}
+    training = evaluation_decoder(program.decoder)
+    return {name: training if name == rule.training_name else causal_decoder(config, name) for name in names}
 
 
 # Under several routings -----------------------------------------------------------------------------------------------
@@ -157,7 +160,8 @@ def make_eval_step(program: Program, kinds: int) -> Callable:
 
 def _entered(config: Config, selections, batch: Batch):
     """`EvalReport.entered`; a dense layer is one expert for all tokens that enter the layer."""
-    filled = {name: jnp.sum(chosen.filled_EC, dtype=jnp.int32) for name, chosen in selections.items()}
+    routed = {name: own for name, own in selections.items() if not name.rpartition("/")[2].startswith(SHARED)}
+    filled = {name: jnp.sum(chosen.filled_EC, dtype=jnp.int32) for name, chosen in routed.items()}
     of_depth = filled.pop(SELECTED, 0)
     if config.experts.dense:
         layers = config.model.layers // 2 if config.depth else config.model.layers
@@ -206,7 +210,7 @@ class Evaluator:
         figures = self._kinds.figures(total.sums.cross_entropy_J, total.sums.weight_J)
         # Expert choice is no causal routing, so it has no perplexity; but where no expert has to choose it is the
         # same as the causal ones.
-        if name != "choice" or not config.routed:
+        if name != config.model.router.training_name or not config.routed:
             figures |= _perplexities(figures)
         return figures | {"experts_per_token": float(total.entered / (tokens * config.model.layers))}
 
@@ -220,18 +224,18 @@ def _perplexities(figures: Figures) -> Figures:
         }
 
 
-def gap_percent(results: dict[str, Figures]) -> dict[str, dict[str, float | None]]:
-    """By how many percent losses under causal routings lie above those under choice: {routing: {"loss", ...}}.
+def gap_percent(results: dict[str, Figures], training: str = "choice") -> dict[str, dict[str, float | None]]:
+    """By how many percent losses under causal routings lie above those of training: {routing: {"loss", ...}}.
 
     Args:
-      results: Figures by routing; {} without choice among them.
+      results: Figures by routing; {} without that of training, called `training`, among them.
     """
-    choice = results.get("choice")
-    if choice is None:
+    reference = results.get(training)
+    if reference is None:
         return {}
-    names = [name for name in choice if name.startswith("loss")]
-    causal = {routing: figures for routing, figures in results.items() if routing != "choice"}
-    return {routing: {n: _above(figures[n], choice[n]) for n in names} for routing, figures in causal.items()}
+    names = [name for name in reference if name.startswith("loss")]
+    causal = {routing: figures for routing, figures in results.items() if routing != training}
+    return {routing: {n: _above(figures[n], reference[n]) for n in names} for routing, figures in causal.items()}
 
 
 def _above(loss: float | None, reference: float | None) -> float | None:

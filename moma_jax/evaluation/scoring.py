@@ -50,8 +50,8 @@ class Scorer:
         """
         if batch_rows < 1:
             raise InputError(f"batch_size: {batch_rows} documents at a time; use 1 or more")
-        if routing == "choice":
-            raise InputError("routing: choice sees the future, so it gives no likelihoods; use causal or threshold")
+        if routing == loaded.config.model.router.training_name:
+            raise InputError(f"routing: {routing} sees the future, so it gives no likelihoods; use causal or threshold")
         self._loaded, config = loaded, loaded.config
         self._decoder = loaded.under(routing)
         self._mesh, self._pad = loaded.program.mesh, loaded.vocabulary.pad

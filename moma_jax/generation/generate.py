@@ -228,8 +228,8 @@ class Generator:
 
     def _writer(self, routing: str) -> Writer:
         """The compiled functions under a routing that the model has."""
-        if routing == "choice":
-            raise InputError("routing: choice sees the future, which is not written yet; use causal or threshold")
+        if routing == self._loaded.config.model.router.training_name:
+            raise InputError(f"routing: {routing} sees the future, which is not written yet; use causal or threshold")
         self._loaded.under(routing)  # refuses what the run does not have
         if routing not in self._writers:
             self._writers[routing] = Writer(self.model(routing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moma_jax.config import MeshConfig
@@ -25,10 +25,10 @@ def load(
     run: str,
     *,
     step: int | None = None,
-    select: Callable | None = None,
+    router: Any = None,
     fitted: bool = True,
     mesh: MeshConfig | None = None,
 ) -> GenerativeModel:
     """The model of a run; arguments and errors are those of `moma_jax.training.load.load`."""
-    loaded = load_model(run, step=step, select=select, fitted=fitted, mesh=mesh)
+    loaded = load_model(run, step=step, router=router, fitted=fitted, mesh=mesh)
     return GenerativeModel(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})

@@ -111,8 +111,10 @@ def project_out(y_BSHK, weights: dict[str, Any]):
 
 
 def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig):
-    """The attention sub-layer on whole rows, each device's own rows and heads: projections without bias, QK-norm, rotary
-    positions, `attend`. x_BSD in compute dtype; returns the same shape and dtype."""
+    """The attention sub-layer on whole rows: projections without bias, QK-norm, rotary positions, `attend`.
+
+    x_BSD in compute dtype; returns the same shape and dtype. Each device has its own rows and heads.
+    """
     dtype = x_BSD.dtype
     matrices = {name: weights[name] for name in AXES}
     norms = {name: own for name, own in weights.items() if name not in AXES}

@@ -1,8 +1,8 @@
 """One Chameleon layer: attention and feed-forward, each with its norm (paper sections 2.1 and 2.2).
 
-`block` is the only forward pass of a layer. Who calls says how tokens attend (whole rows, or new tokens and a cache) and
-how experts compute (all slots, or what tokens enter): `Layer` for training and evaluation, model/decode.py for cached
-decoding.
+`block` is the only forward pass of a layer. The caller says how tokens attend (whole rows, or new tokens and a cache)
+and how experts compute (all slots, or what tokens enter): `Layer` for training and evaluation, model/decode.py for
+cached decoding.
 """
 
 from __future__ import annotations

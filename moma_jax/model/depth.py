@@ -133,12 +133,11 @@ def enter(x_BSD, context: Context, keys, state, weights, routing: Routing, depth
     Returns:
       (x_BCD of those who do, their Context, Entered, RoutingResult of the routers).
     """
-    axes = {
-        own.group.name: ExpertWeights(
-            None, None, None, *router_axes(routing.rule, own.group, model.width, bool(weights[own.group.name].auxiliary))
-        )
-        for own in routing.groups
-    }
+    axes = {}
+    for own in routing.groups:
+        auxiliary = bool(weights[own.group.name].auxiliary)
+        networks = router_axes(routing.rule, own.group, model.width, auxiliary)
+        axes[own.group.name] = ExpertWeights(None, None, None, *networks)
 
     def local(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, keys, state, weights):
         weights = {

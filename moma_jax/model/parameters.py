@@ -16,8 +16,8 @@ All float32; layers are stacked with a leading axis L, also where there is one (
     layers/ffn/<group>/gate_EDF             [layers, expert, expert_embed, ffn]
     layers/ffn/<group>/up_EDF               [layers, expert, expert_embed, ffn]
     layers/ffn/<group>/down_EFD             [layers, expert, ffn, expert_embed]
-    layers/ffn/<group>/router_DE            [layers, embed, -]     and whatever else the routing rule's score network has,
-                                                                   where the group has several experts
+    layers/ffn/<group>/router_DE            [layers, embed, -]     or the score network of another routing
+                                                                   rule, where there are several experts
     layers/ffn/<group>_auxiliary/in_DA      [layers, embed, -]     where the rule has auxiliary routers; A = d/2
     layers/ffn/<group>_auxiliary/out_AE     [layers, -, -]
     final_norm/scale_D                      [norm]

@@ -13,6 +13,7 @@ from typing import Any
 
 from moma_jax.config import Config, MeshConfig, resolve
 from moma_jax.cost import flops_per_token
+from moma_jax.geometry import require_split
 from moma_jax.plan import memory, search
 from moma_jax.plan.topology import Topology, topology_of
 

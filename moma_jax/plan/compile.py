@@ -52,12 +52,13 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     devices = topology_devices(topology)
     import jax
 
+    from moma_jax.model.decoder import first_routing_state
     from moma_jax.training import step
 
     program = step.make_program(config, vocab.contiguous(config.data.modalities), devices=devices)
     # An abstract mesh: with these devices in the context JAX would put the few arrays that it makes on the way there.
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
-        state = step.abstract_state(program, step.first_routing_state(config, None))
+        state = step.abstract_state(program, first_routing_state(config))
         try:
             compiled = step.compile_step(program, state)
         except jax.errors.JaxRuntimeError as error:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from moma_jax.config import Config
 from moma_jax.plan import network
 from moma_jax.plan.hlo import Array, Module
-from moma_jax.plan.memory import splits_experts, row_parts
+from moma_jax.plan.memory import row_parts, splits_experts
 
 _FLOATS = ("bf16", "f32", "f16")
 

@@ -64,7 +64,9 @@ class Choice(Router):
             case "causal":
                 enters_NE = score.predicted_TE > 0  # their sigmoid exceeds 0.5
             case "threshold" if not state:
-                raise InputError("routing_state: threshold routing needs the model's thresholds; pass its routing_state")
+                raise InputError(
+                    "routing_state: threshold routing needs the model's thresholds; pass its routing_state"
+                )
             case "threshold":
                 enters_NE = passes_threshold(score.plain_TE, state)
         return enters_NE, jax.nn.sigmoid(score.logit_TE)
@@ -72,9 +74,9 @@ class Choice(Router):
     def lacks(self, routing: str, state: State) -> str | None:
         match routing:
             case "causal" if not self.auxiliary:
-                return "it has no auxiliary routers"
-            case "threshold" if not (state and np.all(state["updates"] > 0)):
-                return "it keeps no thresholds"
+                return "no auxiliary routers; fit them with: moma routers fit RUN"
+            case "threshold" if state is not None and not (state and np.all(np.asarray(state["updates"]) > 0)):
+                return "no thresholds: it was not trained under this rule, or not far enough"
         return super().lacks(routing, state)
 
     def for_depth(self) -> Router:

@@ -49,6 +49,6 @@ class Threshold(Choice):
         if self.warmup < steps:
             return None
         return (
-            f"model.router.warmup {self.warmup} is not below the run's {steps} steps, so experts choose to the end; set "
-            f"--model.router.warmup {steps // 10}"
+            f"model.router.warmup {self.warmup} is not below the run's {steps} steps, so experts choose to the end; "
+            f"set --model.router.warmup {steps // 10}"
         )

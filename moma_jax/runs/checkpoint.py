@@ -42,7 +42,7 @@ class Saved:
     Attributes:
       step: updates made.
       cursor: the data stream's cursor.
-      meta: plain values: config, vocabulary and its hash, select, versions, counters.
+      meta: plain values: config, vocabulary and its hash, router, versions, counters.
     """
 
     step: int
@@ -129,7 +129,7 @@ class Checkpoints:
         except ValueError as error:  # Orbax prints both trees
             raise InputError(
                 f"{self.where(step)}: its arrays are not those of this run: another version of moma_jax, or "
-                "another select function, made it; begin a new run with run.init_from"
+                "another routing rule, made it; begin a new run with run.init_from"
             ) from error
         return TrainState(**restored)
 
@@ -183,7 +183,7 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
 
     def routing_state(self, step: int, placed: jax.sharding.Sharding) -> Any:
-        """The select function's state of a checkpoint, placed as told."""
+        """The routing rules' state of a checkpoint, placed as told."""
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), self._shapes(step)["routing_state"]
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 from moma_jax.config import Config
@@ -19,11 +18,11 @@ from moma_jax.vocab import Vocabulary
 CONFIG, STATUS, SUMMARY = "config.json", "status.json", "summary.json"
 
 
-def require_resumable(config: Config, select: Callable | None) -> None:
+def require_resumable(config: Config) -> None:
     """Reads the directory of a run that is about to begin or to go on.
 
     Raises:
-      InputError: it holds a run with another config or select function, or files of another program.
+      InputError: it holds a run with another config, or files of another program.
     """
     run = RunDir(config.run.dir)
     written = _own_config(run)
@@ -33,9 +32,9 @@ def require_resumable(config: Config, select: Callable | None) -> None:
         meta = None if latest is None else checkpoints.saved(latest).meta
     summary = _complete_summary(run)
     if meta is not None:
-        began, chosen = from_json(meta["config"]), meta["select"]
+        began = from_json(meta["config"])
     elif written is not None and summary is not None:
-        began, chosen = written, summary.get("select")
+        began = written
     elif written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
         raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
     else:
@@ -46,26 +45,12 @@ def require_resumable(config: Config, select: Callable | None) -> None:
             f"run.dir: {run.path} holds a run with another config ({'; '.join(changed)}); change it back, or "
             "choose another run.dir (with run.init_from to start from its weights)"
         )
-    require_select(chosen, select, config.run.dir)
 
 
 def finished(run: RunDir, config: Config) -> dict[str, Any] | None:
     """The summary of a run that is complete."""
     summary = _complete_summary(run)
     return summary if summary is not None and summary.get("steps") == total_steps(config) else None
-
-
-def select_name(select: Callable | None) -> str:
-    """A select function's name in records."""
-    return "expert_choice" if select is None else getattr(select, "__name__", type(select).__name__)
-
-
-def require_select(recorded: str | None, select: Callable | None, run: str) -> None:
-    """InputError where a run was trained with another select function than this one."""
-    if recorded != select_name(select):
-        raise InputError(
-            f"{run}: trained with the select function {recorded}, not {select_name(select)}; pass select={recorded}"
-        )
 
 
 def hashes_of(config: Config, vocabulary: Vocabulary) -> dict[str, str | None]:

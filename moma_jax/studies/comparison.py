@@ -172,7 +172,7 @@ def losses(finished: Finished) -> list[Loss]:
     found = [Loss("training", False, _training)]
     recorded = {m.routing for run in finished.runs for m in run.curves if m.kind == "eval"}
     for name in eval_sets(finished):
-        for routing in [r for r in ("choice", *CAUSAL) if r in recorded]:
+        for routing in [*sorted(recorded - set(CAUSAL)), *(r for r in CAUSAL if r in recorded)]:
             title = f"{name}, {routing}"
             found.append(Loss(title, routing in CAUSAL, lambda run, m, n=name, r=routing: run.held_out(n, r, m)))
     return found

@@ -117,6 +117,12 @@ class Run:
         return found
 
 
+def _training_routing(config: dict[str, Any]) -> str:
+    """The routing of training by its name; configs of format 1 had a field for it."""
+    model = config.get("model", {})
+    return model.get("router", {}).get("rule") or model.get("routing", "choice")
+
+
 def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
     """Reads a run directory: status.json, summary.json, metrics.jsonl, config.json, and ancestry.json if upcycled.
 
@@ -130,7 +136,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
     status, config, summary = read_status(path), *(_of_objects(home, *n) for n in OBJECTS.items())
     start, records = _start(home), _records(home)
     train = [r for r in records if r["kind"] == "train"]
-    curves = _curves(records, start, config.get("model", {}).get("routing", "choice"))
+    curves = _curves(records, start, _training_routing(config))
     state = str(status.get("state", NEW))
     if state == "running" and not trained_elsewhere(path):
         state = "stopped"

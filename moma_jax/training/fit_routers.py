@@ -19,12 +19,15 @@ from moma_jax import hosts
 from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig, RoutersConfig, resolve
 from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
+from moma_jax.geometry import micro_groups
+from moma_jax.router import CAUSAL
+from moma_jax.rules import options_of, rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.progress import predictions
-from moma_jax.runs.resume import hashes_of, require_same_stores, select_name
-from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
+from moma_jax.runs.resume import hashes_of, require_same_stores
+from moma_jax.training.load import ROUTERS, Loaded, fingerprint, load, with_auxiliary
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Meter
 from moma_jax.training.router_step import (
@@ -35,7 +38,7 @@ from moma_jax.training.router_step import (
     router_sums,
     routers_record,
 )
-from moma_jax.training.step import Program, TrainState, make_program, micro_groups, replicate
+from moma_jax.training.step import Program, TrainState, make_program, replicate
 
 MAY_CHANGE = ("log_every", "checkpoint_every")
 """Settings of a stage that may differ when it goes on."""
@@ -46,7 +49,7 @@ def fit_routers(
     settings: RoutersConfig | None = None,
     *,
     quiet: bool = False,
-    select: Callable | None = None,
+    router: Any = None,
     mesh: MeshConfig | None = None,
     sink: Any = None,
 ) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def fit_routers(
       run: run directory; the routers go to `routers` in it, where `moma_jax.load` finds them.
       settings: of this stage; None: those of the run's config.
       quiet: print nothing.
-      select: the run's own select function, where it was trained with one.
+      router: the run's own routing rule, where it was trained with one (`moma_jax.load`).
       mesh: devices to lay the model on; None: whole on every device.
       sink: receives every record on process 0, as that of `moma_jax.train`.
 
@@ -74,8 +77,8 @@ def fit_routers(
     """
     sinks = user_sinks(sink)
     hosts.join(HostsConfig())
-    _require_routers(run, config_of(run))
-    loaded = load(run, select=select, fitted=False, mesh=mesh)
+    loaded = load(run, router=router, fitted=False, mesh=mesh)
+    _require_routers(run, loaded.config)
     config = stage_of(loaded.config, loaded.config.routers if settings is None else settings)
     directory, model = RunDir(f"{run.rstrip('/')}/{ROUTERS}"), fingerprint(loaded.params)
 
@@ -84,8 +87,8 @@ def fit_routers(
             saved = checkpoints.saved(loaded.step)
             hashes = hashes_of(config, loaded.vocabulary)
             require_same_stores(hashes, saved.meta["hashes"], checkpoints.where(saved.step))
-        program = make_program(config, loaded.vocabulary, select)
-        return RouterFitting(program, loaded, saved, select_name(select), directory.path)
+        program = make_program(config, loaded.vocabulary)
+        return RouterFitting(program, loaded, saved, directory.path)
 
     def check() -> None:
         _require_same(directory, loaded.step, model, config.routers)
@@ -130,11 +133,14 @@ def _require_routers(run: str, config: Config) -> None:
         raise InputError(
             f"{run}: nothing to fit: model.ffn {config.model.ffn} has no router; its routing is causal already"
         )
-    if config.model.auxiliary:
+    rule = config.model.router
+    if rule.auxiliary:
         raise InputError(
-            f"{run}: nothing to fit: its auxiliary routers were trained beside the model (model.auxiliary); use them "
-            "as they are, with --routing causal"
+            f"{run}: nothing to fit: its auxiliary routers were trained beside the model (model.router.auxiliary); use "
+            "them as they are, with --routing causal"
         )
+    if CAUSAL not in rule.causal or "auxiliary" not in options_of(rule):
+        raise InputError(f"{run}: nothing to fit: its routing rule {rule_name(rule)} has no auxiliary routers")
 
 
 def _require_same(directory: RunDir, step: int, model: str, settings: RoutersConfig) -> None:
@@ -168,15 +174,15 @@ def _require_same(directory: RunDir, step: int, model: str, settings: RoutersCon
 class RouterFitting:
     """The stage of `fit_routers` (`loop.Stage`)."""
 
-    def __init__(self, program: Program, loaded: Loaded, saved: Saved, select: str, directory: str):
-        """Args: `saved` is the model's checkpoint, `select` its select function's name, `directory` the stage's."""
+    def __init__(self, program: Program, loaded: Loaded, saved: Saved, directory: str):
+        """Args: `saved` is the model's checkpoint, `directory` the stage's."""
         self.program, config = program, program.config
         self.meta = {
             "config": to_json(dataclasses.replace(loaded.config, routers=config.routers)),
             "model_step": loaded.step,
             "model": fingerprint(loaded.params),
             **{name: saved.meta[name] for name in ("vocabulary", "hashes")},
-            "select": select,
+            "router": rule_name(config.model.router),
             "versions": versions(),
             "commit": commit(),
         }

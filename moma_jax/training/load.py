@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,13 @@ from moma_jax import sharding
 from moma_jax.config import Config, MeshConfig
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
+from moma_jax.geometry import depth_rule
 from moma_jax.model.auxiliary import SUFFIX
-from moma_jax.model.causal import ROUTINGS
-from moma_jax.model.decoder import Decoder, causal_decoder, choice_decoder
+from moma_jax.model.decoder import Decoder, causal_decoder, evaluation_decoder
+from moma_jax.router import CAUSAL, THRESHOLD, Router
+from moma_jax.rules import Unloaded, bind
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.resume import require_select
 from moma_jax.training.step import Program, abstract_params, make_program
 from moma_jax.vocab import Vocabulary
 
@@ -37,7 +37,7 @@ class Loaded:
       run: its directory. config: its resolved config. vocabulary: its id layout.
       params: parameters, float32, those of auxiliary routers included where there are any.
       decoder: the model under the routing of training, `decoder.apply({"params": params}, ..., routing_state=...)`.
-      routing_state: the select function's state; thresholds, unless it has a select function of its own.
+      routing_state: the routing rules' state.
       step: updates that made these parameters.
       program: what compiled functions are made of.
       hashes: of what makes ids mean something: layout, tokenizer and codec of the stores it was trained on.
@@ -57,8 +57,10 @@ class Loaded:
 
     @property
     def routings(self) -> tuple[str, ...]:
-        """Names of the routings that the model can be used under; "choice" is always one."""
-        return tuple(name for name in ROUTINGS if self._lacks(name) is None)
+        """Names of the routings that the model can be used under, that of training first."""
+        rule = self.config.model.router
+        causal = rule.causal if self.config.routed else (CAUSAL, THRESHOLD)
+        return tuple(name for name in (rule.training_name, *causal) if self._lacks(name) is None)
 
     def under(self, routing: str) -> Decoder:
         """The decoder under a routing; `apply` takes `params` and `routing_state` as always.
@@ -68,27 +70,24 @@ class Loaded:
         """
         if (reason := self._lacks(routing)) is not None:
             raise InputError(f"routing: {reason}")
-        return choice_decoder(self.decoder) if routing == "choice" else causal_decoder(self.config, routing)
+        if routing == self.config.model.router.training_name:
+            return evaluation_decoder(self.decoder)
+        return causal_decoder(self.config, routing)
 
     def _lacks(self, routing: str) -> str | None:
         """Why this model cannot be used under a routing, and the remedy."""
-        routed = [group.name for group in self.config.routed]
-        match routing:
-            case "choice":
-                return None
-            case "causal" if routed and not self.config.model.auxiliary:
-                return (
-                    self.refused or f"{self.run} has no auxiliary routers; fit them with: moma fit-routers {self.run}"
-                )
-            case "threshold" if not all(self._has_thresholds(name) for name in routed):
-                return f"{self.run} keeps no thresholds: its select function, or the version that trained it, has none"
-            case "causal" | "threshold":
-                return None
-        return f"{routing!r} is none of {', '.join(ROUTINGS)}"
-
-    def _has_thresholds(self, group: str) -> bool:
-        state = self.routing_state.get(group)
-        return isinstance(state, dict) and "threshold_E" in state and bool(np.all(state["updates"] > 0))
+        rule, config = self.config.model.router, self.config
+        known = (rule.training_name, *dict.fromkeys((CAUSAL, THRESHOLD, *rule.causal)))
+        if routing not in known:
+            return f"{routing!r} is none of {', '.join(known)}"
+        if routing == rule.training_name:
+            return None
+        rules = [(group.name, depth_rule(config.model) if group.gated else rule) for group in config.routed]
+        lacking = (own.lacks(routing, self.routing_state.get(name, {})) for name, own in rules)
+        reason = next((reason for reason in lacking if reason is not None), None)
+        if reason is not None and routing == CAUSAL and self.refused is not None:
+            return self.refused
+        return reason and f"{self.run} has {reason}".replace("RUN", self.run)
 
 
 def config_of(run: str) -> Config:
@@ -103,7 +102,7 @@ def load(
     run: str,
     *,
     step: int | None = None,
-    select: Callable | None = None,
+    router: Any = None,
     fitted: bool = True,
     mesh: MeshConfig | None = None,
 ) -> Loaded:
@@ -111,12 +110,13 @@ def load(
 
     Args:
       run: run directory. step: which checkpoint; None: the newest.
-      select: the run's own select function, where it was trained with one.
+      router: the run's own routing rule, where it was trained with one: a Router, its class, a select function, or a
+        name "file.py:attribute"; the code that a run names is never run for that alone.
       fitted: take the auxiliary routers that `moma fit-routers` left there.
       mesh: devices to lay the parameters on, which need not be those of training; None: whole on every device.
 
     Raises:
-      InputError: no such run or checkpoint, or the run was trained with another select function.
+      InputError: no such run or checkpoint, or the code of the run's routing rule was not named.
     """
     config = dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh)
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
@@ -127,20 +127,31 @@ def load(
                 raise InputError(f"{run}: no checkpoint yet; train it to its first one (train.checkpoint_every)")
             raise InputError(f"{run}: no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
         meta = checkpoints.saved(step).meta
-        require_select(meta["select"], select, run)
+        config = with_router(config, bind(_recorded_rule(config, meta), router))
         vocabulary = Vocabulary.from_json(meta["vocabulary"])
-        program = make_program(config, vocabulary, select)
+        program = make_program(config, vocabulary)
         with sharding.use_mesh(program.mesh):
             routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
             params = checkpoints.restore_params(step, abstract_params(program, routing_state))
     hashes = meta["hashes"]
     model = Loaded(str(run), config, vocabulary, params, program.decoder, routing_state, step, program, hashes)
-    return _with_fitted_routers(model, select) if fitted and not config.model.auxiliary else model
+    return _with_fitted_routers(model) if fitted and not config.model.router.auxiliary else model
+
+
+def _recorded_rule(config: Config, meta: dict[str, Any]) -> Router:
+    """The routing rule of a checkpoint; before rules were part of the config, a function's name was in its meta."""
+    own = meta.get("select", "expert_choice")
+    return config.model.router if own == "expert_choice" else Unloaded(own)
+
+
+def with_router(config: Config, router: Router) -> Config:
+    """The config with another routing rule."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, router=router))
 
 
 def with_auxiliary(config: Config) -> Config:
     """The config of the same model with auxiliary routers."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, auxiliary=True))
+    return with_router(config, dataclasses.replace(config.model.router, auxiliary=True))
 
 
 def fingerprint(params: Any) -> str:
@@ -163,7 +174,7 @@ def joined(params: Any, routers: Any) -> Any:
     }
 
 
-def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
+def _with_fitted_routers(model: Loaded) -> Loaded:
     """The model with the routers of `moma fit-routers`, where they lie in the run's directory and belong to it."""
     where = RunDir(f"{model.run.rstrip('/')}/{ROUTERS}")
     if where.read_json("config.json") is None:
@@ -184,7 +195,7 @@ def _with_fitted_routers(model: Loaded, select: Callable | None) -> Loaded:
             reason = f"the auxiliary routers of {model.run} are fitted in part, up to step {latest}"
             return dataclasses.replace(model, refused=f"{reason}; go on with: moma fit-routers {model.run}")
         config = with_auxiliary(model.config)
-        program = make_program(config, model.vocabulary, select)
+        program = make_program(config, model.vocabulary)
         with sharding.use_mesh(program.mesh):
             target = auxiliary_params(abstract_params(program, model.routing_state))
             routers = checkpoints.restore_params(latest, target)

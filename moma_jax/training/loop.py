@@ -42,7 +42,7 @@ class Stage(Protocol):
       program: config, model, optimizer and mesh. `program.config.train` says how long the stage is, and how often it
         records, evaluates and saves.
       meta: what every checkpoint holds beside state, cursor and counters: plain values, among them config, hashes,
-        select, versions and commit.
+        router, versions and commit.
       cursor: where the data of a fresh state begin; None: at their start.
       doing: what the first line says before "starts at step 0", such as "fits routers to step 6, ".
       warnings: lines to print before the first step.
@@ -243,7 +243,7 @@ class Loop:
         return {
             "steps": self.step,
             **figures,
-            **{name: self.meta[name] for name in ("select", "commit", "versions")},
+            **{name: self.meta[name] for name in ("router", "commit", "versions")},
             "device": {"kind": device.device_kind, "count": self.program.mesh.size},
             "wall_seconds": figures["final"]["wall_seconds"],
             "command": command(),

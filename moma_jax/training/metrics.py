@@ -160,7 +160,8 @@ def step_sums(report: StepReport) -> dict[str, Any]:
     }
     if report.grad_norm_router is not None:
         sums["grad_norm_router"] = report.grad_norm_router
-    return sums | {f"routing_{name}": value for name, value in report.routing_losses.items()}
+    sums |= {f"routing_{name}": value for name, value in report.routing_losses.items()}
+    return sums | {f"routing_{name}": value for name, value in report.routing_metrics.items()}
 
 
 def train_record(
@@ -203,7 +204,7 @@ def _routing(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
         taken_3 = seen["taken_M3"][m] if "taken_M3" in seen else np.zeros(3)
         for label, taken in zip(("0", "1", "2plus"), taken_3, strict=True):
             record[f"taken_{name}_{label}"] = mean(taken, taken_3.sum())
-    if config.model.auxiliary:
+    if config.model.router.auxiliary:
         record |= layers_predicted(config, seen.get("predicted_M4"), seen.get("entered_M4"))
     return record
 

@@ -17,10 +17,12 @@ from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, scheduled, unigram
 from moma_jax.evaluation.tables import held_out_lines
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.rules import as_rule, rule_name
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
-from moma_jax.runs.resume import hashes_of, require_resumable, select_name
+from moma_jax.runs.resume import hashes_of, require_resumable
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, train_record
 from moma_jax.training.step import (
@@ -30,7 +32,6 @@ from moma_jax.training.step import (
     abstract_state,
     compile_step,
     create_state,
-    first_routing_state,
     make_program,
     with_dtype,
 )
@@ -49,9 +50,9 @@ def train(
 
     Args:
       config: a resolved config (`moma_jax.recipe`).
-      select: a routing function of your own for experts (see model/routing.py); its name goes into the run's record.
-        Mixture of depths keeps the rule of the config.
-      routing_state: its first state, stacked over layers, by group of experts; None where it has none.
+      select: the short form of a routing rule of your own for experts, a function (moma_jax/router.py); it takes the
+        place of `config.model.router`.
+      routing_state: its first state, stacked over layers, by group of experts; None: that of the routing rule.
       sink: an object with `write(record)`, or a function of a record: receives every record on process 0, as it is
         written to metrics.jsonl (runs/journal.py says which there are). A run that goes on from a checkpoint hands over
         again what it had recorded after it.
@@ -69,6 +70,8 @@ def train(
     """
     sinks = user_sinks(sink)
     hosts.join(config.hosts)
+    if select is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, router=as_rule(select)))
     config = with_dtype(resolve(dataclasses.replace(config, hosts=HostsConfig())))  # who is who is no part of a run
     if config.run.dir is None:
         raise InputError("run.dir: name the directory of the run, such as runs/first")
@@ -77,13 +80,11 @@ def train(
         hosts.by_first(lambda: prepare_missing_stores(config, progress=not quiet))
         vocabulary = vocabulary_of(config)
         require_held_out(config)
-        program = make_program(config, vocabulary, select)
-        first = first_routing_state(config, select) if routing_state is None else routing_state
-        return Pretraining(program, vocabulary, select_name(select), first)
+        program = make_program(config, vocabulary)
+        first = first_routing_state(config) if routing_state is None else routing_state
+        return Pretraining(program, vocabulary, first)
 
-    return run_stage(
-        RunDir(config.run.dir), config, lambda: require_resumable(config, select), make_stage, sinks, quiet
-    )
+    return run_stage(RunDir(config.run.dir), config, lambda: require_resumable(config), make_stage, sinks, quiet)
 
 
 class Pretraining:
@@ -95,19 +96,20 @@ class Pretraining:
         "lower optimizer.peak_lr, or set train.on_nan=skip in a new run",
     )
 
-    def __init__(self, program: Program, vocabulary: Vocabulary, select: str, routing_state: Any):
-        """Args: `select` is the select function's name, `routing_state` its first state."""
+    def __init__(self, program: Program, vocabulary: Vocabulary, routing_state: Any):
+        """Args: `routing_state` is the first one."""
         self.program, self.vocabulary, self.routing_state = program, vocabulary, routing_state
         config = program.config
         self.meta = {
             "config": to_json(config),
             "vocabulary": vocabulary.to_json(),
             "hashes": hashes_of(config, vocabulary),
-            "select": select,
+            "router": rule_name(config.model.router),
             "versions": versions(),
             "commit": commit(),
         }
         self.warnings = _warnings(config)
+        self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state))
         peak = peak_flops(program.mesh.devices.flat[0].device_kind)
         self._hardware = Hardware(flops_per_token(config), None if peak is None else peak * program.mesh.size)
@@ -138,7 +140,7 @@ class Pretraining:
     def evaluate(self, state: TrainState, eval_set: EvalSet) -> list[dict[str, Any]]:
         """An eval record for each routing."""
         results = self._evaluator(state.params, state.routing_state, eval_set)
-        gaps = gap_percent(results)
+        gaps = gap_percent(results, self._training)
         return [
             {"kind": "eval", "routing": routing, **figures}
             | ({"gap_percent": gaps[routing]["loss"]} if routing in gaps else {})
@@ -157,7 +159,10 @@ class Pretraining:
                 if (r["kind"], r["step"]) == ("eval", final["step"]) and r["eval_set"] == eval_set.name
             }
             baseline = unigram(self.program.config, self.vocabulary, eval_set)
-            held_out[eval_set.name] = results | {"gap_percent": gap_percent(results), "unigram": baseline}
+            held_out[eval_set.name] = results | {
+                "gap_percent": gap_percent(results, self._training),
+                "unigram": baseline,
+            }
         return {"final": {k: v for k, v in final.items() if k not in ("schema", "kind", "time")}, "eval": held_out}
 
     held_out_lines = staticmethod(held_out_lines)
@@ -183,11 +188,8 @@ def _warnings(config: Config) -> list[str]:
             f"warning: optimizer.warmup_steps {warmup} is not below the run's {total} steps, so the learning rate "
             f"still rises at the last one; set --optimizer.warmup-steps {total // 10}"
         )
-    if config.model.routing == "threshold" and config.model.routing_warmup >= total:
-        warnings.append(
-            f"warning: model.routing_warmup {config.model.routing_warmup} is not below the run's {total} steps, so "
-            f"experts choose to the end; set --model.routing-warmup {total // 10}"
-        )
+    if (advice := config.model.router.advice(total)) is not None:
+        warnings.append(f"warning: {advice}")
     return warnings
 
 

@@ -17,12 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.batch import Batch
-from moma_jax.checks import check_split
 from moma_jax.config import Config
-from moma_jax.model.causal import first_thresholds, training_select
+from moma_jax.geometry import micro_groups, require_split
 from moma_jax.model.decoder import decoder_of
-from moma_jax.model.experts import as_before
+from moma_jax.model.moe import as_before
 from moma_jax.model.precision import compute_dtype
+from moma_jax.rules import require_loaded
 from moma_jax.training import objective
 from moma_jax.training.optimizer import Optimizer, make_optimizer, norm_of, router_norm
 from moma_jax.vocab import Vocabulary
@@ -36,7 +36,7 @@ class TrainState:
       step: int32 scalar, updates made or skipped so far.
       params: the decoder's parameters, float32.
       opt_state: the optimizer's moments.
-      routing_state: the select function's state, stacked over layers, by group of experts; {} where it has none.
+      routing_state: the routing rules' state, stacked over layers, by group of experts; {} where they have none.
     """
 
     step: Any
@@ -56,7 +56,7 @@ class StepReport(NamedTuple):
         (`RoutingReport`), summed over layers.
       grad_norm: float32 global norm before clipping, auxiliary routers apart.
       grad_norm_router: the same of the routers' gradients; None where there are no routers.
-      routing_losses: the select function's losses.
+      routing_losses: the routing rule's losses; routing_metrics: what it only records.
       finite: bool; where False the update was skipped.
     """
 
@@ -68,6 +68,7 @@ class StepReport(NamedTuple):
     grad_norm: Any
     grad_norm_router: Any
     routing_losses: dict[str, Any]
+    routing_metrics: dict[str, Any]
     finite: Any
 
 
@@ -86,21 +87,19 @@ class Program(NamedTuple):
     modality_V: Any
 
 
-def make_program(
-    config: Config, vocabulary: Vocabulary, select: Callable | None = None, devices: Sequence[Any] | None = None
-) -> Program:
+def make_program(config: Config, vocabulary: Vocabulary, devices: Sequence[Any] | None = None) -> Program:
     """The parts of a run from its resolved config; `vocabulary` says which id is which modality.
 
-    `select` is a routing function of one's own; None: the config's. `devices` are those to compile for; None: the ones
-    that are here.
+    `devices` are those to compile for; None: the ones that are here.
 
     Raises:
-      InputError: the mesh does not fit the devices, the model's sizes or the routing groups of a microbatch.
+      InputError: the mesh does not fit the devices, the model's sizes or the routing groups of a microbatch; or the
+        code of the config's routing rule was not loaded.
     """
+    require_loaded(config.model.router)
     mesh = sharding.make_mesh(config.mesh, micro_groups(config), devices)
-    check_split(config, mesh.shape)
-    select = training_select(config) if select is None else select
-    return Program(config, decoder_of(config, select), make_optimizer(config), mesh, vocabulary.modality_V)
+    require_split(config, mesh.shape)
+    return Program(config, decoder_of(config), make_optimizer(config), mesh, vocabulary.modality_V)
 
 
 def with_dtype(config: Config) -> Config:
@@ -111,17 +110,7 @@ def with_dtype(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
-def micro_groups(config: Config) -> int:
-    """Routing groups of one microbatch."""
-    return config.train.batch_rows // (config.train.accumulate * config.data.group_rows)
-
-
 # The state ------------------------------------------------------------------------------------------------------------
-
-
-def first_routing_state(config: Config, select: Callable | None) -> Any:
-    """The routing state that a run begins with: thresholds; {} with a routing function of one's own."""
-    return first_thresholds(config) if select is None else {}
 
 
 def abstract_state(program: Program, routing_state: Any) -> TrainState:
@@ -154,7 +143,7 @@ def abstract_params(program: Program, routing_state: Any) -> Any:
 
 
 def create_state(program: Program, routing_state: Any) -> TrainState:
-    """A fresh state from `train.seed`, born with its shardings; `routing_state` is the select function's first one."""
+    """A fresh state from `train.seed`, born with its shardings; `routing_state` is the routing rules' first one."""
 
     def create():
         params = sharding.unboxed(init_params(program, routing_state))
@@ -241,14 +230,15 @@ def make_train_step(program: Program) -> Callable:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         grads, sums, routed, routing_state = _gradient(program, state, batch)
         grad_norm, auxiliary_norm = norm_of(grads, "model"), norm_of(grads, "auxiliary")
-        *counts, routing_losses = routed
+        *_, routing_losses, _ = routed
         losses = (sums.cross_entropy_J, routing_losses)
         finite = jnp.isfinite(grad_norm + auxiliary_norm) & jnp.isfinite(
             sum(jnp.sum(x) for x in jax.tree.leaves(losses))
         )
         new_state = update(program, state, grads, routing_state, finite)
         tokens_M = tokens_by_modality(program, batch)
-        report = StepReport(sums, tokens_M, *counts, grad_norm, router_norm(grads), routing_losses, finite)
+        norms = grad_norm, router_norm(grads)
+        report = StepReport(sums, tokens_M, *routed[:3], *norms, *routed[3:], finite)
         return new_state, report
 
     return train_step
@@ -320,20 +310,20 @@ def replicate(value: Any, mesh: Mesh) -> Any:
 
 
 def _gradient(program: Program, state: TrainState, batch: Batch):
-    """(gradient, Sums, (taken_M3, predicted_M4, entered_M4, routing losses), routing_state), averaged over the update's
-    weight."""
+    """(gradient, Sums, (taken_M3, predicted_M4, entered_M4, routing losses, routing metrics), routing_state), averaged
+    over the update's weight."""
     accumulate = program.config.train.accumulate
     weight = jnp.sum(batch.weight_BS)
 
     def objective_of(params, micro: Batch, group_G):
         total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state)
-        routing_losses = jax.tree.map(lambda x: x / accumulate, output.losses)
+        routing_losses, routing_metrics = jax.tree.map(lambda x: x / accumulate, (output.losses, output.metrics))
         value = total / weight + sum(routing_losses.values(), jnp.float32(0))
         report = output.report
         counts = [jnp.sum(x, axis=0) for x in (report.taken_LM3, report.predicted_LM4, report.entered_PM4)]
         # Flags and small integers are int32 until the mean over microbatches is taken, so that their sum fits.
         routing_state = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.int32)), output.routing_state)
-        return value, (sums, (*counts, routing_losses), routing_state)
+        return value, (sums, (*counts, routing_losses, routing_metrics), routing_state)
 
     differentiate = functools.partial(jax.grad(objective_of, has_aux=True), state.params)
     grads, (sums, routed, routing_state) = over_microbatches(program, differentiate, batch)
@@ -358,7 +348,7 @@ def over_microbatches(program: Program, function: Callable, batch: Batch):
 
 
 def _mean_state(total, accumulate: int, before):
-    """The select function's new state: the mean over microbatches of their sum, in the types of the state before."""
+    """The routing rules' new state: the mean over microbatches of their sum, in the types of the state before."""
 
     def one(total, before):
         return as_before(total if accumulate == 1 else total / accumulate, before)

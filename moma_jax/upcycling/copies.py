@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -25,8 +24,11 @@ import optax
 from moma_jax import sharding
 from moma_jax.config import Config
 from moma_jax.errors import InputError
+from moma_jax.geometry import group_capacity
 from moma_jax.model.auxiliary import SUFFIX
-from moma_jax.training.step import Program, TrainState, abstract_state, first_routing_state, init_params
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.model.parameters import MATRICES
+from moma_jax.training.step import Program, TrainState, abstract_state, init_params
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
                 f"model.ffn: {names}: {group.experts} experts for {group.name} are no multiple of the seed's "
                 f"{source.experts}; use {max(times, 1) * source.experts}"
             )
-        gate = Fraction(1, 2) if source.experts == 1 < group.experts else 1
-        share = group.capacity(config.model.capacity) * times * gate
+        gate = config.model.router.first_gate(group.experts) if source.experts == 1 < group.experts else 1
+        share = group_capacity(config.model, group) * times * gate
         copied[group.name] = Copied(source.name, times, float(source.capacity(seed.model.capacity) / share))
     return copied
 
@@ -74,7 +76,7 @@ def grown_state(
     Args:
       program: the new run's. params: the seed's. moments: the seed's optimizer state; None: a fresh one.
     """
-    routing_state = first_routing_state(program.config, None)
+    routing_state = first_routing_state(program.config)
 
     def make(old, old_moments):
         fresh = sharding.unboxed(init_params(program, routing_state))
@@ -98,15 +100,17 @@ def grown(old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copi
     """
 
     def experts(old, name, weights):
-        if name.endswith(SUFFIX) or name == "shared":
-            return weights if name != "shared" else old[name]
+        if name.endswith(SUFFIX):
+            return weights
+        if name not in copied:  # always-on experts
+            return old[name]
         own = copied[name]
         return {weight: array(old[own.source].get(weight), weight, own, like) for weight, like in weights.items()}
 
     def array(given, weight, own, like):
         if given is None:  # a router where there was none
             return jnp.zeros_like(like)
-        axis = -1 if weight.startswith("router") else -3
+        axis = -3 if weight in MATRICES else -1  # of the experts; a router's columns are its last
         return scale(own, weight.startswith("down")) * jnp.repeat(given, own.times, axis=axis)
 
     result = {}
@@ -129,7 +133,7 @@ def perturbed(params: Any, copied: dict[str, Copied], perturb: float, seed: int)
     def one(number, path, weight):
         names = [entry.key for entry in path]
         copies = "ffn" in names and names[-2] in copied and copied[names[-2]].times > 1
-        if not copies or names[-1].startswith("router"):
+        if not copies or names[-1] not in MATRICES:
             return weight
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), weight.shape, weight.dtype)
         return weight + perturb * weight.std(axis=(-2, -1), keepdims=True) * noise

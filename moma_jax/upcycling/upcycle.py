@@ -20,13 +20,13 @@ from moma_jax.data.directory import first_line
 from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import Evaluator
-from moma_jax.model.causal import training_select
-from moma_jax.model.decoder import choice_decoder, decoder_of
+from moma_jax.model.decoder import decoder_of, evaluation_decoder, first_routing_state
+from moma_jax.rules import rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import finite
 from moma_jax.runs.progress import losses
-from moma_jax.runs.resume import hashes_of, require_same_stores, require_select, select_name
+from moma_jax.runs.resume import hashes_of, require_same_stores
 from moma_jax.training.load import fingerprint
 from moma_jax.training.metrics import Meter, step_sums
 from moma_jax.training.step import (
@@ -34,7 +34,6 @@ from moma_jax.training.step import (
     TrainState,
     abstract_params,
     abstract_state,
-    first_routing_state,
     make_program,
     replicate,
     with_dtype,
@@ -47,15 +46,9 @@ MAY_CHANGE = (
     "model.ffn",
     "model.ffn_width",  # of which only the hidden size matters
     "model.capacity",
-    "model.gumbel",
-    "model.jitter",
+    "model.router",
     "model.dropout",
     "model.dtype",
-    "model.routing",
-    "model.routing_warmup",
-    "model.routing_slack",
-    "model.threshold_decay",
-    "model.auxiliary",
 )
 """Fields of the model that the parameters taken over do not depend on."""
 
@@ -135,7 +128,7 @@ def _meta(config: Config, vocabulary, hashes: dict[str, str | None], ancestry: d
         "config": to_json(config),
         "vocabulary": vocabulary.to_json(),
         "hashes": hashes,
-        "select": select_name(None),
+        "router": rule_name(config.model.router),
         "versions": versions(),
         "commit": commit(),
         "counters": Meter(config, step_sums).to_json(),
@@ -170,13 +163,12 @@ def _read_seed(path: str) -> Seed:
         if (latest := checkpoints.latest()) is None:
             raise InputError(f"{path}: no checkpoint here; give the directory of a run that was saved")
         saved, where = checkpoints.saved(latest), checkpoints.where(latest)
-    require_select(saved.meta["select"], None, path)
     return Seed(path, from_json(saved.meta["config"]), saved, where)
 
 
 def _restored(seed: Seed, program: Program, moments: str) -> tuple[Any, Any]:
     """The seed's parameters, and its optimizer's state where that is wanted, on the devices of `program`."""
-    routing_state = first_routing_state(program.config, None)
+    routing_state = first_routing_state(program.config)
     with contextlib.closing(Checkpoints(RunDir(seed.run))) as checkpoints:
         if moments == "reset":
             return checkpoints.restore_params(seed.saved.step, abstract_params(program, routing_state)), None
@@ -189,7 +181,7 @@ def _program_of_seed(program: Program, seed: Config) -> Program:
     same = ("dtype", "remat", "attention_chunk")
     model = dataclasses.replace(seed.model, **{name: getattr(program.config.model, name) for name in same})
     config = dataclasses.replace(program.config, model=model)
-    return program._replace(config=config, decoder=decoder_of(config, training_select(config)))
+    return program._replace(config=config, decoder=decoder_of(config))
 
 
 # What must agree ------------------------------------------------------------------------------------------------------
@@ -273,7 +265,7 @@ def _ancestry(seed: Seed, config: Config) -> dict[str, Any]:
 
 
 def _jump(before: tuple[Program, Any], after: tuple[Program, Any], vocabulary) -> dict[str, Any] | None:
-    """Held-out losses of the seed's and the new model's parameters under expert choice, without noise.
+    """Held-out losses of the seed's and the new model's parameters under the routing of training, without noise.
 
     Returns:
       {"eval_set", "routing", "seed": losses, "upcycled": losses, "difference": losses}; None without a held-out set.
@@ -283,14 +275,15 @@ def _jump(before: tuple[Program, Any], after: tuple[Program, Any], vocabulary) -
         return None
     found = []
     for program, params in (before, after):
-        state = replicate(first_routing_state(program.config, None), program.mesh)
-        evaluator = Evaluator(program, vocabulary, {"choice": choice_decoder(program.decoder)})
-        figures = evaluator(params, state, sets[0])["choice"]
+        state = replicate(first_routing_state(program.config), program.mesh)
+        name = program.config.model.router.training_name
+        evaluator = Evaluator(program, vocabulary, {name: evaluation_decoder(program.decoder)})
+        figures = evaluator(params, state, sets[0])[name]
         found.append({name: value for name, value in figures.items() if name.startswith("loss")})
     difference = {n: None if value is None else found[1][n] - value for n, value in found[0].items()}
     return {
         "eval_set": sets[0].name,
-        "routing": "choice",
+        "routing": after[0].config.model.router.training_name,
         "seed": found[0],
         "upcycled": found[1],
         "difference": difference,
