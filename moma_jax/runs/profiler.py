@@ -46,7 +46,7 @@ class Profiler:
             return
         if self._annotation is None:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Python's calls would crowd out steps: Perfetto's file holds a million events
+            options.python_tracer_level = 0  # its calls crowd out steps: Perfetto's file holds a million events
             jax.profiler.start_trace(self._path, create_perfetto_trace=True, profiler_options=options)
         self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._annotation.__enter__()
