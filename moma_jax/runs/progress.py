@@ -52,7 +52,7 @@ def losses(record: dict[str, Any], conditions: bool = False) -> str:
     """`loss 4.123  text 5.001  image 3.456` of a record or of a dictionary of losses.
 
     Args:
-      conditions: also the losses under conditions (`kinds.Kinds`) that there are.
+      conditions: also the losses under conditions (`evaluation/conditions.py`) that there are.
     """
     parts = []
     for name, value in record.items():
