@@ -18,7 +18,7 @@ FLOORS = [
     ["model", "data", "cost"],
     ["config", "config_json", "checks", "batch"],
     ["vocab", "sharding", "hosts", "ffn"],
-    ["errors", "allocator"],
+    ["errors", "allocator", "display"],
 ]
 MODEL_FLOORS = [
     ["decode"],

@@ -15,7 +15,7 @@ from moma_jax.data.directory import Directory
 from moma_jax.data.encode import Encoder
 from moma_jax.data.fit import fit_codecs, ordered_map, require_modalities
 from moma_jax.data.parts import FORMAT_VERSION, PartWriter, part_name
-from moma_jax.data.progress import Progress
+from moma_jax.data.progress import PrepareProgress
 from moma_jax.data.sources import open_source
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
@@ -65,12 +65,12 @@ def prepare(
     directory = Directory(out)
     if merge:
         _require_version(directory, directory.read_json("settings.json"))
-        with Progress(progress) as bar:
+        with PrepareProgress(progress) as bar:
             return _told(bar, directory, _publish(directory))
     layout = () if config.vocabulary is None else open_store(config.vocabulary).vocabulary.modalities
     source = open_source(config, modalities if modalities is not None else layout)
     content = _made_from(config, source, n)
-    with Progress(progress) as bar:
+    with PrepareProgress(progress) as bar:
         codecs = read_codecs(directory) if _is_claimed(directory, content) else None
         if codecs is None:
             bar.begin("fitting the vocabulary", source.units())
@@ -89,7 +89,7 @@ def prepare(
         return _told(bar, directory, result)
 
 
-def _told(bar: Progress, directory: Directory, result: dict[str, Any]) -> dict[str, Any]:
+def _told(bar: PrepareProgress, directory: Directory, result: dict[str, Any]) -> dict[str, Any]:
     """`result`, after the lines that close the work."""
     bar.say(f"{directory.path}: {result['documents']:,} documents, {result['broken']:,} broken")
     counts = result.get("counts", {})

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moma_jax.generation import grammar
+import moma_jax.generation.grammar as grammar
 from moma_jax.generation.grammar import RUNNING, Rules, State
 from moma_jax.generation.sampling import Draw, guided, sample
 

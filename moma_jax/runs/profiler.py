@@ -21,6 +21,16 @@ def require_local_profile(run: RunDir, steps: tuple[int, ...]) -> None:
         raise InputError(f"train.profile_steps: {run.path} is not local; leave it out, or give a local run.dir")
 
 
+def profile_warnings(steps: tuple[int, ...], step: int, total: int) -> list[str]:
+    """A line where a run that stands at `step` will make none of the steps that shall be profiled."""
+    if not steps or (steps[0] <= total and step < steps[1]):
+        return []
+    return [
+        f"warning: train.profile_steps: steps {steps[0]} to {steps[1]} are not among those to come, {step + 1} to "
+        f"{total}, so nothing is profiled"
+    ]
+
+
 class Profiler:
     """Profiles a range of steps, on process 0; of a run that goes on within the range, the rest of it."""
 
@@ -35,7 +45,9 @@ class Profiler:
         if not self._first <= step <= self._last:
             return
         if self._annotation is None:
-            jax.profiler.start_trace(self._path, create_perfetto_trace=True)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # its calls crowd out steps: Perfetto's file holds a million events
+            jax.profiler.start_trace(self._path, create_perfetto_trace=True, profiler_options=options)
         self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._annotation.__enter__()
 

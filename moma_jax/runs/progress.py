@@ -5,53 +5,41 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from moma_jax import hosts
+from moma_jax.display import Display
 
 
-class RunProgress:
+class RunProgress(Display):
     """A sink of the journal that draws; nothing at all where `quiet`, or on other processes than process 0."""
 
-    def __init__(self, total: int, step: int, *, quiet: bool = False, console: Console | None = None):
-        """Args: `total` steps of the run, `step` where it stands."""
-        self._total, self._quiet = total, quiet or not hosts.is_first()
-        self._console = console or Console(highlight=False, soft_wrap=True)
-        self._progress = self._task = None
-        if self._console.is_terminal and not self._quiet:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=24), TimeElapsedColumn())
-            self._progress = Progress(*columns, TextColumn("{task.description}"), console=self._console)
-            self._task = self._progress.add_task("compiling", total=total, completed=step)
-            self._progress.start()
+    def __init__(self, total: int, step: int, *, quiet: bool = False):
+        """Args: `total` steps of the run, `step` where it stands; without steps there is no bar."""
+        super().__init__(not quiet and hosts.is_first())
+        self._total = total
+        if total:
+            self._move(step, "compiling")
 
     def write(self, record: dict[str, Any]) -> None:
         """Shows a record."""
+        step = record["step"]
         match record["kind"]:
-            case "train" | "routers" if self._progress is not None:
-                self._progress.update(self._task, completed=record["step"], description=self._rates(record))
+            case "train" | "routers" if self.live:
+                self._move(step, self._rates(record))
             case "train" | "routers":
-                self.say(f"step {record['step']}/{self._total}  {self._rates(record)}")
+                self.say(f"step {step}/{self._total}  {self._rates(record)}")
             case "eval":
                 causal = likelihood(record, record.get("gap_percent"))
-                self.say(f"step {record['step']}  {record['eval_set']} ({record['routing']})  {losses(record)}{causal}")
+                self.say(f"step {step}  {record['eval_set']} ({record['routing']})  {losses(record)}{causal}")
             case "routers_eval":
-                self.say(f"step {record['step']}  {record['eval_set']}  {predictions(record)}")
+                self.say(f"step {step}  {record['eval_set']}  {predictions(record)}")
             case _:
-                self.say(f"step {record['step']}  {record['event']}")
-
-    def say(self, line: str) -> None:
-        """Prints a line above the progress."""
-        if not self._quiet:
-            self._console.print(line, markup=False)
+                self.say(f"step {step}  {record['event']}")
 
     def seal(self, step: int) -> None:
         """Nothing to do: a checkpoint needs no line."""
 
-    def close(self) -> None:
-        """Gives the terminal back."""
-        if self._progress is not None:
-            self._progress.stop()
+    def _move(self, step: int, text: str) -> None:
+        self.update(step, self._total, f"step {step}/{self._total}", text)
 
     def _rates(self, record: dict[str, Any]) -> str:
         left = datetime.timedelta(seconds=round((self._total - record["step"]) * record["step_seconds"]))
@@ -64,7 +52,7 @@ def losses(record: dict[str, Any], conditions: bool = False) -> str:
     """`loss 4.123  text 5.001  image 3.456` of a record or of a dictionary of losses.
 
     Args:
-      conditions: also the losses under conditions (`kinds.Kinds`) that there are.
+      conditions: also the losses under conditions (`evaluation/conditions.py`) that there are.
     """
     parts = []
     for name, value in record.items():

@@ -24,7 +24,7 @@ from moma_jax.errors import RunError
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command
 from moma_jax.runs.journal import finite, open_journal, read_metrics
-from moma_jax.runs.profiler import Profiler, require_local_profile
+from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
 from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import finished, require_same_stores
 from moma_jax.runs.status import Status, last_good, watched
@@ -154,7 +154,8 @@ class Loop:
         status.write("running")
         self.progress = RunProgress(self.total, self.step, quiet=quiet)
         begins = "goes on from" if self.step else "starts at"
-        for line in (f"{run.path}: {stage.doing}{begins} step {self.step}", *stage.warnings):
+        self.progress.say(f"{run.path}: {stage.doing}{begins} step {self.step}")
+        for line in (*stage.warnings, *profile_warnings(config.train.profile_steps, self.step, self.total)):
             self.progress.say(line)
         tensorboard = config.run.tensorboard and run.local is not None
         journal = open_journal(run, step=self.step, tensorboard=tensorboard, sinks=(self.progress, *sinks))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -174,8 +175,33 @@ def test_an_update_that_is_not_finite_stops_the_stage(run, monkeypatch):
 
 
 def _poisoned(model):
-    broken = jax.tree.map(lambda x: x * np.nan, model.params["embedding"])
-    return dataclasses.replace(model, params=model.params | {"embedding": broken})
+    return dataclasses.replace(model, params=_broken(model.params))
+
+
+def _broken(params):
+    return params | {"embedding": jax.tree.map(lambda x: x * np.nan, params["embedding"])}
+
+
+def test_or_the_update_is_skipped(run, monkeypatch):
+    config, numbers, received = json.loads((run / "config.json").read_text()), itertools.count(1), []
+    config["train"]["on_nan"] = "skip"
+    (run / "config.json").write_text(json.dumps(config))
+
+    def compile_with_a_bad_third_step(*arguments):
+        step = compile_routers_step(*arguments)
+        return lambda state, params, *rest: step(state, _broken(params) if next(numbers) == 3 else params, *rest)
+
+    monkeypatch.setattr(routers, "compile_routers_step", compile_with_a_bad_third_step)
+    settings = dataclasses.replace(SETTINGS, steps=4, log_every=1)
+    summary = moma_jax.fit_routers(str(run), settings, sink=received.append, quiet=True)
+    assert received == moma_jax.read_metrics(run / "routers")
+    assert [(r["kind"], r["step"]) for r in received] == [
+        ("routers", 1), ("routers", 2), ("event", 3), ("routers", 3), ("routers", 4), ("routers_eval", 4)
+    ]  # fmt: skip
+    assert "update skipped" in received[2]["event"]
+    assert [r["loss"] is None for r in received if r["kind"] == "routers"] == [False, False, True, False]
+    assert received[3]["precision_text"] is received[3]["recall_image_layer_01"] is None
+    assert summary["steps"] == 4 and np.isfinite(summary["eval"]["heldout"]["loss"])
 
 
 # Microbatches ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """A run from its first step to its summary, and what stops it."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -15,6 +17,7 @@ from moma_jax.errors import InputError, RunError
 from moma_jax.model.routing import expert_choice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.profiler import profile_warnings
 from moma_jax.training import loop, pretrain
 
 TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
@@ -199,6 +202,61 @@ def test_or_the_update_is_skipped(tmp_path, monkeypatch):
     events = [r for r in records(tmp_path) if r["kind"] == "event"]
     assert [(e["step"], "skipped" in e["event"]) for e in events] == [(4, True)]
     assert summary["steps"] == 6 and np.isfinite(summary["final"]["loss"])
+
+
+def test_a_sink_receives_every_record(tmp_path):
+    class Collected:
+        def __init__(self):
+            self.records = []
+
+        def write(self, record):
+            self.records.append(record)
+
+    collected, listed = Collected(), []
+    moma_jax.train(tiny(tmp_path / "a", train_steps=2), sink=collected, quiet=True)
+    moma_jax.train(tiny(tmp_path / "b", train_steps=2), sink=listed.append, quiet=True)
+    assert collected.records == moma_jax.read_metrics(tmp_path / "a") and len(collected.records) == 3
+    assert listed == moma_jax.read_metrics(tmp_path / "b")
+    with pytest.raises(InputError, match="sink: 3 takes no records; give an object with write"):
+        moma_jax.train(tiny(tmp_path / "c"), sink=3, quiet=True)
+    assert not (tmp_path / "c").exists()
+
+
+def profiled_steps(run):
+    """Numbers of the steps in the one profile of a run, which is removed."""
+    (trace,), (planes,) = (list((run / "profile").rglob(name)) for name in ("perfetto_trace.json.gz", "*.xplane.pb"))
+    assert trace.parent == planes.parent == next((run / "profile" / "plugins" / "profile").iterdir())
+    assert planes.stat().st_size > 0
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    shutil.rmtree(run / "profile")
+    return sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train")
+
+
+def test_steps_are_profiled_also_where_a_run_ends_or_goes_on_among_them(tmp_path, monkeypatch):
+    def send(batch_number, batch):
+        if batch_number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    with monkeypatch.context() as patch:
+        changed_batches(patch, send)
+        with pytest.raises(SystemExit):
+            moma_jax.train(tiny(tmp_path, train_profile_steps=(2, 5)), quiet=True)
+    stopped = RunDir(tmp_path).read_json("status.json")["step"]
+    assert profiled_steps(tmp_path) == list(range(2, stopped + 1))
+    moma_jax.train(tiny(tmp_path, train_profile_steps=(2, 90)), quiet=True)
+    assert profiled_steps(tmp_path) == list(range(stopped + 1, 7))
+    (late,) = profile_warnings((2, 7), step=8, total=9)
+    assert "steps 2 to 7 are not among those to come, 9 to 9" in late and not profile_warnings((2, 9), 8, 9)
+
+
+def test_a_profile_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(InputError, match="train.profile_steps: memory://x/run is not local"):
+        moma_jax.train(tiny("memory://x/run", train_profile_steps=(1, 2)), quiet=True)
+    for steps in ((4,), (0, 2), (3, 2), (1, 2, 3)):
+        with pytest.raises(InputError, match="train.profile_steps: give the first and the last step"):
+            tiny(tmp_path, train_profile_steps=steps)
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):
