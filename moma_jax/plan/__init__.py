@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from moma_jax.checks import check_split
-from moma_jax.config import Config, MeshConfig, resolve
+from moma_jax.checks import check_split, resolve
+from moma_jax.config import Config, MeshConfig
 from moma_jax.cost import flops_per_token
 from moma_jax.plan import memory, search
 from moma_jax.plan.topology import Topology, topology_of

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from moma_jax.config import Config
-from moma_jax.config_json import differences, from_json
+from moma_jax.config_json import from_json
 from moma_jax.cost import total_steps
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
+from moma_jax.fields import differences
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, records_of

@@ -15,9 +15,10 @@ import jax
 
 from moma_jax import hosts
 from moma_jax.config import Config
-from moma_jax.config_json import differences, from_json
+from moma_jax.config_json import from_json
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
+from moma_jax.fields import differences
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import require_resumable

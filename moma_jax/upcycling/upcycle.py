@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from moma_jax import hosts, sharding
-from moma_jax.config import Config, HostsConfig, resolve
-from moma_jax.config_json import differences, from_json, to_json
+from moma_jax.checks import resolve
+from moma_jax.config import Config, HostsConfig
+from moma_jax.config_json import from_json, to_json
 from moma_jax.cost import flops_per_token
 from moma_jax.data.directory import first_line
 from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import Evaluator
+from moma_jax.fields import differences
 from moma_jax.model.causal import training_select
 from moma_jax.model.decoder import choice_decoder, decoder_of
 from moma_jax.runs.checkpoint import Checkpoints, Saved
