@@ -52,14 +52,14 @@ class Facts:
 
     def refusal(self, value: float) -> str:
         """What to say of a number that `holds` does not accept."""
-        low = "" if self.above is None else f"above {self.above:.12g}"
-        low = low if self.least is None else f"at least {self.least:.12g}"
-        high = "" if self.below is None else f"below {self.below:.12g}"
-        high = high if self.most is None else f"at most {self.most:.12g}"
-        wanted = [part for part in (low, high) if part]
-        if not high:
-            wanted = ["positive"] if self.above == 0 else [] if self.least is None else [f"{self.least:.12g} or more"]
-        wanted += [] if math.isfinite(value) else ["finite"]
+        bounds = {"above": self.above, "at least": self.least, "below": self.below, "at most": self.most}
+        wanted = [f"{word} {bound:.12g}" for word, bound in bounds.items() if bound is not None]
+        if len(wanted) == 1 and self.least is not None:
+            wanted = [f"{self.least:.12g} or more"]
+        if wanted == ["above 0"]:
+            wanted = ["positive"]
+        if len(wanted) < 2 and not math.isfinite(value):
+            wanted.append("finite")
         example = "" if self.example is None else f", such as {self.example}"
         return f"must be {' and '.join(wanted)}{example}; is {value} {self.unit}".rstrip()
 
