@@ -136,8 +136,8 @@ class StoreConfig:
     """Name in metrics (epoch_<name>)."""
     path: str
     """The store's directory: local, gs:// or s3://."""
-    collection: str = "all"
-    """Documents to use: text, pairs, interleaved, or all."""
+    collection: Literal["all", "text", "pairs", "interleaved"] = "all"
+    """Documents to use."""
     share: dict[str, float] = setting(factory=dict, least=0, most=1)
     """Share of each modality's tokens that this store supplies, by modality name; what the documents' own ratio
     implies may be left out."""
@@ -329,7 +329,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run. It may go on with another mesh, hosts, settings of the run, and routers, a stage of its own."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

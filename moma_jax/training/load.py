@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from moma_jax import sharding
+from moma_jax.checks import resolve
 from moma_jax.config import Config, MeshConfig
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
@@ -118,7 +119,7 @@ def load(
     Raises:
       InputError: no such run or checkpoint, or the run was trained with another select function.
     """
-    config = dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh)
+    config = resolve(dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh))
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         steps = checkpoints.steps()
         step = max(steps, default=None) if step is None else step
