@@ -15,7 +15,8 @@ import tyro
 import moma_jax
 from moma_jax import recipes
 from moma_jax.allocator import keep_freed_memory
-from moma_jax.config import Config, MeshConfig, PrepareConfig, RoutersConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, MeshConfig, PrepareConfig, RoutersConfig
 from moma_jax.errors import InputError, RunError
 
 COMMANDS = {

@@ -1,21 +1,21 @@
-"""What a run is: frozen dataclasses, every field with its unit, all cross-checks made before any device work.
+"""What a run is: frozen dataclasses, every field with its unit and, in `setting`, what else is true of it.
 
-A recipe (`configs/NAME.py`) returns a `Config`; the command line overrides any field; `check` then refuses
-contradictions. Nothing here imports JAX, so `moma cost` and the data pipeline start at once.
+A recipe (`configs/NAME.py`) returns a `Config`; the command line overrides any field; `checks.resolve` then checks
+every field and refuses contradictions. Nothing here imports JAX, so `moma cost` and the data pipeline start at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from moma_jax.checks import check, round_up
 from moma_jax.ffn import ExpertGroup, FfnLayout, depth_groups, parse_ffn
+from moma_jax.fields import setting
 from moma_jax.router import Router
 from moma_jax.routers.choice import Choice
-from moma_jax.rules import as_rule
+
+SEED = {"least": 0, "below": 1 << 32}  # JAX cuts seeds to 32 bits: others would be copies of these
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Modality:
     """Name, such as "image"; spans of it stand between <name> and </name>."""
     letter: str
     """One lower-case letter for the FFN notation (1t1i)."""
-    size: int
+    size: int = setting(above=0, unit="ids")
     """Ids in the vocabulary, special ids included for text."""
-    span: int = 0
+    span: int = setting(0, least=0, unit="codes")
     """Codes in one atomic span (16x16 picture: 256); 0 where spans can be cut anywhere."""
-    quota: float = 1.0
+    quota: float = setting(1.0, above=0, most=1)
     """Largest share of a routing group's tokens, 0 to 1: the hard bound that the packer keeps."""
 
 
@@ -43,23 +43,23 @@ class ModelConfig:
     """The decoder (paper sections 2.1 and 2.2)."""
 
     ffn: str = "4t4i"
-    """FFN notation: dense, 8x (mixed-modal experts), 1t1i, 4t4i, ...; +1x adds an always-on shared expert; mod+4t4i has
-    a mixture of depths in front of it in every second layer."""
-    layers: int = 8
+    """FFN notation: dense, 8x (mixed-modal experts), 1t1i, 4t4i, ...; +1x adds an always-on shared expert, +1t1i one
+    for each modality; mod+4t4i has a mixture of depths in front of it in every second layer."""
+    layers: int = setting(8, above=0)
     """Decoder layers."""
-    width: int = 512
+    width: int = setting(512, above=0)
     """Model width d."""
-    heads: int = 8
+    heads: int = setting(8, above=0)
     """Attention heads; they divide the width."""
-    ffn_width: int = 2048
+    ffn_width: int = setting(2048, above=0)
     """The paper's ffn column; the SwiGLU hidden size is 2/3 of it, rounded up to a multiple of 128."""
-    hidden: int | None = None
+    hidden: int | None = setting(None, above=0)
     """SwiGLU hidden size F of one expert; derived from ffn_width where None."""
     norm: Literal["swin", "pre"] = "swin"
     """Norm after each sub-layer (Chameleon-34B, used by MoMa) or before it (Chameleon-7B)."""
-    capacity: float | None = None
+    capacity: float | None = setting(None, least=1e-4, most=1)
     """Share of its modality's tokens that one expert takes; 1/|E| of each group where None."""
-    depth_capacity: float = 0.25
+    depth_capacity: float = setting(0.25, above=0, most=1)
     """mod+ only: share of a row's tokens that enter the layers 0, 2, 4, ...; the others pass them by."""
     depth_by: Literal["modality", "all"] = "modality"
     """mod+ only: rank tokens against those of their own modality, each of which has that share; or all together (the
@@ -67,17 +67,17 @@ class ModelConfig:
     router: Router = Choice()
     """The routing rule with its options: choice (the paper's expert choice; sees the future), threshold, or your own,
     file.py:attribute or package.module:attribute (moma_jax/router.py); in Python a name or a Router."""
-    rope_theta: float = 10000.0
+    rope_theta: float = setting(10000.0, above=0)
     """Base of the rotary position frequencies."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = setting(1e-5, above=0)
     """Epsilon of every norm."""
-    dropout: float = 0.0
+    dropout: float = setting(0.0, least=0, below=1)
     """Dropout rate on each sub-layer's output, 0 to 1."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto: bfloat16 where the hardware has it, else float32."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = setting("none", may_change=True)
     """What the backward pass recomputes: nothing, all but matrix products' results, or whole layers."""
-    attention_chunk: int = 512
+    attention_chunk: int = setting(512, above=0, unit="positions", may_change=True)
     """Queries attended at once, in positions: bounds the memory of attention scores."""
 
 
@@ -90,31 +90,31 @@ class PrepareConfig:
     interleaved documents, a folder or file of ready codes, or "scenes"."""
     kind: Literal["auto", "parquet", "folder", "jsonl", "scenes", "codes"] = "auto"
     """What the source is; auto looks at it."""
-    documents: int = 20000
+    documents: int = setting(20000, above=0)
     """Training documents that `scenes` generates (a tenth of them as many again are held out)."""
-    seed: int = 0
+    seed: int = setting(0, **SEED)
     """Seed of `scenes` and of the samples that the tokenizer and the palette are fitted on."""
-    text_size: int = 4096
+    text_size: int = setting(4096, above=0, unit="ids")
     """Text ids, special ids and bytes included, of the BPE that is trained."""
     tokenizer: str | None = None
     """A tokenizer.json to use instead of training one."""
-    image_side: int = 16
+    image_side: int = setting(16, above=0, unit="pixels")
     """Side N of the N x N palette picture, in pixels: N*N codes."""
-    colours: int = 512
+    colours: int = setting(512, least=1, most=1 << 16)
     """Colours K of the palette."""
     vocabulary: str | None = None
     """Another store whose tokenizer, palette and id layout are used as they are."""
-    codebook: int | None = None
+    codebook: int | None = setting(None, above=0, unit="codes")
     """codes only: size of the codebook."""
-    codes_per_image: int | None = None
+    codes_per_image: int | None = setting(None, above=0, unit="codes")
     """codes only: codes of one picture."""
-    held_out: float = 0.05
+    held_out: float = setting(0.05, least=0, below=1)
     """Share of documents held out, by content hash, where the source has no split of its own."""
-    parts: int = 8
+    parts: int = setting(8, above=0)
     """Parts that the store is written in; a store of other parts is another store."""
-    shard_bytes: int = 256 << 20
+    shard_bytes: int = setting(256 << 20, above=0, unit="bytes")
     """Bytes of one shard file."""
-    chunk_tokens: int = 65536
+    chunk_tokens: int = setting(65536, above=0, unit="tokens")
     """Tokens of one inner chunk, the unit of reading."""
 
 
@@ -126,9 +126,9 @@ class StoreConfig:
     """Name in metrics (epoch_<name>)."""
     path: str
     """The store's directory: local, gs:// or s3://."""
-    collection: str = "all"
-    """Documents to use: text, pairs, interleaved, or all."""
-    share: dict[str, float] = field(default_factory=dict)
+    collection: Literal["all", "text", "pairs", "interleaved"] = "all"
+    """Documents to use."""
+    share: dict[str, float] = setting(factory=dict, least=0, most=1)
     """Share of each modality's tokens that this store supplies, by modality name; what the documents' own ratio
     implies may be left out."""
 
@@ -143,28 +143,28 @@ class DataConfig:
     """The id space: sizes, atomic spans, quotas. Text comes first."""
     stores: tuple[StoreConfig, ...] = ()
     """The mixture."""
-    prepare: PrepareConfig | None = None
+    prepare: PrepareConfig | None = setting(None, may_change=True)
     """How to make the stores' directory where it is missing; None: it must exist."""
-    sequence: int = 4096
+    sequence: int = setting(4096, above=0, unit="tokens")
     """Row length S, in tokens."""
-    group_rows: int = 8
+    group_rows: int = setting(8, above=0, unit="rows")
     """Rows of one routing group, the unit of packing and of expert choice."""
-    lanes: int = 16
+    lanes: int = setting(16, above=0)
     """Independent packing lanes; at least the largest number of hosts ever used. Hosts share the planning where they
     are a multiple of the routing groups in one batch (train.batch_rows / group_rows); else each plans everything."""
-    wait_documents: int = 64
+    wait_documents: int = setting(64, above=0)
     """Documents that may wait in one lane's cursor for a row with room."""
-    window_documents: int = 16384
+    window_documents: int = setting(16384, above=0)
     """Documents of one shuffling window of a lane."""
-    seed: int = 0
+    seed: int = setting(0, **SEED)
     """Seed of the document order."""
-    prefetch: int = 4
+    prefetch: int = setting(4, above=0, unit="batches", may_change=True)
     """Batches made ahead."""
-    read_threads: int = 2
+    read_threads: int = setting(2, above=0, may_change=True)
     """Threads that read and assemble batches."""
-    cache_bytes: int = 256 << 20
+    cache_bytes: int = setting(256 << 20, least=0, unit="bytes", may_change=True)
     """Cache of decoded chunks per host."""
-    read_concurrency: int = 64
+    read_concurrency: int = setting(64, above=0, may_change=True)
     """Reads in flight."""
 
 
@@ -172,23 +172,23 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW as Chameleon and the paper use it (Table 5)."""
 
-    peak_lr: float = 1e-4
+    peak_lr: float = setting(1e-4, above=0)
     """Learning rate after warm-up."""
-    end_lr: float = 1e-6
+    end_lr: float = setting(1e-6, least=0)
     """Learning rate at the last step."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Shape of the decay from peak to end."""
-    warmup_steps: int = 4000
+    warmup_steps: int = setting(4000, least=0, unit="steps")
     """Steps of linear warm-up from 0."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, least=0, below=1)
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: float = setting(0.95, least=0, below=1)
     """Decay of the second moment."""
-    epsilon: float = 1e-5
+    epsilon: float = setting(1e-5, above=0)
     """AdamW's epsilon."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, least=0)
     """Decoupled weight decay of matrices and embeddings; norms are not decayed."""
-    clip_norm: float = 1.0
+    clip_norm: float = setting(1.0, above=0)
     """Bound on the global gradient norm."""
 
 
@@ -196,23 +196,23 @@ class OptimizerConfig:
 class RoutersConfig:
     """The second stage, `moma fit-routers`: auxiliary routers are fitted to a trained model (paper Table 6)."""
 
-    steps: int = 5000
+    steps: int = setting(5000, above=0, unit="updates")
     """Updates."""
-    batch_rows: int | None = None
+    batch_rows: int | None = setting(None, above=0, unit="rows")
     """Rows of one update; train.batch_rows where None."""
-    peak_lr: float = 1e-4
+    peak_lr: float = setting(1e-4, above=0)
     """Learning rate after warm-up."""
-    end_lr: float = 1e-6
+    end_lr: float = setting(1e-6, least=0)
     """Learning rate at the last step."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Shape of the decay from peak to end."""
-    warmup_steps: int = 1000
+    warmup_steps: int = setting(1000, least=0, unit="steps")
     """Steps of linear warm-up from 0."""
-    seed: int = 0
+    seed: int = setting(0, **SEED)
     """Seed of the initial weights."""
-    log_every: int = 10
+    log_every: int = setting(10, above=0, unit="steps", may_change=True)
     """Steps between records."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = setting(500, above=0, unit="steps", may_change=True)
     """Steps between checkpoints; the last step is always saved."""
 
 
@@ -224,11 +224,11 @@ class EvalSet:
     """Name in eval records (eval_set)."""
     stores: tuple[str, ...] = ()
     """Names of the data.stores to draw from; () means all."""
-    rows: int = 64
+    rows: int = setting(64, above=0, unit="rows")
     """Rows to evaluate, whole routing groups; fewer where the held-out split ends earlier."""
-    seed: int = 0
+    seed: int = setting(0, **SEED)
     """Seed of the order in which held-out documents are packed."""
-    every: int | None = None
+    every: int | None = setting(None, above=0, unit="steps")
     """Steps between evaluations; train.eval_every where None."""
 
 
@@ -236,39 +236,39 @@ class EvalSet:
 class TrainConfig:
     """How long, how much at a time, what is watched."""
 
-    steps: int | None = None
+    steps: int | None = setting(None, above=0, unit="updates")
     """Optimizer updates. Exactly one of steps, tokens, flops."""
-    tokens: float | None = None
+    tokens: float | None = setting(None, above=0, unit="positions")
     """Training length in positions (rows x sequence), rounded up to whole updates."""
-    flops: float | None = None
+    flops: float | None = setting(None, above=0, unit="FLOPs")
     """Training length in FLOPs by `moma cost`'s convention, rounded up to whole updates."""
-    batch_rows: int = 64
+    batch_rows: int = setting(64, above=0, unit="rows")
     """Rows of one update, over all devices."""
-    accumulate: int = 1
+    accumulate: int = setting(1, above=0, unit="microbatches", may_change=True)
     """Microbatches of one update; each holds whole routing groups."""
-    z_loss: float = 1e-5
+    z_loss: float = setting(1e-5, least=0)
     """Weight of the squared log-partition of the output logits."""
-    loss_chunk: int = 2048
+    loss_chunk: int = setting(2048, above=0, unit="tokens", may_change=True)
     """Tokens whose logits exist at once."""
-    seed: int = 0
+    seed: int = setting(0, **SEED)
     """Seed of the initial weights, dropout and routing noise."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop with the last good checkpoint named, or skip the update."""
-    log_every: int = 10
+    log_every: int = setting(10, above=0, unit="steps", may_change=True)
     """Steps between train records."""
-    eval_every: int = 500
+    eval_every: int = setting(500, above=0, unit="steps")
     """Steps between evaluations; the last step is always evaluated."""
     eval_sets: tuple[EvalSet, ...] = (EvalSet(),)
     """Held-out sets."""
-    eval_routings: tuple[Literal["choice", "causal", "threshold"], ...] = ()
+    eval_routings: tuple[str, ...] = ()
     """Routings to evaluate under; (): all that the run has."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = setting(500, above=0, unit="steps", may_change=True)
     """Steps between checkpoints; the last step is always saved."""
-    keep_last: int = 2
+    keep_last: int = setting(2, above=0, unit="checkpoints", may_change=True)
     """Newest checkpoints that are kept."""
-    keep_every: int | None = None
+    keep_every: int | None = setting(None, above=0, unit="steps", may_change=True)
     """Besides, keep every checkpoint whose step is a multiple of this."""
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: tuple[int, ...] = setting((), above=0, may_change=True)
     """First and last step of a profile, written to RUN/profile; (): none."""
 
 
@@ -295,11 +295,11 @@ class HostsConfig:
     """auto: join the others where a Cloud TPU pod, Slurm, GKE or the fields below say that there are any."""
     coordinator: str | None = None
     """ADDRESS:PORT of process 0; found out where None."""
-    count: int | None = None
+    count: int | None = setting(None, above=0, unit="processes")
     """Number of processes; found out where None."""
-    index: int | None = None
+    index: int | None = setting(None, least=0)
     """Number of this process, from 0; found out where None."""
-    heartbeat_seconds: int = 20
+    heartbeat_seconds: int = setting(20, above=0, unit="seconds")
     """A process that is silent for so long is dead, and the others stop."""
 
 
@@ -319,16 +319,16 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run. It may go on with another mesh, hosts, settings of the run, and routers, a stage of its own."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-    mesh: MeshConfig = MeshConfig()
-    hosts: HostsConfig = HostsConfig()
-    routers: RoutersConfig = RoutersConfig()
-    run: RunConfig = RunConfig()
+    mesh: MeshConfig = setting(MeshConfig(), may_change=True)
+    hosts: HostsConfig = setting(HostsConfig(), may_change=True)
+    routers: RoutersConfig = setting(RoutersConfig(), may_change=True)
+    run: RunConfig = setting(RunConfig(), may_change=True)
 
     @property
     def group_tokens(self) -> int:
@@ -371,11 +371,6 @@ def quota_tokens(modality: Modality, group_tokens: int) -> int:
     return min(group_tokens, round(modality.quota * group_tokens))
 
 
-def resolve(config: Config) -> Config:
-    """Fills the derived fields (those that are None in a recipe) and checks the result."""
-    model = dataclasses.replace(config.model, router=as_rule(config.model.router))
-    if model.hidden is None:
-        model = dataclasses.replace(model, hidden=round_up(-(-2 * model.ffn_width // 3), 128))
-    resolved = dataclasses.replace(config, model=model)
-    check(resolved)
-    return resolved
+def with_router(config: Config, router: Router) -> Config:
+    """The config with another routing rule."""
+    return replace(config, model=replace(config.model, router=router))

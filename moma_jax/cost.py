@@ -24,7 +24,8 @@ import math
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
 from moma_jax.geometry import LayerShape, depth_of, depth_rule, group_capacity, layer_of

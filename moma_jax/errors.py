@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that failed after it began, such as a loss that is not a number. The command exits with 1."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)

@@ -17,9 +17,11 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
+from moma_jax.fields import read
 
 Parsed = TypeVar("Parsed")
 
@@ -45,7 +47,7 @@ def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) 
 
 
 def load(path: str | Path) -> Config:
-    """The config as its file states it: derived fields unfilled, nothing checked."""
+    """The config as its file states it, every field read: derived fields unfilled, contradictions not looked for."""
     path, run = Path(path), Path(path).is_dir()
     path = path / "config.json" if run else path
     if not path.is_file():
@@ -77,7 +79,7 @@ def _from_python(path: Path) -> Config:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
-    return config
+    return read(Config, config)
 
 
 def override(config: Config, overrides: Mapping[str, Any] | Sequence[str]) -> Config:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
+from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 
 CAUSAL, THRESHOLD = "causal", "threshold"
@@ -226,7 +227,7 @@ class Function(Router):
     (Selection, state, losses). It scores by a linear router, keeps the state that it is given, and cannot be used
     causally."""
 
-    function: Callable | None = None
+    function: Callable | None = setting(None, opaque=True)
     training_name: ClassVar[str] = "choice"
 
     def select(self, score, eligible_T, quota, state, key) -> Routed:

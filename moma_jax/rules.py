@@ -22,6 +22,7 @@ from typing import Any
 
 from moma_jax import routers
 from moma_jax.errors import InputError
+from moma_jax.fields import setting
 from moma_jax.router import Function, Router, name_of
 
 NAME = "rule"
@@ -33,7 +34,7 @@ class Unloaded(Router):
     """A rule that a config.json names, whose code was not run."""
 
     name: str = ""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = setting(factory=dict, opaque=True)
 
 
 @functools.cache
@@ -143,11 +144,6 @@ def from_json(data: Mapping[str, Any], read: Callable[[type, dict[str, Any]], Ro
     if not isinstance(name, str):
         raise InputError(f"model.router: {data!r} does not name its rule; give {{{NAME!r}: NAME, OPTION: VALUE, ...}}")
     return read(built_in()[name], options) if name in built_in() else Unloaded(name, options)
-
-
-def same_rule(one: Router, other: Router) -> bool:
-    """Whether two rules are one and the same with equal options, loaded or not."""
-    return rule_name(one) == rule_name(other) and options_of(one) == options_of(other)
 
 
 def bind(router: Router, named: Any) -> Router:

@@ -12,7 +12,8 @@ from paths import ROOT
 
 from moma_jax import recipes, sharding, vocab
 from moma_jax.batch import Batch
-from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig
 from moma_jax.cost import cost, flops_per_token, format_cost, peak_flops, total_steps
 from moma_jax.training import step as step_lib
 

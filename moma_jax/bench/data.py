@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from moma_jax.bench.timing import say
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from moma_jax import vocab
 from moma_jax.bench.timing import in_turns, say, summarise, timed
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.ffn import SHARED
 from moma_jax.generation.decoding import Model, Writer, Writing

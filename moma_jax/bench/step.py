@@ -17,7 +17,8 @@ from moma_jax import sharding, vocab
 from moma_jax.batch import Batch
 from moma_jax.bench.parts import measure_parts
 from moma_jax.bench.timing import say, summarise, timed
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.cost import activation_bytes, flops_per_token, parameter_count, peak_flops
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import RunError

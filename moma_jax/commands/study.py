@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from moma_jax import recipes
-from moma_jax.checks import require
+from moma_jax.errors import require
 from moma_jax.studies.jobs import chosen, jobs, state
 from moma_jax.studies.matching import match_rows, match_variants
 from moma_jax.studies.study import Study, load_study

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import tyro
 
 from moma_jax import recipes
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.router import Router
 from moma_jax.rules import options_of

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from moma_jax.config import Config, DataConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, DataConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig
 from moma_jax.config_json import to_json
 from moma_jax.convert import layout
 from moma_jax.convert.source import (

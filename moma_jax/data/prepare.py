@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from moma_jax.checks import check_prepare
 from moma_jax.config import Modality, PrepareConfig
 from moma_jax.data.directory import Directory
 from moma_jax.data.encode import Encoder
@@ -19,6 +18,7 @@ from moma_jax.data.progress import PrepareProgress
 from moma_jax.data.sources import open_source
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
+from moma_jax.fields import read
 
 MOST_BROKEN = 0.05
 """Share of broken documents above which a source is not used."""
@@ -57,7 +57,7 @@ def prepare(
       InputError: the source or the settings cannot be used, or `out` holds something else.
       RunError: more than 5% of the documents are broken; report.json names them.
     """
-    check_prepare(config)
+    config = read(PrepareConfig, config, "prepare")
     n = config.parts if part is None else part[1]
     wanted = range(1, n + 1) if part is None else [part[0]]
     if not (n >= 1 and all(1 <= k <= n for k in wanted)) or (part is not None and merge):

@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from moma_jax.config import Config, MeshConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, MeshConfig
 from moma_jax.cost import flops_per_token
 from moma_jax.geometry import require_split
 from moma_jax.plan import memory, search

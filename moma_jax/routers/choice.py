@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moma_jax.errors import InputError
+from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import CAUSAL, THRESHOLD, Quota, Routed, Router, Score, Selection
 
@@ -29,11 +30,11 @@ State = dict[str, Any]
 class Choice(Router):
     """Expert choice that keeps running thresholds on the way."""
 
-    jitter: float = 1e-3
+    jitter: float = setting(1e-3, least=0)
     """Size of the fixed tie-breaking term added to logits for ranking only; never in the gate."""
     gumbel: bool = False
     """Gumbel-Sigmoid noise on router scores in training (paper Eq. 5)."""
-    decay: float = 0.98
+    decay: float = setting(0.98, least=0, below=1)
     """Decay per update of the running thresholds, 0 to 1."""
     auxiliary: bool = False
     """Train auxiliary routers (paper section 2.4) beside the model, on stopped gradients; else `moma routers fit`."""

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import Quota, Routed, Router, Score, Selection, take_entering
 from moma_jax.routers.choice import Choice, State, passes_threshold
@@ -20,9 +21,9 @@ from moma_jax.routers.choice import Choice, State, passes_threshold
 class Threshold(Choice):
     """Expert choice for `warmup` updates, then the thresholds that it left, which go on following it."""
 
-    warmup: int = 1000
+    warmup: int = setting(1000, least=1, unit="updates")
     """Updates of expert choice before thresholds decide."""
-    slack: float = 1.25
+    slack: float = setting(1.25, least=1)
     """Slots of an expert over those of expert choice; beyond them the latest positions are dropped."""
 
     exact: ClassVar[bool] = False

@@ -6,10 +6,11 @@ import contextlib
 from typing import Any
 
 from moma_jax.config import Config
-from moma_jax.config_json import differences, from_json
+from moma_jax.config_json import as_recorded, from_json
 from moma_jax.cost import total_steps
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
+from moma_jax.fields import differences
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, records_of
@@ -39,7 +40,7 @@ def require_resumable(config: Config) -> None:
         raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
     else:
         return  # nothing to go on from: the run starts anew
-    changed = differences(began, config)
+    changed = differences(as_recorded(began), as_recorded(config))
     if changed:
         raise InputError(
             f"run.dir: {run.path} holds a run with another config ({'; '.join(changed)}); change it back, or "

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moma_jax.config import Config
-from moma_jax.config_json import MAY_CHANGE, to_json
+from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
+from moma_jax.fields import may_change
 from moma_jax.studies.curves import OVERALL, Curve, Run, smoothed
 from moma_jax.studies.speedup import PowerLaw, Speedup, power_law, speedup
 
+MAY_CHANGE = may_change(Config)
 CAUSAL = ("threshold", "causal")
 """Routings under which a loss is a likelihood: running thresholds, auxiliary routers."""
 SIZES_FOR_A_LAW = 3

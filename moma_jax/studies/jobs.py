@@ -7,11 +7,11 @@ import fcntl
 from dataclasses import dataclass
 from typing import Any
 
-from moma_jax.checks import require
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.cost import total_steps
 from moma_jax.data.directory import Directory
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, require
 from moma_jax.studies.matching import Matched, match_variants
 from moma_jax.studies.study import Study
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moma_jax import recipes
-from moma_jax.checks import require
-from moma_jax.config import Config, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config
 from moma_jax.cost import flops_per_token, parameter_count, total_steps
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, require
 from moma_jax.studies.study import Study, Variant, check_study
 
 HIDDEN_STEP = 8

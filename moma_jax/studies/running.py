@@ -15,9 +15,10 @@ import jax
 
 from moma_jax import hosts
 from moma_jax.config import Config
-from moma_jax.config_json import differences, from_json
+from moma_jax.config_json import from_json
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
+from moma_jax.fields import differences
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import require_resumable
@@ -135,7 +136,7 @@ def _require_same_run(config: Config) -> None:
         before = from_json(written)
         if config.model.dtype == "auto":  # decided when it began, by the hardware
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before.model.dtype))
-        if changed := differences(before, config):
+        if changed := differences(as_recorded(before), as_recorded(config)):
             raise InputError(
                 f"study.dir: {config.run.dir} holds a run with another config ({'; '.join(changed)}); change the study "
                 "back, or give it another dir"

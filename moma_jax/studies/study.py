@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moma_jax.checks import require
 from moma_jax.config import Config
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, require
 
 OWN_FIELDS = (
     "train.seed",

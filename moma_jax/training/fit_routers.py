@@ -16,9 +16,11 @@ import jax
 from jax.sharding import NamedSharding
 
 from moma_jax import hosts
-from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig, RoutersConfig, resolve
-from moma_jax.config_json import to_json
+from moma_jax.checks import resolve
+from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig, RoutersConfig
+from moma_jax.config_json import from_json, to_json
 from moma_jax.errors import InputError
+from moma_jax.fields import differences
 from moma_jax.geometry import micro_groups
 from moma_jax.router import CAUSAL
 from moma_jax.rules import options_of, rule_name
@@ -39,9 +41,6 @@ from moma_jax.training.router_step import (
     routers_record,
 )
 from moma_jax.training.step import Program, TrainState, make_program, replicate
-
-MAY_CHANGE = ("log_every", "checkpoint_every")
-"""Settings of a stage that may differ when it goes on."""
 
 
 def fit_routers(
@@ -158,9 +157,7 @@ def _require_same(directory: RunDir, step: int, model: str, settings: RoutersCon
         )
     if meta.get("model") != model:
         raise InputError(f"{directory.path}: fitted to another model; remove {directory.path} to fit anew")
-    before = meta["config"]["routers"]
-    now = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
-    changed = [f"routers.{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    changed = differences(from_json(meta["config"]).routers, settings, "routers")
     if changed:
         raise InputError(
             f"{directory.path}: fitted by other settings ({'; '.join(changed)}); change them back, or remove "

@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from moma_jax import sharding
-from moma_jax.config import Config, MeshConfig
+from moma_jax.checks import resolve
+from moma_jax.config import Config, MeshConfig, with_router
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
 from moma_jax.geometry import depth_rule
@@ -118,7 +119,7 @@ def load(
     Raises:
       InputError: no such run or checkpoint, or the code of the run's routing rule was not named.
     """
-    config = dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh)
+    config = resolve(dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh))
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         steps = checkpoints.steps()
         step = max(steps, default=None) if step is None else step
@@ -142,11 +143,6 @@ def _recorded_rule(config: Config, meta: dict[str, Any]) -> Router:
     """The routing rule of a checkpoint; before rules were part of the config, a function's name was in its meta."""
     own = meta.get("select", "expert_choice")
     return config.model.router if own == "expert_choice" else Unloaded(own)
-
-
-def with_router(config: Config, router: Router) -> Config:
-    """The config with another routing rule."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, router=router))
 
 
 def with_auxiliary(config: Config) -> Config:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from moma_jax import hosts
-from moma_jax.config import Config, EvalSet, HostsConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, EvalSet, HostsConfig
 from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.stream import require_held_out, vocabulary_of

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from moma_jax import hosts, sharding
-from moma_jax.config import Config, HostsConfig, resolve
-from moma_jax.config_json import differences, from_json, to_json
+from moma_jax.checks import resolve
+from moma_jax.config import Config, HostsConfig
+from moma_jax.config_json import from_json, to_json
 from moma_jax.cost import flops_per_token
 from moma_jax.data.directory import first_line
 from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import Evaluator
+from moma_jax.fields import differences
 from moma_jax.model.decoder import decoder_of, evaluation_decoder, first_routing_state
 from moma_jax.rules import rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
@@ -200,7 +202,7 @@ def _check_options(config: Config, moments: str, perturb: float, perturb_seed: i
 
 def require_growable(seed: Config, config: Config, where: str) -> dict[str, Copied]:
     """What `copied_groups` returns; InputError where the model cannot be made of that of the seed, named by `where`."""
-    changed = [(line.partition(":")[0], line) for line in differences(seed, config)]
+    changed = [(line.partition(":")[0], line) for line in differences(as_recorded(seed), as_recorded(config))]
     wrong = [line for name, line in changed if name.startswith("model.") and name not in MAY_CHANGE]
     if wrong:
         raise InputError(f"{where}: the seed has another model ({'; '.join(wrong)}); leave these as they are there")
@@ -211,7 +213,7 @@ def _require_same_data(seed: Seed, config: Config) -> None:
     """InputError where the position in the data cannot be taken over, with every field that differs."""
     if seed.saved.cursor is None:  # converted, never trained
         return
-    wrong = [line for line in differences(seed.config, config) if line.startswith("data.")]
+    wrong = [line for line in differences(seed.config.data, config.data, "data")]
     if wrong:
         raise InputError(
             f"{seed.run}: its position in the data is kept, so the data must be the same ({'; '.join(wrong)}); leave "

@@ -1,6 +1,7 @@
 """A model to plan for, small enough to compile in seconds."""
 
-from moma_jax.config import Config, DataConfig, MeshConfig, Modality, ModelConfig, TrainConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, DataConfig, MeshConfig, Modality, ModelConfig, TrainConfig
 
 
 def small(ffn: str, mesh: MeshConfig, **train) -> Config:

@@ -7,7 +7,7 @@ import tempfile
 
 import jax
 
-from moma_jax import config as config_lib
+from moma_jax import checks
 from moma_jax.config import (
     Config,
     DataConfig,
@@ -52,4 +52,4 @@ def tiny(directory=None, **fields) -> Config:
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
         )
-    return config_lib.resolve(config)
+    return checks.resolve(config)

@@ -13,7 +13,8 @@ import pytest
 import quick
 
 from moma_jax import sharding
-from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig
 from moma_jax.model import decoder as decoder_lib
 from moma_jax.model.decoder import Decoder, decoder_of
 from moma_jax.model.precision import compute_dtype

@@ -11,7 +11,8 @@ from paths import ROOT
 from test_cli import run
 from tiny import tiny
 
-from moma_jax.config import OptimizerConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import OptimizerConfig
 from moma_jax.cost import flops_per_token, total_steps
 from moma_jax.errors import InputError
 from moma_jax.studies import Study, Upcycled, Variant, load_study, running

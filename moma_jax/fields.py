@@ -1,0 +1,203 @@
+"""The fields of a config: what is true of each, declared where the field is, and the reader that checks them all.
+
+Both work on any dataclass whose fields are numbers, strings, truth values, Literals, tuples, dictionaries by name,
+other such dataclasses, or one of these or None. No JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from moma_jax.errors import InputError
+
+# What is true of a field ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of a field besides its type. Bounds hold for every number in it, items of a tuple included."""
+
+    above: float | None = None
+    """Values are greater."""
+    least: float | None = None
+    """Values are greater or equal."""
+    below: float | None = None
+    """Values are smaller."""
+    most: float | None = None
+    """Values are smaller or equal."""
+    unit: str = ""
+    """What a value counts, in the plural."""
+    example: Any = None
+    """A value that would be right."""
+    opaque: bool = False
+    """Whether any value is taken as it is: its owner checks it."""
+    may_change: bool = False
+    """Whether a run may go on with another value; of a section, with anything else in it."""
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is finite and within the bounds."""
+        return math.isfinite(value) and not (
+            (self.above is not None and value <= self.above)
+            or (self.least is not None and value < self.least)
+            or (self.below is not None and value >= self.below)
+            or (self.most is not None and value > self.most)
+        )
+
+    def refusal(self, value: float) -> str:
+        """What to say of a number that `holds` does not accept."""
+        bounds = {"above": self.above, "at least": self.least, "below": self.below, "at most": self.most}
+        wanted = [f"{word} {bound:.12g}" for word, bound in bounds.items() if bound is not None]
+        if len(wanted) == 1 and self.least is not None:
+            wanted = [f"{self.least:.12g} or more"]
+        if wanted == ["above 0"]:
+            wanted = ["positive"]
+        if len(wanted) < 2 and not math.isfinite(value):
+            wanted.append("finite")
+        example = "" if self.example is None else f", such as {self.example}"
+        return f"must be {' and '.join(wanted)}{example}; is {value} {self.unit}".rstrip()
+
+
+def setting(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **facts: Any) -> Any:
+    """A dataclass field with `Facts` by name; its documentation is the string under it."""
+    known = Facts(**facts)
+    if isinstance(default, (int, float)) and known.holds(default):
+        known = dataclasses.replace(known, example=default)
+    return dataclasses.field(default=default, default_factory=factory, metadata={"facts": known})
+
+
+@functools.cache
+def schema(kind: type) -> dict[str, tuple[Any, Facts]]:
+    """Annotation and facts of every field of a dataclass that its constructor takes, by name."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: (hints[f.name], f.metadata.get("facts", Facts())) for f in dataclasses.fields(kind) if f.init}
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read(kind: Any, value: Any, where: str = "", facts: Facts = Facts()) -> Any:
+    """A value of a recipe, of the command line or of a JSON document as what its annotation says.
+
+    Integers in the place of floats, lists in the place of tuples and NumPy scalars are converted; nothing else is.
+
+    Args:
+      kind: a dataclass, or the annotation of a field.
+      value: an instance or plain values; a dataclass may also come as a dictionary of its fields, or as an instance of
+        a subclass, whose own fields are then checked.
+      where: dotted path of the value, for messages; "" for a whole config.
+      facts: of the field.
+
+    Raises:
+      InputError: the first field of a wrong type, out of range, unknown or missing, by its dotted path.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    value = value.item() if isinstance(value, np.generic) else value
+    if dataclasses.is_dataclass(kind):
+        return _read_section(kind, value, where)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(arguments, value, where, facts)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(read(arguments[0], item, f"{where}.{i}", facts) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict) and all(type(name) is str for name in value):
+        return {name: read(arguments[1], item, f"{where}.{name}", facts) for name, item in value.items()}
+    if origin is Literal and any(type(value) is type(each) and value == each for each in arguments):
+        return value
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if type(value) is kind and (kind not in (int, float) or facts.holds(value)):
+        return value
+    raise InputError(f"{where}: {_refusal(kind, value, facts)}")
+
+
+def _read_section(kind: type, value: Any, where: str) -> Any:
+    if isinstance(value, kind):
+        kind, given = type(value), {name: getattr(value, name) for name in schema(type(value))}
+    elif isinstance(value, dict):
+        given = value
+    else:
+        raise InputError(f"{where or 'config'}: expected an object, {kind.__name__}; found {_shown(value)}")
+    known = schema(kind)
+    for name in given:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(str(name), known, n=1) or known)
+            raise InputError(f"{_path(where, name)}: no such field; {where or 'the config'} has {near}")
+    for field in dataclasses.fields(kind):
+        if field.init and field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{_path(where, field.name)}: is missing, and has no default")
+    values = {}
+    for name, item in given.items():
+        annotation, facts = known[name]
+        values[name] = item if facts.opaque else read(annotation, item, _path(where, name), facts)
+    return kind(**values)
+
+
+def _read_union(kinds: tuple[Any, ...], value: Any, where: str, facts: Facts) -> Any:
+    """By the first alternative that the value is an instance of, or else by the first that there is."""
+    if value is None and type(None) in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    fitting = (kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind))
+    return read(next(fitting, kinds[0]), value, where, facts)
+
+
+def _refusal(kind: Any, value: Any, facts: Facts) -> str:
+    """What to say of a value that is not of a kind, or not within the bounds."""
+    match typing.get_origin(kind):
+        case _ if type(value) is kind:
+            return facts.refusal(value)
+        case typing.Literal:
+            return f"{_shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
+        case origin:
+            names = {tuple: "a list", dict: "an object, values by name"}
+            return f"expected {names.get(origin) or getattr(kind, '__name__', kind)}, found {_shown(value)}"
+
+
+def _path(where: str, name: Any) -> str:
+    return f"{where}.{name}" if where else str(name)
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# What may change when a run goes on -----------------------------------------------------------------------------------
+
+
+def may_change(kind: type, where: str = "") -> set[str]:
+    """Dotted paths of the fields, and of whole sections, with other values of which a run may go on."""
+    paths = set()
+    for name, (annotation, facts) in schema(kind).items():
+        if facts.may_change:
+            paths.add(_path(where, name))
+        elif dataclasses.is_dataclass(annotation):
+            paths |= may_change(annotation, _path(where, name))
+    return paths
+
+
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Fields of two configs, or of two sections at `where`, that forbid going on from the first with the second.
+
+    Returns:
+      Lines such as `data.modalities.1.quota: old -> new`; fields that may change have none.
+    """
+    if before == after:
+        return []
+    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+        pairs = [(str(i), *values) for i, values in enumerate(zip(before, after, strict=True))]
+    elif dataclasses.is_dataclass(before) and type(before) is type(after):
+        fixed = [name for name, (_, facts) in schema(type(before)).items() if not facts.may_change]
+        pairs = [(name, getattr(before, name), getattr(after, name)) for name in fixed]
+    else:
+        shown = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (before, after)]
+        return [f"{where}: {shown[0]} -> {shown[1]}"]
+    return [line for name, *values in pairs for line in differences(*values, _path(where, name))]
