@@ -15,6 +15,7 @@ FLOORS = [
     ["studies", "bench", "plan"],
     ["training", "evaluation", "runs", "generation", "convert", "upcycling"],
     ["recipes"],
+    ["command_line"],
     ["model", "data", "cost"],
     ["config", "config_json", "checks", "batch"],
     ["vocab", "sharding", "hosts", "ffn"],
