@@ -353,8 +353,3 @@ def format_cost(figures: dict[str, Any]) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
-
-
-def print_cost(figures: dict[str, Any]) -> None:
-    """Prints `format_cost`."""
-    print(format_cost(figures), end="")

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import io
 import itertools
 import json
-import re
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
+from moma_jax import command_line, rules
 from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
 from moma_jax.fields import read
+from moma_jax.router import Router
 
-Parsed = TypeVar("Parsed")
+LENGTHS = ("steps", "tokens", "flops")
+"""Fields of `train` of which one says how long a run is."""
+_COUNT = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,37 @@ class ConfigOptions:
     """Options of a command that takes a config: its fields without a prefix, truth values written out."""
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    options: str | None = None
+    """JSON file of fields, nested or dotted ({"train.steps": 100}). What the command line says comes after it; there
+    a field of several parts is given whole as JSON: --data.stores '[]'."""
+
+    def reading(self, words: list[str]) -> tuple[ConfigOptions, list[str]]:
+        """These options after the words that tyro cannot read, and the words that are left for it."""
+        config, words = read_words(self.config, words)
+        rules.require_loaded(config.model.router)
+        return dataclasses.replace(self, config=config), words
+
+
+@dataclass(frozen=True)
+class Recipe(ConfigOptions):
+    """A recipe, whose values are the defaults of the options."""
+
+    recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]] = ""
+    """configs/NAME.py, a config.json, or a run directory."""
+    EXAMPLE: ClassVar[str | None] = "configs/quickstart.py"
+
+    @classmethod
+    def named(cls, path: str | None) -> Recipe:
+        """The recipe at `path`; without one, for the help page, the defaults of every field."""
+        return cls(load(path), recipe=path) if path else cls(Config())
+
+    def resolved(self) -> Config:
+        """The config, its derived fields filled in, checked."""
+        return resolve(self.config)
+
+
+RecipeOption = Annotated[Recipe, tyro.conf.arg(name="", help="")]
+"""What a command takes whose first word is a recipe."""
 
 
 def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
@@ -38,12 +73,16 @@ def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) 
 
     Args:
       path: `configs/NAME.py` with `def config() -> Config`, a config.json, or a run directory that holds one.
-      overrides: fields to replace, as {"model.ffn": "4t4i"} or as on the command line, ["--model.ffn", "4t4i"].
+      overrides: fields to replace, as {"model.ffn": "4t4i", "data.stores": []}, or as on the command line,
+        ["--model.ffn", "4t4i"].
 
     Raises:
       InputError: the recipe is missing or broken, a key is unknown, or the result contradicts itself.
     """
     return resolve(override(load(path), overrides))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def load(path: str | Path) -> Config:
@@ -52,94 +91,175 @@ def load(path: str | Path) -> Config:
     path = path / "config.json" if run else path
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; give a configs/NAME.py, a config.json or a run directory")
-    config = _from_json(path) if path.suffix == ".json" else _from_python(path)
+    config = from_json(_json(path, "the config.json of a run")) if path.suffix == ".json" else _from_python(path)
     if run or config.run.dir is None:  # a run that was moved goes on where it is now
         where = str(path.parent) if run else f"runs/{path.stem}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=where))
     return config
 
 
-def _from_json(path: Path) -> Config:
+def _json(path: str | Path, wanted: str) -> Any:
     try:
-        data = json.loads(path.read_bytes())
+        return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); give the config.json of a run") from error
-    return from_json(data)
+        raise InputError(f"{path}: not JSON ({error}); give {wanted}") from error
 
 
 def _from_python(path: Path) -> Config:
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    """The config of a recipe file, which is run as a module of its own and may import the files beside it."""
+    name = f"moma_jax_recipe_{next(_COUNT)}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise InputError(f"{path}: not a recipe; give a .py file or a config.json")
     module = importlib.util.module_from_spec(spec)
+    beside = str(path.resolve().parent)
+    sys.modules[name] = module  # dataclasses look their module up there
+    sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
         config = module.config()
     except Exception as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(beside)
     if not isinstance(config, Config):
         raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
     return read(Config, config)
 
 
+# Overrides ------------------------------------------------------------------------------------------------------------
+
+
 def override(config: Config, overrides: Mapping[str, Any] | Sequence[str]) -> Config:
     """`config` with fields replaced; see `recipe`."""
     if isinstance(overrides, Mapping):
-        overrides = [word for name, value in overrides.items() for word in (f"--{name}", *_words(value))]
-    return one_length(parse(ConfigOptions, ConfigOptions(config), list(overrides)).config, overrides)
+        return _assigned(_one_length(config, _leaves(overrides)), Config, (), overrides, ())
+    options, words = ConfigOptions(config).reading(list(overrides))
+    return command_line.parse(ConfigOptions, options, words).config
 
 
-def _words(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [str(word) for item in value.items() for word in item]
-    if isinstance(value, (tuple, list)):
-        return [str(word) for word in value]
-    return [str(value)]
+def read_words(config: Config, words: list[str]) -> tuple[Config, list[str]]:
+    """Applies the words that tyro cannot read; the others are returned, options over the new config's values.
+
+    These are `--options FILE`, and fields of several parts that are given whole, as JSON. Of the three fields that say
+    how long training is, the one that is given takes the place of the recipe's.
+    """
+    files, fields, left, rest = [], {}, [], list(words)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        value = value if equals else next(iter(rest), "")
+        if option != "--options" and not _given_whole(config, option, value):
+            left.append(word)
+            continue
+        if not value:
+            raise InputError(f"{option}: a value is missing; give a JSON file or the field as JSON, such as '[]'")
+        if not equals:
+            del rest[0]
+        if option == "--options":
+            files.append(_options_file(value))
+        else:
+            fields[option[2:]] = _json_value(option, value)
+    for layer in (*files, fields):
+        config = override(config, layer)
+    return _one_length(config, {word.partition("=")[0][2:] for word in left}), left
 
 
-def one_length(config: Config, overrides: Sequence[str]) -> Config:
-    """Training length is one of three fields: an override of one clears what the recipe gave in another."""
-    names = ("steps", "tokens", "flops")
-    given = [name for name in names if any(word.split("=")[0] == f"--train.{name}" for word in overrides)]
+def _options_file(path: str) -> dict[str, Any]:
+    layer = _json(path, 'an object of fields, such as {"train.steps": 100}')
+    if not isinstance(layer, dict):
+        raise InputError(f'{path}: not a JSON object; give one of fields, such as {{"train.steps": 100}}')
+    return layer
+
+
+def _json_value(option: str, text: str) -> Any:
+    if option == "--model.router" and not text.startswith("{"):
+        return text  # the name of a rule
+    try:
+        return json.loads("null" if text == "None" else text)
+    except ValueError as error:
+        raise InputError(f"{option}: {text!r} is not JSON; give the whole field, such as '[]'") from error
+
+
+def _given_whole(config: Config, option: str, value: str) -> bool:
+    """Whether a word names a field of several parts, which tyro has no option for."""
+    part = (config, Config)
+    for name in option.removeprefix("--").split("."):
+        part = part and _part(*part, name)
+    if not option.startswith("--") or part is None:
+        return False
+    kinds = list(_kinds(part[1]))
+    listed = any(typing.get_origin(kind) in (tuple, dict) for kind in kinds)
+    return any(map(dataclasses.is_dataclass, kinds)) or (listed and value.startswith(("[", "{")))
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """A type and those that it is made of."""
+    yield kind
+    for inner in typing.get_args(kind):
+        yield from _kinds(inner)
+
+
+def _part(value: Any, kind: Any, name: str) -> tuple[Any, Any] | None:
+    """A field of a dataclass or an item of a tuple, and its type; None where there is none of that name."""
+    if dataclasses.is_dataclass(value):
+        field = name.replace("-", "_")
+        known = field in (each.name for each in dataclasses.fields(value))
+        return (getattr(value, field), typing.get_type_hints(type(value))[field]) if known else None
+    if isinstance(value, tuple) and name.isdecimal() and int(name) < len(value):
+        items = next(inner for inner in _kinds(kind) if typing.get_origin(inner) is tuple)
+        return value[int(name)], typing.get_args(items)[0]
+    return None
+
+
+def _assigned(value: Any, kind: Any, names: Sequence[str], new: Any, path: tuple[str, ...]) -> Any:
+    """`value`, of type `kind`, with `new` for the part that `names` lead to; the fields of a dataclass are merged."""
+    if names:
+        part = _part(value, kind, names[0])
+        if part is None:
+            raise InputError(_unknown(value, (*path, names[0])))
+        part = _assigned(*part, names[1:], new, (*path, names[0]))
+        if isinstance(value, tuple):
+            return (*value[: int(names[0])], part, *value[int(names[0]) + 1 :])
+        return dataclasses.replace(value, **{names[0].replace("-", "_"): part})
+    if isinstance(value, Router) and not isinstance(new, Mapping):
+        return rules.switched(value, rules.as_rule(new))
+    if dataclasses.is_dataclass(value) and isinstance(new, Mapping):
+        for name, item in new.items():
+            value = _assigned(value, kind, str(name).split("."), item, path)
+        return value
+    return read(kind, _plain(new), ".".join(path))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would have it."""
+    match value:
+        case os.PathLike():
+            return os.fspath(value)
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _unknown(value: Any, path: tuple[str, ...]) -> str:
+    known = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    near = difflib.get_close_matches(path[-1].replace("-", "_"), known, n=1)
+    remedy = f"did you mean {'.'.join((*path[:-1], *near))}?" if near else f"known are {', '.join(known) or 'none'}"
+    return f"{'.'.join(path)}: no such field; {remedy}"
+
+
+def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values."""
+    for name, value in fields.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+
+
+def _one_length(config: Config, names: Iterable[str]) -> Config:
+    """Training length is one of three fields: giving one clears what the recipe gave in another."""
+    given = {f"train.{length}" for length in LENGTHS} & set(names)
     if len(given) != 1:
         return config
-    cleared = {name: None for name in names if name != given[0]}
+    cleared = {length: None for length in LENGTHS if f"train.{length}" not in given}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **cleared))
-
-
-def parse(kind: type[Parsed], default: Parsed | None, words: list[str], program: str = "moma") -> Parsed:
-    """Command-line words read into a dataclass by tyro; raises InputError with one line instead of printing a page."""
-    complaint = io.StringIO()
-    flags = (tyro.conf.AvoidSubcommands,)
-    if "--help" in words or "-h" in words:
-        tyro.cli(kind, default=default, args=["--help"], prog=program, config=flags)
-    try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            return tyro.cli(kind, default=default, args=words, prog=program, config=flags)
-    except SystemExit:
-        raise InputError(_one_line(complaint.getvalue(), kind, default, program)) from None
-
-
-def _one_line(page: str, kind: type, default: Any, program: str) -> str:
-    """The complaint of tyro's boxed error page, with the nearest option where one was misspelt."""
-    frame = "│╭╮╰╯─ "
-    lines = [line.strip(frame) if line.strip(frame + "-") else "" for line in page.splitlines()]
-    help_starts = ("Available subcommands", "Perhaps you meant", "Argument helptext", "For full helptext")
-    body = filter(None, lines[1:])  # the first line is the box's title
-    message = " ".join(itertools.takewhile(lambda line: not line.startswith(help_starts), body))
-    misspelt = re.findall(r"--[a-z][\w.-]*", message)
-    if "nrecognized" not in message or not misspelt:
-        return message or f"cannot read the command line; see {program} --help"
-    near = difflib.get_close_matches(misspelt[0].replace("_", "-"), _flags(default), n=1)
-    return f"{misspelt[0]}: no such option" + (f"; did you mean {near[0]}?" if near else f"; see {program} --help")
-
-
-def _flags(value: Any, prefix: str = "--") -> list[str]:
-    """Every option that a dataclass instance offers."""
-    names = []
-    for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
-        inner = getattr(value, field.name)
-        path = prefix + ("" if isinstance(inner, Config) else field.name.replace("_", "-"))
-        names.append(path)
-        names += _flags(inner, prefix if isinstance(inner, Config) else f"{path}.")
-    return names

@@ -112,6 +112,18 @@ def _of_file(path: str) -> Any:
     return module
 
 
+def switched(before: Router, rule: Router) -> Router:
+    """The rule in the place of another, whose options of the same names it takes over."""
+    if isinstance(before, Unloaded) and _named_as(before.name, rule):
+        return bind(before, rule)
+    if type(before) is type(rule):
+        return before if rule == type(rule)() else rule
+    if isinstance(rule, (Function, Unloaded)) or rule != type(rule)():
+        return rule
+    own = options_of(rule)
+    return dataclasses.replace(rule, **{name: value for name, value in options_of(before).items() if name in own})
+
+
 # Rules in config.json -------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +174,7 @@ def bind(router: Router, named: Any) -> Router:
         if rule_name(router) != rule_name(chosen):
             raise InputError(f"router: the run was trained with {rule_name(router)}, not {rule_name(chosen)}")
         return router
-    if rule_name(chosen) != router.name and not rule_name(chosen).endswith(f":{router.name}"):
+    if not _named_as(router.name, chosen):
         raise InputError(f"router: the run was trained with {router.name}, not {rule_name(chosen)}; name that one")
     if isinstance(chosen, Function):
         return chosen
@@ -172,11 +184,16 @@ def bind(router: Router, named: Any) -> Router:
         raise InputError(f"router: {router.name} no longer takes the run's options ({error})") from error
 
 
+def _named_as(recorded: str, rule: Router) -> bool:
+    """Whether a rule is the one of a record; before format 2 those were names of functions alone."""
+    return rule_name(rule) == recorded or rule_name(rule).endswith(f":{recorded}")
+
+
 def require_loaded(router: Router) -> Router:
     """The rule itself; InputError where its code was not run."""
     if isinstance(router, Unloaded):
         raise InputError(
             f"router: the config names the routing rule {router.name}, whose code is not part of moma_jax and is not "
-            f"run for that; name it yourself: --router {router.name} (in Python router={router.name!r})"
+            f"run for that; name it yourself: --router, or for a recipe --model.router, {router.name} (in Python router={router.name!r})"
         )
     return router

@@ -17,6 +17,7 @@ FLOORS = [
     ["plan", "convert", "upcycling"],
     ["training", "evaluation", "runs", "generation"],
     ["recipes"],
+    ["command_line"],
     ["model", "data", "cost"],
     ["config_json"],
     ["checks", "batch"],

@@ -8,7 +8,7 @@ the median. Compilation and first calls are not timed. Ratios travel; absolute f
 from moma_jax.bench.data import bench_data
 from moma_jax.bench.ffn import bench_ffn
 from moma_jax.bench.generate import bench_generate
-from moma_jax.bench.report import format_bench, print_bench
+from moma_jax.bench.report import format_bench
 from moma_jax.bench.step import bench_step
 
-__all__ = ["bench_data", "bench_ffn", "bench_generate", "bench_step", "format_bench", "print_bench"]
+__all__ = ["bench_data", "bench_ffn", "bench_generate", "bench_step", "format_bench"]

@@ -8,11 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_bench(result: dict[str, Any]) -> None:
-    """Prints `format_bench`."""
-    print(format_bench(result), end="")
-
-
 def format_bench(result: dict[str, Any]) -> str:
     """What `bench_step`, `bench_data`, `bench_ffn` or `bench_generate` returned, as tables for the terminal."""
     match result["bench"]:

@@ -1,4 +1,4 @@
-"""`moma generate`: text to the terminal as it comes, pictures as files, and a record of how they came about."""
+"""Write text and draw pictures after a prompt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tensorstore as ts
 import tyro
 from PIL import Image
 
+from moma_jax import generation
+from moma_jax.commands import Run
 from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
-from moma_jax.generation.generate import causal_routing, generate, generator_of, settings_of
+from moma_jax.generation.generate import causal_routing, generator_of, settings_of
 from moma_jax.generation.output import Output, enlarged, half_blocks
 from moma_jax.generation.sampling import Guidance, Sampling
 from moma_jax.runs.directory import commit, versions
@@ -50,15 +52,8 @@ Repeated = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 
 @dataclass(frozen=True)
 class Generate:
-    """Write text and draw pictures with a trained run, `moma generate RUN --prompt "a red circle" --out DIR`.
+    """What is written, how, and where to."""
 
-    Pictures and text stand in any order: each <image> in --prompt is the place of an --image, in the order given. Where
-    there are more of them than places, the first ones come before the text. Several prompts are written side by side;
-    then every --image needs a place. DIR receives pictures as 000-0.png (prompt, picture) and generation.json.
-    """
-
-    run: tyro.conf.Positional[str]
-    """Run directory."""
     out: str
     """Directory of the pictures and the record, new or empty: local, gs:// or s3://."""
     prompt: Repeated = ()
@@ -91,8 +86,18 @@ class Generate:
     """Enlargement of the picture files, to 8192 pixels a side at most; to at least 128 where None."""
 
 
-def run(options: Generate) -> dict[str, Any]:
-    """`moma generate`; returns what generation.json holds.
+def generate(run: Run, options: Annotated[Generate, tyro.conf.arg(name="", help="")]) -> dict[str, Any]:
+    """Write text and draw pictures with a trained run, `moma generate RUN --prompt "a red circle" --out DIR`.
+
+    Pictures and text stand in any order: each <image> in --prompt is the place of an --image, in the order given. Where
+    there are more of them than places, the first ones come before the text. Several prompts are written side by side;
+    then every --image needs a place. DIR receives pictures as 000-0.png (prompt, picture) and generation.json.
+
+    Args:
+      run: Run directory.
+
+    Returns:
+      What generation.json holds.
 
     Raises:
       InputError: the run, the prompts or the directory do not allow it; nothing was written.
@@ -120,7 +125,7 @@ def run(options: Generate) -> dict[str, Any]:
     }
     with _complaints_of_options(settings), _held(options.out) as home:
         settings_of(settings)  # complains before a model is loaded
-        loaded = load(options.run, step=options.step)
+        loaded = load(run, step=options.step)
         settings["routing"] = options.routing or causal_routing(loaded)
         codec = generator_of(loaded).language.image
         if options.scale is not None and codec is not None and options.scale * codec.side > MOST_SIDE:
@@ -129,9 +134,9 @@ def run(options: Generate) -> dict[str, Any]:
             )
         terminal = _Terminal(stream=len(prompts) == 1)
         told = {"on_text": lambda _, text: terminal.text(text), "on_image": lambda _, it: terminal.picture(it)}
-        outputs = generate(loaded, prompts, **told, **settings)
+        outputs = generation.generate(loaded, prompts, **told, **settings)
         terminal.finish(outputs)
-        return write(home, prompts, outputs, _origin(options.run, loaded.step, settings), options.scale)
+        return write(home, prompts, outputs, _origin(run, loaded.step, settings), options.scale)
 
 
 def _origin(run: str, step: int, settings: dict[str, Any]) -> dict[str, Any]:

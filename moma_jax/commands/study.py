@@ -1,4 +1,4 @@
-"""`moma study`: what is to be run, how far it is, running it, and the report."""
+"""Compare architectures at equal FLOPs on equal data."""
 
 from __future__ import annotations
 
@@ -7,29 +7,23 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from moma_jax import recipes
 from moma_jax.errors import require
 from moma_jax.studies.jobs import chosen, jobs, state
 from moma_jax.studies.matching import match_rows, match_variants
 from moma_jax.studies.study import Study, load_study
 
-PROGRAM = "moma study"
 INDEX_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 """Where Slurm and Kubernetes say which task of an array job this is."""
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Compare architectures at equal FLOPs on equal data, `moma study configs/studies/ffn.py`: train every run that is
-    not complete, one after the other. The same command again goes on; several at once share the work.
-    """
+    """What is to be done with a study."""
 
-    study: tyro.conf.Positional[str]
-    """Study file, with `def study() -> Study`."""
     index: int | None = None
     """Train this run alone, numbered from 0 as --list does; SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX where None. The
     tasks of such an array are then runs of their own; say it where they are the hosts of one run."""
@@ -48,15 +42,22 @@ class StudyOptions:
     """Directory of the runs, instead of the study's own."""
 
 
-def run(words: list[str]) -> None:
-    """Runs the words after `moma study`."""
-    options = recipes.parse(StudyOptions, None, words, PROGRAM)
+def study(
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="STUDY")]],
+    options: Annotated[StudyOptions, tyro.conf.arg(name="", help="")] = StudyOptions(),
+) -> None:
+    """Compare architectures at equal FLOPs on equal data, `moma study configs/studies/ffn.py`: train every run that is
+    not complete, one after the other. The same command again goes on; several at once share the work.
+
+    Args:
+      path: Study file, with `def study() -> Study`.
+    """
     _check(options)
-    study = load_study(options.study)
+    study = load_study(path)
     if options.dir is not None:
         study = dataclasses.replace(study, dir=options.dir)
     if options.report:
-        return _report(study, options)
+        return _report(study, path, options)
     variable = _index_variable() if options.index is None and not options.list else None
     if variable == "JOB_COMPLETION_INDEX":  # which else says that the pods of a Job are the hosts of one run
         alone = dataclasses.replace(study.base.hosts, start="off")
@@ -95,20 +96,20 @@ def _index(variable: str) -> int:
     return int(text)
 
 
-def _report(study: Study, options: StudyOptions) -> None:
+def _report(study: Study, path: str, options: StudyOptions) -> None:
     from moma_jax.runs.journal import finite
     from moma_jax.studies.report import write_report
 
     added = {}
     for word in options.add:
-        name, _, path = word.partition("=")
+        name, _, runs = word.partition("=")
         require(
-            name and all(path.split(",")),
+            name and all(runs.split(",")),
             f"--add: {word!r} is not NAME=PATH or NAME=PATH,PATH, such as outside=runs/elsewhere",
         )
         require(name not in added, f"--add: two runs have the name {name}; rename one")
-        added[name] = path
-    out = options.out or f"{study.dir.rstrip('/')}/report-{Path(options.study).stem}"
+        added[name] = runs
+    out = options.out or f"{study.dir.rstrip('/')}/report-{Path(path).stem}"
     result = write_report(study, out, added)
     if options.json:
         print(json.dumps(finite(result), allow_nan=False))

@@ -1,8 +1,8 @@
 """Tasks of EleutherAI's lm-evaluation-harness on a trained run, under a causal routing (extra `evals`).
 
-    python -m moma_jax.evaluation.harness RUN --tasks boolq piqa --routing causal --out results.json
-    python -m moma_jax.evaluation.harness RUN --tasks paper            # the paper's eight zero-shot text tasks
-    python -m moma_jax.evaluation.harness RUN --tasks my_tasks/        # a folder of task files, on data of one's own
+    moma eval RUN --tasks boolq piqa --routing causal --out results.json
+    moma eval RUN --tasks paper            # the paper's eight zero-shot text tasks
+    moma eval RUN --tasks my_tasks/        # a folder of task files, on data of one's own
 
 Task data come from where the task's file says, mostly the Hugging Face hub. From Python: `evaluate_tasks`, or hand a
 `MomaLM` to `lm_eval.simple_evaluate(model=...)`, whose other options then all work.
@@ -18,23 +18,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.scoring import Scorer
 from moma_jax.generation import Sampling, generate_ids
 from moma_jax.generation.prompts import language_of
-from moma_jax.recipes import parse
 from moma_jax.training.load import Loaded, load
 
-NEEDED = "moma_jax.evaluation.harness needs the lm-evaluation-harness; pip install 'moma_jax[evals]'"
 try:
     import lm_eval
     from lm_eval.api.model import LM
@@ -42,10 +37,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_table
     from tqdm import tqdm
 except ImportError as error:
-    if __name__ == "__main__":
-        print(f"moma: {NEEDED}", file=sys.stderr)
-        sys.exit(2)
-    raise ImportError(NEEDED) from error
+    raise ImportError("--tasks needs the lm-evaluation-harness; pip install 'moma_jax[evals]'") from error
 
 PAPER_TASKS = (
     "boolq",
@@ -268,67 +260,59 @@ def evaluate_tasks(model: MomaLM, tasks: Sequence[str], **options: Any) -> dict[
         raise InputError(f"--tasks: the data of {', '.join(names)} cannot be had: {reason}") from error
 
 
-@dataclass(frozen=True)
-class Options:
-    """Tasks of the lm-evaluation-harness on a run, under a causal routing."""
+def run_tasks(
+    run: str,
+    tasks: Sequence[str],
+    routing: str = "causal",
+    *,
+    batch_size: int = 8,
+    step: int | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    samples: bool = False,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Runs tasks on a run, and writes the results to the new file `out`, whole or not at all.
 
-    run: tyro.conf.Positional[str]
-    """Run directory."""
-    tasks: tuple[str, ...]
-    """Names of tasks, also joined by commas; "paper" for the paper's eight; or folders of task files."""
-    routing: str = "causal"
-    """causal (auxiliary routers) or threshold."""
-    batch_size: int = 8
-    """Documents at a time."""
-    step: int | None = None
-    """Which checkpoint; the newest where None."""
-    num_fewshot: int | None = None
-    """Examples in the context; what the task says where None."""
-    limit: int | None = None
-    """Only the first documents of each task, for a trial."""
-    samples: bool = False
-    """Write every document's answers to --out too."""
-    out: str | None = None
-    """New file for the results, JSON."""
+    Args:
+      tasks: as of `evaluate_tasks`; names may be joined by commas.
+      samples: whether every document's answers are among the results. The others: as of `MomaLM` and `evaluate_tasks`.
 
+    Returns:
+      What `evaluate_tasks` returns.
 
-def main(words: list[str] | None = None) -> None:
-    """The command: exits with 2 and one line where the input is at fault, with 1 where the run is."""
+    Raises:
+      InputError: as these, or `out` cannot be written. RunError: what the harness says of its tasks and their data.
+    """
+    path = None if out is None else Path(out)
+    if path is not None:
+        _require_free(path)
+    names = [name for task in tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
     try:
-        _run(parse(Options, None, sys.argv[1:] if words is None else words, "python -m moma_jax.evaluation.harness"))
-    except InputError as error:
-        _exit(error, 2)
-    except RunError as error:
-        _exit(error, 1)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
-    except (ValueError, RuntimeError) as error:  # what the harness says of its tasks and their data
-        _exit(f"{type(error).__name__}: {error}", 1)
-
-
-def _exit(message: object, code: int) -> None:
-    print(f"moma: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def _run(options: Options) -> None:
-    """Evaluates, writes --out whole or not at all, prints."""
-    out = None if options.out is None else Path(options.out)
-    if out is not None:
-        _require_free(out)
-    tasks = [name for task in options.tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
-    model = MomaLM(options.run, options.routing, options.batch_size, options.step)
-    limits = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.samples}
-    results = evaluate_tasks(model, tasks, **limits)
-    if out is not None:
-        content = json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False)
-        partial = out.with_name(f".{out.name}.writing")
+        model = MomaLM(run, routing, batch_size, step)
+        results = evaluate_tasks(model, names, num_fewshot=num_fewshot, limit=limit, log_samples=samples)
+    except (InputError, RunError):
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"{type(error).__name__}: {error}") from error
+    if path is not None:
+        partial = path.with_name(f".{path.name}.writing")
         try:
-            partial.write_text(content + "\n", encoding="utf-8")
-            partial.replace(out)
+            partial.write_text(as_json(results, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
         except OSError as error:
-            raise InputError(f"--out: {out}: cannot be written: {error.strerror}") from error
-    print(make_table(results))
+            raise InputError(f"--out: {path}: cannot be written: {error.strerror}") from error
+    return results
+
+
+def as_json(results: dict[str, Any], indent: int | None = None) -> str:
+    """Results of the harness as JSON."""
+    return json.dumps(results, indent=indent, default=handle_non_serializable, ensure_ascii=False)
+
+
+def as_table(results: dict[str, Any]) -> str:
+    """Results of the harness as it prints them."""
+    return make_table(results)
 
 
 def _require_free(out: Path) -> None:
@@ -339,7 +323,3 @@ def _require_free(out: Path) -> None:
         raise InputError(f"--out: {out} is {'a folder' if out.is_dir() else 'there already'}; name a new file")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise InputError(f"--out: {out.parent} cannot be written to; choose another folder")
-
-
-if __name__ == "__main__":
-    main()

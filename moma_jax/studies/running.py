@@ -15,7 +15,7 @@ import jax
 
 from moma_jax import hosts
 from moma_jax.config import Config
-from moma_jax.config_json import from_json
+from moma_jax.config_json import as_recorded, from_json
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
 from moma_jax.fields import differences
@@ -141,7 +141,7 @@ def _require_same_run(config: Config) -> None:
                 f"study.dir: {config.run.dir} holds a run with another config ({'; '.join(changed)}); change the study "
                 "back, or give it another dir"
             )
-    require_resumable(config, None)
+    require_resumable(config)
 
 
 def _require_upcycled(job: Job) -> None:

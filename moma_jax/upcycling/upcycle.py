@@ -15,7 +15,7 @@ from typing import Any
 from moma_jax import hosts, sharding
 from moma_jax.checks import resolve
 from moma_jax.config import Config, HostsConfig
-from moma_jax.config_json import from_json, to_json
+from moma_jax.config_json import as_recorded, from_json, to_json
 from moma_jax.cost import flops_per_token
 from moma_jax.data.directory import first_line
 from moma_jax.data.stream import require_held_out, vocabulary_of

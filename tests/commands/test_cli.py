@@ -4,13 +4,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
 
 import moma_jax
-from moma_jax import recipes
-from moma_jax.__main__ import COMMANDS, main
+from moma_jax import commands, recipes
+from moma_jax.__main__ import main
+from moma_jax.commands import COMMANDS
 from moma_jax.errors import InputError
 
 CONFIGS = ROOT / "configs"
@@ -51,7 +53,8 @@ def test_every_recipe_resolves(name):
         (["eval", "nowhere"], "nowhere"),
         (["prepare", "scenes"], "--out"),
         (["prepare", "scenes", "--out", "x", "--part", "3/2"], "'3/2' is not K/N"),
-        (["bench"], "say what to measure"),
+        (["bench"], "moma bench: expected one of {step, generate, data, ffn}"),
+        (["bench", "stop"], "stop: no such command; moma bench has step, generate, data, ffn"),
         (["frain"], "frain: no such command"),
     ],
 )
@@ -63,14 +66,32 @@ def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, words, 
     assert not list(tmp_path.iterdir()), "nothing is half-written"
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench step", "bench data", "bench ffn"])
-def test_help_is_made_from_the_dataclasses(capsys, command):
-    if command == "bench":
-        return
+@pytest.mark.parametrize("command", [*COMMANDS, "bench step", "bench data", "bench ffn", "routers fit", "fit-routers"])
+def test_every_command_explains_its_options(capsys, command):
     code, out, _ = run(capsys, *command.split(), "--help")
-    assert code == 0 and "usage: moma" in out
-    if command in ("train", "cost", "bench step"):
-        assert "--train.checkpoint-every" in out and "Steps between checkpoints" in out
+    assert code == 0 and f"usage: moma {command.replace('fit-routers', 'routers fit')}" in out
+    if command in ("train", "cost", "plan", "upcycle", "bench step"):
+        assert "--train.checkpoint-every" in out and "Steps between checkpoints" in out and "--options" in out
+
+
+def test_the_page_of_all_commands_fits_a_screen(capsys):
+    assert {path.stem for path in Path(commands.__file__).parent.glob("*.py")} == {*COMMANDS, "__init__"}
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and run(capsys)[1] == out and len(out.splitlines()) < 24
+    assert [name for line in out.splitlines() for name in line.split()[1:2] if name in COMMANDS] == list(COMMANDS)
+
+
+def test_what_needs_no_jax_starts_without_it():
+    words = [["--help"], ["cost", str(CONFIGS / "quickstart.py")], ["recipes", str(CONFIGS)], ["train", "--help"]]
+    code = f"""
+import contextlib, sys
+from moma_jax.__main__ import main
+for words in {words}:
+    with contextlib.suppress(SystemExit):
+        main(words)
+assert "jax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_help_shows_the_recipes_own_values(capsys):

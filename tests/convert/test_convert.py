@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 from moma_jax import prepare, recipe, train  # noqa: E402
-from moma_jax.__main__ import run_command  # noqa: E402
+from moma_jax.commands import run as run_command  # noqa: E402
 from moma_jax.config import PrepareConfig, StoreConfig  # noqa: E402
 from moma_jax.config_json import to_json  # noqa: E402
 from moma_jax.convert import from_chameleon, to_chameleon  # noqa: E402
@@ -269,10 +269,8 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert "go on with: moma upcycle run --model.ffn 4t4i --data.stores.0.path STORE" in capsys.readouterr().out
     run_command(["convert", "to-chameleon", "run", "--out", "back", "--like", str(folder), "--dtype", "float32"])
     assert "step 0 of run in float32" in capsys.readouterr().out
-    run_command(["convert", "--help"])
-    assert "to-chameleon RUN --out DIR" in capsys.readouterr().out
     for words in ([], ["to-llama"]):
-        with pytest.raises(InputError, match="say from-chameleon DIR --out RUN"):
+        with pytest.raises(InputError, match="moma convert.*from-chameleon, to-chameleon"):
             run_command(["convert", *words])
     with pytest.raises(InputError, match="--out"):
         run_command(["convert", "from-chameleon", str(folder)])

@@ -20,16 +20,22 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (e
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from moma_jax import load, prepare, train  # noqa: E402
+from moma_jax.__main__ import main  # noqa: E402
 from moma_jax.config import Modality, PrepareConfig, StoreConfig  # noqa: E402
 from moma_jax.errors import InputError, RunError  # noqa: E402
 from moma_jax.evaluation import harness as evals  # noqa: E402
-from moma_jax.evaluation.harness import PAPER_TASKS, MomaLM, Wish, evaluate_tasks, main, wish_of  # noqa: E402
+from moma_jax.evaluation.harness import PAPER_TASKS, MomaLM, Wish, evaluate_tasks, wish_of  # noqa: E402
 from moma_jax.generation import Sampling  # noqa: E402
 from moma_jax.generation.prompts import writable_text  # noqa: E402
 from moma_jax.model.decoder import decoder_of  # noqa: E402
 
 SEQUENCE = 32
 LONG = "a red circle above a blue square, and a green star left of it; below them nothing at all"
+
+
+def moma_eval(*words):
+    """Runs `moma eval words...`."""
+    main(["eval", *words])
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +271,7 @@ def test_the_command_writes_what_it_prints(run, tasks, tmp_path, capsys):
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "choice.yaml").write_text((tasks[0] / "multiple_choice.yaml").read_text())
-    main([run, "--tasks", str(folder), "--out", str(out), "--limit", "2"])
+    moma_eval(run, "--tasks", str(folder), "--out", str(out), "--limit", "2")
     written = json.loads(out.read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "tasks"]
     assert "tiny_multiple_choice" in capsys.readouterr().out
@@ -278,7 +284,7 @@ def test_results_that_are_there_are_not_overwritten(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(evals, "MomaLM", lambda *rest: pytest.fail("the model was loaded"))
     for out, message in (("old.json", "is there already"), ("", "is a folder")):
         with pytest.raises(SystemExit) as stopped:
-            main(["RUN", "--tasks", "piqa", "--out", str(tmp_path / out)])
+            moma_eval("RUN", "--tasks", "piqa", "--out", str(tmp_path / out))
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert (tmp_path / "old.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
@@ -290,7 +296,7 @@ def test_tasks_may_be_joined_by_commas(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evals, "MomaLM", lambda *rest: None)
     monkeypatch.setattr(evals, "evaluate_tasks", lambda model, tasks, **options: seen.append(tasks))
     monkeypatch.setattr(evals, "make_table", str)
-    main(["RUN", "--tasks", "piqa,boolq", "a,b", "paper"])
+    moma_eval("RUN", "--tasks", "piqa,boolq", "a,b", "paper")
     assert seen == [["piqa", "boolq", "a,b", "paper"]]
 
 
@@ -310,7 +316,7 @@ def test_what_goes_wrong_later_is_one_line_too(tmp_path, monkeypatch, capsys, er
     monkeypatch.setattr(evals, "MomaLM", lambda *rest: None)
     monkeypatch.setattr(evals, "evaluate_tasks", fail)
     with pytest.raises(SystemExit) as stopped:
-        main(["RUN", "--tasks", "piqa", "--out", str(tmp_path / "out.json")])
+        moma_eval("RUN", "--tasks", "piqa", "--out", str(tmp_path / "out.json"))
     assert stopped.value.code == code and capsys.readouterr().err == message + "\n"
     assert not list(tmp_path.iterdir())
 
@@ -329,7 +335,7 @@ def test_what_goes_wrong_later_is_one_line_too(tmp_path, monkeypatch, capsys, er
 def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main([run if word == "RUN" else word for word in words])
+        moma_eval(*[run if word == "RUN" else word for word in words])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and message in err.splitlines()[-1] and err.splitlines()[-1].startswith("moma: ")
 
@@ -347,7 +353,7 @@ def test_the_harness_knows_the_papers_tasks():
 
 
 def test_without_the_harness_one_line_says_what_to_install():
-    code = "import sys; sys.modules['lm_eval'] = None; sys.argv = ['x']\nimport runpy\n"
-    code += "runpy.run_module('moma_jax.evaluation.harness', run_name='__main__')"
+    code = "import sys; sys.modules['lm_eval'] = None; from moma_jax.__main__ import main\n"
+    code += "main(['eval', 'RUN', '--tasks', 'piqa'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install 'moma_jax[evals]'" in done.stderr

@@ -17,7 +17,7 @@ from moma_jax.data.store import open_store
 from moma_jax.errors import InputError, RunError
 from moma_jax.generation import Guidance, Sampling, generate, generate_ids
 from moma_jax.generation import decoding as writing_module
-from moma_jax.generation import generate as run_module
+from moma_jax.generation.generate import Generator
 from moma_jax.generation.prompts import encode_prompt, language_of, writable_text
 from moma_jax.vocab import contiguous
 
@@ -46,7 +46,7 @@ def loaded(store, monkeypatch):
         hashes=opened.codecs.hashes,
         model=scripted.make(opened.vocabulary.size),
     )
-    monkeypatch.setattr(run_module.Generator, "model", lambda self, routing: self._loaded.model)
+    monkeypatch.setattr(Generator, "model", lambda self, routing: self._loaded.model)
     return standin
 
 

@@ -11,7 +11,7 @@ import scripted
 from PIL import Image
 from test_generate import loaded, picture, store  # noqa: F401  (fixtures)
 
-from moma_jax import recipes
+from moma_jax import commands
 from moma_jax.commands import generate as command
 from moma_jax.commands.generate import Generate, arranged
 from moma_jax.data.directory import Directory
@@ -27,7 +27,7 @@ def moma(loaded, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(command, "load", lambda run, step=None: loaded)
 
     def words(*rest):
-        return command.run(recipes.parse(Generate, None, ["runs/r", *map(str, rest)], "moma generate"))
+        return commands.run(["generate", "runs/r", *map(str, rest)])
 
     return words
 
@@ -238,8 +238,8 @@ def test_a_pipe_has_a_new_line_where_a_picture_stood(monkeypatch, capsys):
 
 def test_every_option_is_explained(capsys):
     with pytest.raises(SystemExit):
-        recipes.parse(Generate, None, ["--help"], "moma generate")
+        commands.run(["generate", "--help"])
     page = capsys.readouterr().out
     for field in dataclasses.fields(Generate):
-        assert field.name.replace("_", "-") in page or field.name == "run"
+        assert field.name.replace("_", "-") in page
     assert "--guidance.text" in page and "<image>" in page

@@ -102,7 +102,7 @@ def test_what_cannot_be_matched_is_refused():
         ({"data.sequence": 32}, "data differs from that of dense"),
         ({"train.batch_rows": 4}, "train.batch_rows differs"),
         ({"train.eval-every": 1}, "train.eval_every differs"),
-        ({"model.fnn": "8x"}, "other: --model.fnn: no such option; did you mean --model.ffn"),
+        ({"model.fnn": "8x"}, "other: model.fnn: no such field; did you mean model.ffn"),
         ({"model.heads": 3}, "other: model.heads: 3 heads do not divide"),
     ],
 )
@@ -286,7 +286,7 @@ def test_the_index_of_an_array_job(study_file, monkeypatch, capsys, words, envir
         (["--report", "--add", "runs/a"], None, "--add: 'runs/a' is not NAME=PATH"),
         (["--report", "--add", "a=b,"], None, "--add: 'a=b,' is not NAME=PATH or NAME=PATH,PATH"),
         (["--report", "--add", "a=b", "a=c"], None, "--add: two runs have the name a"),
-        (["--lits"], None, "--lits: no such option; see moma study --help"),
+        (["--lits"], None, "--lits: no such option; did you mean --list"),
     ],
 )
 def test_bad_words_are_one_line(study_file, monkeypatch, capsys, words, variable, message):

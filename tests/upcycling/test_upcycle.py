@@ -16,8 +16,7 @@ from test_loop import changed_batches, parameters, records
 from tiny import MODALITIES, tiny
 
 import moma_jax
-from moma_jax import sharding
-from moma_jax.commands.upcycle import run as command
+from moma_jax import commands, sharding
 from moma_jax.config import MeshConfig, Modality, PrepareConfig, StoreConfig
 from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token
@@ -338,7 +337,7 @@ def test_a_disk_that_refuses_leaves_nothing(seed, tmp_path, monkeypatch):
 
 def test_the_command(seed, tmp_path, capsys):
     words = [seed.run.dir, "--model.ffn", "4t4i", "--run.dir", str(tmp_path / "new"), "--train.tokens", "1000"]
-    ancestry = command([*words, "--moments", "tile", "--perturb", "0.01", "--perturb-seed", "3"])
+    ancestry = commands.run(["upcycle", *words, "--moments", "tile", "--perturb", "0.01", "--perturb-seed", "3"])
     config = moma_jax.recipe(tmp_path / "new")
     assert (config.model.gumbel, config.train.steps, config.train.tokens) == (True, None, 1000)
     assert config.optimizer == seed.optimizer and config.data == seed.data
@@ -347,7 +346,7 @@ def test_the_command(seed, tmp_path, capsys):
     assert "4t4i from" in out and f"loss {ancestry['jump']['difference']['loss']:.4f}" in out
     assert f"moma train {tmp_path / 'new'}" in out
     words[4] = str(tmp_path / "quiet")
-    command([*words, "--model.gumbel", "False"])
+    commands.run(["upcycle", *words, "--model.gumbel", "False"])
     assert moma_jax.recipe(tmp_path / "quiet").model.gumbel is False
 
 
@@ -355,8 +354,8 @@ def test_the_command(seed, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "name a run first"),
-        (["RUN", "--run.dir", "NEW"], "--model.ffn: say it"),
-        (["RUN", "--model.ffn", "4t4i"], "--run.dir: say it"),
+        (["RUN", "--run.dir", "NEW"], "model.ffn: dense -> dense makes no experts"),
+        (["RUN", "--model.ffn", "4t4i"], "run.dir: name the directory"),
         (["RUN", "--model.ffn=4t4i", "--run.dir=NEW", "--perturbed", "1"], "no such option; did you mean --perturb"),
         (["RUN", "--model.ffn=4t4z", "--run.dir=NEW"], "modality 'z'"),
         (["NEW", "--model.ffn=4t4i", "--run.dir=NEW"], "no config.json here"),
@@ -367,7 +366,7 @@ def test_the_command_refuses_in_a_line(seed, tmp_path, words, message):
     places = {"RUN": seed.run.dir, "NEW": str(tmp_path / "new")}
     words = [places.get(w, w).replace("=NEW", f"={places['NEW']}").replace("=RUN", f"={places['RUN']}") for w in words]
     with pytest.raises(InputError, match=message) as error:
-        command(words)
+        commands.run(["upcycle", *words])
     assert "\n" not in str(error.value) and not any(tmp_path.iterdir())
 
 

@@ -1,0 +1,79 @@
+"""Measure the training step, generation, data, the FFN."""
+
+from typing import Any
+
+from moma_jax import bench as benches
+from moma_jax.commands import print_result
+from moma_jax.recipes import RecipeOption
+
+
+def step(
+    recipe: RecipeOption,
+    ffn: tuple[str, ...] = ("dense", "8x", "1t1i", "4t4i"),
+    repeats: int = 9,
+    json: bool = False,
+) -> None:
+    """Training-step speed of FFN variants at equal active FLOPs, interleaved in one process.
+
+    Args:
+      ffn: Variants to compare; with dense among them, the others' speed is also given relative to it.
+      repeats: Timed steps of each variant.
+      json: Print JSON.
+    """
+    _print(benches.bench_step(recipe.resolved(), ffn=ffn, repeats=repeats), json)
+
+
+def generate(
+    recipe: RecipeOption,
+    ffn: tuple[str, ...] = ("dense", "4t4i"),
+    batch: tuple[int, ...] = (1, 8, 32),
+    prompt: int = 64,
+    tokens: int = 64,
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Speed of prefill and cached decoding of FFN variants at equal active FLOPs, random weights, threshold routing.
+
+    Args:
+      ffn: Variants to compare; with dense among them, the others' speed is also given relative to it.
+      batch: Numbers of rows.
+      prompt: Tokens of a prompt.
+      tokens: Tokens written to each row.
+      repeats: Timed turns of all variants.
+      json: Print JSON.
+    """
+    measured = {"ffn": ffn, "batch": batch, "prompt": prompt, "tokens": tokens, "repeats": repeats}
+    _print(benches.bench_generate(recipe.resolved(), **measured), json)
+
+
+def data(recipe: RecipeOption, seconds: float = 10.0, json: bool = False) -> None:
+    """Speed of the data pipeline: planning, reading, packing.
+
+    Args:
+      seconds: How long to measure.
+      json: Print JSON.
+    """
+    _print(benches.bench_data(recipe.resolved(), seconds=seconds), json)
+
+
+def ffn(
+    ffn: str = "4t4i", width: int = 256, hidden: int = 704, tokens: int = 4096, repeats: int = 40, json: bool = False
+) -> None:
+    """The FFN alone, forward and backward in float32, against a dense one of equal active FLOPs.
+
+    Args:
+      ffn: Variant.
+      width: Model width d.
+      hidden: Hidden size F.
+      tokens: Tokens of the batch.
+      repeats: Timed repetitions of each.
+      json: Print JSON.
+    """
+    _print(benches.bench_ffn(ffn=ffn, width=width, hidden=hidden, tokens=tokens, repeats=repeats), json)
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    print_result(result, as_json, benches.format_bench)
+
+
+SUBCOMMANDS = {"step": step, "generate": generate, "data": data, "ffn": ffn}

@@ -1,0 +1,61 @@
+"""List routing rules; fit auxiliary routers to a run."""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+
+import moma_jax
+from moma_jax.command_line import first_line
+from moma_jax.commands import print_list
+from moma_jax.config import MeshConfig, RoutersConfig
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """A run, and how routers are fitted to it."""
+
+    options: Annotated[RoutersConfig, tyro.conf.arg(name="")] = RoutersConfig()
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]] = ""
+    """Run directory."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to lay the model on."""
+    router: str | None = None
+    """The run's own routing rule, FILE.py:ATTRIBUTE, where it was trained with one."""
+    EXAMPLE: ClassVar[str | None] = "runs/quickstart"
+
+    @classmethod
+    def named(cls, run: str | None) -> FitOptions:
+        """What the run's own config says."""
+        if run is None:
+            return cls()
+        from moma_jax.training.load import config_of
+
+        return cls(config_of(run).routers, run)
+
+
+def fit(run: Annotated[FitOptions, tyro.conf.arg(name="", help="")]) -> None:
+    """Fit auxiliary routers to the newest checkpoint of a run, `moma routers fit RUN`, so that it can be used causally.
+
+    The model stays as it is; the routers go to RUN/routers. Settings are the run's own unless given here.
+    """
+    moma_jax.fit_routers(run.run, run.options, mesh=run.mesh, router=run.router)
+
+
+def list(json: bool = False) -> None:
+    """List the routing rules that `--model.router` knows by name.
+
+    Args:
+      json: Print JSON.
+    """
+    import moma_jax.routers as home
+
+    names = sorted(module.name for module in pkgutil.iter_modules(home.__path__) if not module.name.startswith("_"))
+    print_list([{"name": n, "about": first_line(Path(home.__path__[0], f"{n}.py"))} for n in names], json)
+
+
+SUBCOMMANDS = {"list": list, "fit": fit}
