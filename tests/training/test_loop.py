@@ -7,50 +7,15 @@ import signal
 import jax
 import numpy as np
 import pytest
+from runs import changed_batches, my_choice, parameters, records
 from tiny import tiny
 
 import moma_jax
 from moma_jax.cost import flops_per_token
 from moma_jax.errors import InputError, RunError
-from moma_jax.model.routing import expert_choice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
-from moma_jax.training import loop, pretrain
-
-TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
-
-
-def records(run):
-    """A run's records without what clocks say."""
-    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in moma_jax.read_metrics(run)]
-
-
-def parameters(run):
-    return jax.device_get(moma_jax.load(str(run)).params)
-
-
-def changed_batches(monkeypatch, change):
-    """Makes the loop's stream hand out change(number, batch), numbered from 1 in this process."""
-    original = loop.open_stream
-
-    class Changed:
-        def __init__(self, stream):
-            self.stream, self.number = stream, 0
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            import dataclasses
-
-            packed = next(self.stream)
-            self.number += 1
-            return dataclasses.replace(packed, batch=change(self.number, packed.batch))
-
-        def close(self):
-            self.stream.close()
-
-    monkeypatch.setattr(loop, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
+from moma_jax.training import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +112,6 @@ def test_a_changed_config_is_refused_with_the_list(whole):
         moma_jax.train(tiny(whole[0].run.dir, train_seed=1, model_norm="pre", train_log_every=1))
     assert "model.norm: swin -> pre" in str(error.value) and "log_every" not in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def my_choice(score, eligible_T, quota, state, key):
-    selection, _, _ = expert_choice(score, eligible_T, quota, (), key)
-    return selection, jax.tree.map(lambda n: n + 1, state), {"pull": score.logit_TE.mean() ** 2}
 
 
 def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
