@@ -1,12 +1,49 @@
-"""What every test shares: where helpers are, also for the processes that tests start."""
+"""What every test shares: how programs are compiled and kept, where helpers are, how many processes run the tests.
+
+Everything that JAX reads is set through the environment, so the processes that tests start compile as the tests do and
+share their cache. One device is visible; a test of several starts a process that sees eight (helpers/processes.py).
+"""
 
 import os
 import sys
 from pathlib import Path
 
-HOME = Path(__file__).parent
-PATHS = [str(path) for path in (HOME, *sorted(HOME.iterdir())) if path.is_dir() and path.name != "__pycache__"]
-PATHS.append(str(HOME.parent / "docs" / "results"))
+ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma_jax" / "tests"
+CACHE_BYTES = 2 << 30
+PATHS = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "docs" / "results")]
+# Shapes are tiny: compiling takes far longer than running, and is several times faster into slower code.
+FLAGS = "--xla_cpu_use_fusion_emitters=false"
 
-sys.path[:0] = PATHS
-os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+assert "jax" not in sys.modules, "JAX was imported before its settings were made"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+os.environ["XLA_FLAGS"] = FLAGS
+# Each program is compiled once, for all workers, subprocesses and later runs. JAX writes no entry twice; one that is
+# read while it is being written, or that a killed process left half-written, is refused with a warning and compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*PATHS, *filter(None, inherited)]))
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A worker per CPU this process may use; a single file runs right here, where -s and a debugger work."""
+    if len(config.args) == 1 and ".py" in config.args[0]:
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def pytest_sessionstart(session):
+    """Before any worker starts, forgets the oldest compiled programs where they have become too many."""
+    if hasattr(session.config, "workerinput"):
+        return
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    entries = sorted((entry.stat().st_mtime, entry.stat().st_size, entry) for entry in folder.glob("*-cache"))
+    excess = sum(size for _, size, _ in entries) - CACHE_BYTES
+    for _, size, entry in entries:
+        if excess <= 0:
+            break
+        entry.unlink(missing_ok=True)
+        excess -= size

@@ -80,6 +80,8 @@ class Generate:
     """How the codes of pictures are drawn."""
     guidance: Guidance = Guidance(1.0, 1.0)
     """Guidance of pictures; 1 and 1: none. Chameleon has text 3.0, image 1.2. It costs three times the work."""
+    router: str | None = None
+    """The run's own routing rule, FILE.py:ATTRIBUTE, where it was trained with one."""
     step: int | None = None
     """Which checkpoint; the newest where None."""
     scale: int | None = None
@@ -125,7 +127,7 @@ def generate(run: Run, options: Annotated[Generate, tyro.conf.arg(name="", help=
     }
     with _complaints_of_options(settings), _held(options.out) as home:
         settings_of(settings)  # complains before a model is loaded
-        loaded = load(run, step=options.step)
+        loaded = load(run, step=options.step, router=options.router)
         settings["routing"] = options.routing or causal_routing(loaded)
         codec = generator_of(loaded).language.image
         if options.scale is not None and codec is not None and options.scale * codec.side > MOST_SIDE:

@@ -271,6 +271,7 @@ def run_tasks(
     limit: int | None = None,
     samples: bool = False,
     out: str | None = None,
+    router: Any = None,
 ) -> dict[str, Any]:
     """Runs tasks on a run, and writes the results to the new file `out`, whole or not at all.
 
@@ -289,7 +290,7 @@ def run_tasks(
         _require_free(path)
     names = [name for task in tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
     try:
-        model = MomaLM(run, routing, batch_size, step)
+        model = MomaLM(load(run, step=step, router=router), routing, batch_size)
         results = evaluate_tasks(model, names, num_fewshot=num_fewshot, limit=limit, log_samples=samples)
     except (InputError, RunError):
         raise

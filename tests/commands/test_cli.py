@@ -7,27 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 from paths import ROOT
 
 import moma_jax
 from moma_jax import commands, recipes
-from moma_jax.__main__ import main
 from moma_jax.commands import COMMANDS
 from moma_jax.errors import InputError
 
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py"))
-
-
-def run(capsys, *words):
-    """Exit code, standard output, standard error of `moma words...`."""
-    code = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stopped:
-        code = stopped.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,35 +11,20 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the extra [convert] is not installed")
 import chameleons  # noqa: E402
+from chameleons import everything_below, untrained_run
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 from moma_jax import prepare, recipe, train  # noqa: E402
 from moma_jax.commands import run as run_command  # noqa: E402
 from moma_jax.config import PrepareConfig, StoreConfig  # noqa: E402
-from moma_jax.config_json import to_json  # noqa: E402
 from moma_jax.convert import from_chameleon, to_chameleon  # noqa: E402
 from moma_jax.data.store import open_store  # noqa: E402
 from moma_jax.errors import InputError  # noqa: E402
-from moma_jax.runs.checkpoint import Checkpoints, Saved  # noqa: E402
+from moma_jax.runs.checkpoint import Checkpoints  # noqa: E402
 from moma_jax.runs.directory import RunDir  # noqa: E402
-from moma_jax.runs.resume import select_name  # noqa: E402
 from moma_jax.training.load import load  # noqa: E402
-from moma_jax.training.step import create_state, first_routing_state, make_program  # noqa: E402
 from moma_jax.upcycling.upcycle import upcycle  # noqa: E402
-from moma_jax.vocab import contiguous  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return chameleons.write(tmp_path_factory.mktemp("source") / "chameleon", shards=3)
-
-
-@pytest.fixture(scope="module")
-def run(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    from_chameleon(str(folder), str(out), quiet=True)
-    return out
 
 
 def tensors_of(folder):
@@ -55,10 +40,6 @@ def require_equal(found, wanted):
 
 def ours(tensors):
     return {name: value for name, value in tensors.items() if "vqmodel" not in name}
-
-
-def everything_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 # There and back -------------------------------------------------------------------------------------------------------
@@ -142,17 +123,6 @@ def test_a_run_of_ours_takes_its_tokenizer_along(tmp_path):
     assert again.vocabulary == opened.vocabulary
     text = "no 12 and <image> is no picture"
     np.testing.assert_array_equal(again.text_codec().encode(text), opened.text_codec().encode(text))
-
-
-def untrained_run(config, hashes=None):
-    """What training begins with, saved as a run."""
-    vocabulary, run = contiguous(config.data.modalities), RunDir(config.run.dir)
-    state = create_state(make_program(config, vocabulary), first_routing_state(config, None))
-    hashes = {"vocabulary": vocabulary.hash} if hashes is None else hashes
-    meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "select": select_name(None)}
-    with Checkpoints(run, write=True) as checkpoints:
-        checkpoints.save(state, Saved(0, None, meta))
-    run.write_json("config.json", to_json(config))
 
 
 def fingerprints(params):

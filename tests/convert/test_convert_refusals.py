@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the extra [convert] is not installed")
 import chameleons  # noqa: E402
-from test_convert import everything_below, untrained_run  # noqa: E402
+from chameleons import everything_below, untrained_run  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 from moma_jax.config import Modality  # noqa: E402
@@ -21,18 +21,6 @@ from moma_jax.convert.weights import Weights  # noqa: E402
 from moma_jax.errors import InputError  # noqa: E402
 
 AUDIO = Modality("audio", "a", size=8, span=4, quota=0.5)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return chameleons.write(tmp_path_factory.mktemp("source") / "chameleon", shards=3)
-
-
-@pytest.fixture(scope="module")
-def run(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    from_chameleon(str(folder), str(out), quiet=True)
-    return out
 
 
 def without(name):

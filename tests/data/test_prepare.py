@@ -1,17 +1,16 @@
 """`moma prepare`: the same bytes whatever happens on the way, and clear refusals."""
 
-import hashlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import spawn
+from small_stores import files_of, make_source, settings, write_rows
 
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
 from moma_jax.data import prepare as prepare_lib
@@ -20,52 +19,6 @@ from moma_jax.data.parts import PartWriter
 from moma_jax.data.prepare import prepare
 from moma_jax.data.store import KINDS, open_store, require_same_codecs
 from moma_jax.errors import InputError, RunError
-
-WORDS = ["a", "red", "green", "blue", "circle", "square", "star", "stands", "left", "of", "over", "the", "very", "old"]
-
-
-def write_rows(folder, rows):
-    """A source: `folder`/docs.jsonl."""
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/docs.jsonl", "w") as file:
-        for row in rows:
-            file.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
-    return str(folder)
-
-
-def make_source(folder, documents=300, pictures=12, seed=0):
-    """Text, pairs and interleaved documents in about equal number; `folder` is made."""
-    choice = random.Random(seed)
-    os.makedirs(folder, exist_ok=True)
-    for number in range(pictures):
-        pixels = np.random.default_rng(number).integers(0, 255, (9, 9, 3), np.uint8)
-        Image.fromarray(pixels).save(f"{folder}/{number}.png")
-
-    def text():
-        return {"text": " ".join(choice.choices(WORDS, k=choice.randint(2, 40)))}
-
-    def picture():
-        return {"image": f"{choice.randrange(pictures)}.png"}
-
-    kinds = [lambda: [text()], lambda: [text(), picture()], lambda: [text(), picture(), text(), picture(), text()]]
-    return write_rows(folder, [{"id": str(n), "segments": kinds[n % 3]()} for n in range(documents)])
-
-
-def settings(source, **changes):
-    """Settings for tiny stores, with many units, shards and chunks."""
-    defaults = dict(source=source, text_size=300, image_side=4, colours=16, held_out=0.2, parts=3)  # noqa: C408
-    return PrepareConfig(**{**defaults, "shard_bytes": 4096, "chunk_tokens": 128, **changes})
-
-
-def files_of(folder):
-    """SHA-256 of every file below a folder, by relative name."""
-    found = {}
-    for base, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(base, name)
-            with open(path, "rb") as file:
-                found[os.path.relpath(path, folder)] = hashlib.sha256(file.read()).hexdigest()
-    return found
 
 
 def documents_of(store, split):
@@ -105,7 +58,7 @@ def test_killed_process_goes_on_to_the_same_bytes(source, made, tmp_path):
         import sys, time
         from moma_jax.data.parts import PartWriter
         from moma_jax.data.prepare import prepare
-        from test_prepare import settings
+        from small_stores import settings
         append = PartWriter.append
         def slow(self, documents):
             append(self, documents)
@@ -113,8 +66,7 @@ def test_killed_process_goes_on_to_the_same_bytes(source, made, tmp_path):
         PartWriter.append = slow
         prepare(settings(sys.argv[1]), sys.argv[2], progress=False)
     """
-    path = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
-    process = subprocess.Popen([sys.executable, "-c", script, source, out], env={**os.environ, "PYTHONPATH": path})
+    process = spawn("-c", script, source, out)
     while not os.path.exists(f"{out}/parts/00001-of-00003") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from test_prepare import make_source, settings
+from small_stores import make_source, settings
 
 from moma_jax.data.prepare import prepare
 from moma_jax.data.sources import Picture, Text, content_hash, is_held_out, open_source

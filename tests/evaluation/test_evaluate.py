@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import oracles
 import pytest
-from test_conditions import packed
-from test_loop import my_choice
+from lettered import packed
+from runs import my_choice
 from tiny import tiny
 
 from moma_jax import evaluate, load, sharding

@@ -10,11 +10,12 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from tiny import CACHE, tiny
+from tiny import tiny
 
 # Before datasets is imported: it reads these once.
+HOME = tempfile.TemporaryDirectory()  # removed with the process
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(dir=CACHE)
+os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = HOME.name
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra evals)")
 
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -7,51 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scripted
-import tiny  # noqa: F401  (the tests' compilation cache)
 from PIL import Image
+from scripted import CONTEXT, picture
 
-from moma_jax.config import Config, DataConfig, Modality, PrepareConfig, StoreConfig
+from moma_jax.config import Modality, StoreConfig
 from moma_jax.data.documents import Codes
-from moma_jax.data.prepare import prepare
-from moma_jax.data.store import open_store
 from moma_jax.errors import InputError, RunError
 from moma_jax.generation import Guidance, Sampling, generate, generate_ids
 from moma_jax.generation import decoding as writing_module
-from moma_jax.generation.generate import Generator
 from moma_jax.generation.prompts import encode_prompt, language_of, writable_text
 from moma_jax.vocab import contiguous
 
 GREEDY = Sampling(temperature=0.0)
-CONTEXT = 96
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("store") / "scenes")
-    modalities = (Modality("text", "t", size=700, quota=0.5), Modality("image", "i", size=8, span=16, quota=0.5))
-    settings = PrepareConfig(source="scenes", documents=60, text_size=700, image_side=4, colours=8, parts=1)
-    prepare(settings, path, modalities=modalities, progress=False)
-    return path
-
-
-@pytest.fixture
-def loaded(store, monkeypatch):
-    """A loaded model; `loaded.model` is what writes."""
-    opened = open_store(store)
-    layout = tuple(Modality(m.name, m.letter, m.size, m.span) for m in opened.vocabulary.modalities)
-    data = DataConfig(modalities=layout, stores=(StoreConfig("scenes", store),), sequence=CONTEXT)
-    standin = scripted.StandIn(
-        config=Config(data=data),
-        vocabulary=opened.vocabulary,
-        hashes=opened.codecs.hashes,
-        model=scripted.make(opened.vocabulary.size),
-    )
-    monkeypatch.setattr(Generator, "model", lambda self, routing: self._loaded.model)
-    return standin
-
-
-def picture(seed=0, side=4):
-    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
 
 
 def is_picture_id(vocabulary, token):

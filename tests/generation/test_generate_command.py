@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scripted
 from PIL import Image
-from test_generate import loaded, picture, store  # noqa: F401  (fixtures)
+from scripted import picture
 
 from moma_jax import commands
 from moma_jax.commands import generate as command
@@ -21,7 +21,7 @@ from moma_jax.generation.prompts import language_of
 
 
 @pytest.fixture
-def moma(loaded, monkeypatch, tmp_path):  # noqa: F811
+def moma(loaded, monkeypatch, tmp_path):
     """Runs the words after `moma generate RUN`, in an empty directory; returns the record."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "load", lambda run, step=None: loaded)
@@ -68,7 +68,7 @@ def test_pictures_and_a_record_are_written(moma, capsys, tmp_path):
     assert capsys.readouterr().err.count("new/out/") == 5
 
 
-def test_the_picture_file_is_the_picture(moma, loaded, tmp_path):  # noqa: F811
+def test_the_picture_file_is_the_picture(moma, loaded, tmp_path):
     record = moma("--prompt", "a", "--mode", "image", "--out", "out", "--scale", 3)
     codec, image = language_of(loaded).image, loaded.vocabulary.modalities[1]
     code_N = np.array(record["outputs"][0]["ids"])[1:17] - image.ranges[0][0]
@@ -79,14 +79,14 @@ def test_the_picture_file_is_the_picture(moma, loaded, tmp_path):  # noqa: F811
     assert again["outputs"] == record["outputs"], "the record is enough to repeat it"
 
 
-def write_letters(loaded, word):  # noqa: F811
+def write_letters(loaded, word):
     """Makes the model write a word over and over."""
     ids = [language_of(loaded).text.encode(letter)[0] for letter in word]
     following = dict(zip(ids, [*ids[1:], ids[0]], strict=True))
     loaded.model = scripted.scripted(loaded.vocabulary.size, following)
 
 
-def test_text_comes_to_the_terminal_as_it_is_written(moma, loaded, monkeypatch):  # noqa: F811
+def test_text_comes_to_the_terminal_as_it_is_written(moma, loaded, monkeypatch):
     write_letters(loaded, "abcd")
     told = []
     monkeypatch.setattr(sys.stdout, "write", told.append)
@@ -94,13 +94,13 @@ def test_text_comes_to_the_terminal_as_it_is_written(moma, loaded, monkeypatch):
     assert "".join(told) == ("abcd" * 18)[:70] + "\n" and len(told) == 4
 
 
-def test_several_rows_are_shown_one_after_the_other(moma, loaded, capsys):  # noqa: F811
+def test_several_rows_are_shown_one_after_the_other(moma, loaded, capsys):
     write_letters(loaded, "abcd")
     moma("--prompt", "a", "c", "--mode", "text", "--max-tokens", 3, "--out", "out")
     assert capsys.readouterr().out == "000: bcd\n001: dab\n"
 
 
-def test_a_terminal_shows_pictures_and_is_not_steered(moma, loaded, monkeypatch, capsys):  # noqa: F811
+def test_a_terminal_shows_pictures_and_is_not_steered(moma, loaded, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     moma("--prompt", "a", "--mode", "image", "--out", "out")
     lines = capsys.readouterr().out.splitlines()
@@ -190,7 +190,7 @@ def test_directories_that_cannot_be_renamed_are_written_into(moma, tmp_path, mon
     assert (tmp_path / "link").is_symlink()
 
 
-def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_path, monkeypatch):  # noqa: F811
+def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_path, monkeypatch):
     def intrude(run, step=None):
         assert (tmp_path / "out" / ".writing").exists()
         with pytest.raises(InputError, match="out is being written, or was left unfinished"), command._held("out"):
@@ -204,7 +204,7 @@ def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_p
     assert [(p.name, p.read_bytes()) for p in (tmp_path / "out").iterdir()] == [("000-0.png", b"mine")]
 
 
-def test_a_closed_pipe_is_no_reason_to_lose_what_was_made(moma, loaded, monkeypatch, tmp_path):  # noqa: F811
+def test_a_closed_pipe_is_no_reason_to_lose_what_was_made(moma, loaded, monkeypatch, tmp_path):
     write_letters(loaded, "abcd")
     reading, writing = os.pipe()
     os.close(reading)

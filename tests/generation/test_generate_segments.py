@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
-from test_generate import loaded, picture, store  # noqa: F401  (fixtures)
+from scripted import picture
 
 from moma_jax.config import Modality
 from moma_jax.data.documents import Codes
@@ -16,7 +16,7 @@ from moma_jax.vocab import contiguous
 
 
 @pytest.fixture
-def language(loaded):  # noqa: F811
+def language(loaded):
     """Tokenizer and codec of the store."""
     return language_of(loaded)
 
@@ -131,7 +131,7 @@ def test_showing():
     assert half_blocks(Image.new("RGB", (200, 99)), 40).split("\n")[0].count("▀") == 40
 
 
-def test_a_notebook_shows_text_and_pictures(loaded):  # noqa: F811
+def test_a_notebook_shows_text_and_pictures(loaded):
     (output,) = generate(loaded, ["a"], mode="image")
     assert output._repr_html_().startswith("<img") and "base64" in output._repr_html_()
     output = dataclasses.replace(output, segments=["<b>", Codes("sound", np.zeros(3, np.int32))])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny  # noqa: F401  (the tests' compilation cache)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import tiny  # noqa: F401  (the tests' compilation cache)
 
 from moma_jax.errors import InputError
 from moma_jax.generation.sampling import Draw, Guidance, Sampling, draw_of, guided, kept, sample

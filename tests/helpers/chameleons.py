@@ -7,6 +7,13 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from moma_jax.config_json import to_json
+from moma_jax.runs.checkpoint import Checkpoints, Saved
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.resume import select_name
+from moma_jax.training.step import create_state, first_routing_state, make_program
+from moma_jax.vocab import contiguous
+
 WIDTH, HEADS, HIDDEN, LAYERS, SEQUENCE = 16, 2, 24, 3, 32
 CODES, IDS = 12, 320
 FIRST_CODE, BEGIN_IMAGE, END_IMAGE = 5, 30, 31
@@ -100,3 +107,18 @@ def write(folder, tensors=None, shards: int = 1, with_tokenizer: bool = True, **
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
+
+
+def everything_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def untrained_run(config, hashes=None):
+    """What training begins with, saved as a run."""
+    vocabulary, run = contiguous(config.data.modalities), RunDir(config.run.dir)
+    state = create_state(make_program(config, vocabulary), first_routing_state(config, None))
+    hashes = {"vocabulary": vocabulary.hash} if hashes is None else hashes
+    meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "select": select_name(None)}
+    with Checkpoints(run, write=True) as checkpoints:
+        checkpoints.save(state, Saved(0, None, meta))
+    run.write_json("config.json", to_json(config))

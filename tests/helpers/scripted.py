@@ -10,6 +10,7 @@ from moma_jax.errors import InputError
 from moma_jax.generation.decoding import Model
 
 WIDTH = 8
+CONTEXT = 96
 
 
 class Memory(NamedTuple):
@@ -80,3 +81,7 @@ class StandIn(types.SimpleNamespace):
     def under(self, routing):
         if routing not in self.routings:
             raise InputError(f"routing: {self.run} has no {routing}")
+
+
+def picture(seed=0, side=4):
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)

@@ -1,11 +1,6 @@
 """A run that takes a second: a tiny model on random tokens, for the tests of training."""
 
-import atexit
 import dataclasses
-import shutil
-import tempfile
-
-import jax
 
 from moma_jax import checks
 from moma_jax.config import (
@@ -18,14 +13,6 @@ from moma_jax.config import (
     RunConfig,
     TrainConfig,
 )
-
-# Tests compile the same few programs over and over; compiling is most of their time.
-CACHE = tempfile.mkdtemp(prefix="moma-tests-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-jax.config.update("jax_disable_most_optimizations", True)  # halves it; test_resume.py runs what users run
 
 MODALITIES = (Modality("text", "t", size=40, quota=0.5), Modality("image", "i", size=24, span=4, quota=0.5))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from test_launch import JOBSET, RECIPE, TPU, commands, play, run
+from launchers import JOBSET, RECIPE, TPU, commands, play, run
 
 
 def as_read(words):

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-import quick
 
 from moma_jax.config import ModelConfig
 from moma_jax.model.attention import Attention, attend, rotary_angles, rotate
@@ -30,7 +29,7 @@ def attention(chunk=512, theta=10000.0):
     def run(params, x_BSD):
         return module.apply({"params": params}, x_BSD, SEGMENT_BS, POSITION_BS, angles)
 
-    return params, run, quick.jit(run)
+    return params, run, jax.jit(run)
 
 
 def test_equals_the_oracle():
@@ -45,7 +44,7 @@ def test_equals_the_oracle():
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_chunks_change_nothing(chunk):
     def gradients(run):
-        return quick.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))), argnums=(0, 1)))
+        return jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(run(p, x))), argnums=(0, 1)))
 
     (params, *whole), (_, *parts) = attention(), attention(chunk)
     np.testing.assert_allclose(parts[1](params, X_BSD), whole[1](params, X_BSD), atol=1e-5)
@@ -75,7 +74,7 @@ def test_documents_and_the_future_do_not_leak():
 @pytest.mark.parametrize("chunk", [512, 5])
 def test_padding_gives_no_nan(chunk):
     params, run, _ = attention(chunk)
-    both = quick.jit(jax.value_and_grad(lambda p, x: jnp.sum(run(p, x) ** 2), argnums=(0, 1)))
+    both = jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(run(p, x) ** 2), argnums=(0, 1)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(both(params, X_BSD * 100)))
 
 

@@ -5,17 +5,15 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from test_loop import changed_batches, records
+from processes import output, spawn
+from runs import changed_batches, records
 from tiny import tiny
 
 import moma_jax
@@ -267,25 +265,8 @@ def test_a_run_by_thresholds_goes_on_exactly(tmp_path, monkeypatch):
     assert "threshold" in one.routings
 
 
-def on_devices(number):
-    """Starts this file as a program that sees so many virtual devices."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
-        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path)]),
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, __file__], env=environment, text=True, cwd=Path(__file__).parent, **pipes)
-
-
-def measured(process):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1])
-
-
 def test_eight_devices_select_as_one():
-    one, eight = map(measured, [on_devices(1), on_devices(8)])
+    one, eight = (json.loads(output(p)) for p in [spawn(__file__, devices=n) for n in (1, 8)])
     assert (one["devices"], eight["devices"]) == (1, 8)
     assert one["selections"] == eight["selections"] and sum(map(len, one["selections"])) > 0
     np.testing.assert_allclose(eight["thresholds"], one["thresholds"], rtol=1e-5)

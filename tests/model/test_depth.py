@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-import quick
-from test_cost import product_flops, step_jaxpr
-from test_cost import tiny as sized
-from test_decoder import KEY, MODALITIES, ROWS, SEQUENCE, make, random_params, rows, run
+from decoders import KEY, MODALITIES, ROWS, SEQUENCE, make, random_params, rows, run
+from jaxprs import product_flops, step_jaxpr
+from jaxprs import tiny as sized
 from tiny import tiny
 
 from moma_jax import cost, sharding
@@ -87,7 +86,7 @@ def test_gradients_equal_those_of_the_loop(norm, by):
         options = {"key": KEY, "step": 3, "group_G": np.arange(ROWS // 2)}
         return jnp.sum(decoder.apply({"params": params}, *inputs, **options).hidden_BSD * weight_BSD)
 
-    grads = quick.jit(jax.grad(loss))(params)
+    grads = jax.jit(jax.grad(loss))(params)
     rng, step = np.random.default_rng(4), 1e-6
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for number, (path, w) in enumerate(leaves):
@@ -184,7 +183,7 @@ def test_remat_changes_nothing(remat):
         def loss(params, decoder=decoder):
             return jnp.sum(decoder.apply({"params": params}, *rows(), key=KEY).hidden_BSD ** 2)
 
-        grads.append(quick.jit(jax.grad(loss))(params))
+        grads.append(jax.jit(jax.grad(loss))(params))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3, rtol=2e-4), *grads)
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from processes import output, spawn
 from tiny import tiny
 
 import moma_jax
@@ -101,11 +100,7 @@ def curves(tmp_path_factory):
 
 def on_eight_devices(path: Path, what: str) -> dict:
     """What `main` writes where there are eight virtual devices."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment = os.environ | flags | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path)])}
-    words = [sys.executable, __file__, what, str(path)]
-    run = subprocess.run(words, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    output(spawn(__file__, what, path, devices=8))
     return json.loads(path.read_text())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 import pytest
-from test_loop import changed_batches, my_choice
+from runs import changed_batches, my_choice
 from tiny import tiny
 
 import moma_jax

@@ -7,34 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 from paths import ROOT
-from test_cli import run
+from small_studies import DENSE, GROWN, MOMA, files, study_of, write_study
 from tiny import tiny
 
 from moma_jax.checks import resolve
 from moma_jax.config import OptimizerConfig
 from moma_jax.cost import flops_per_token, total_steps
 from moma_jax.errors import InputError
-from moma_jax.studies import Study, Upcycled, Variant, load_study, running
+from moma_jax.studies import Upcycled, Variant, load_study, running
 from moma_jax.studies.jobs import jobs
 from moma_jax.studies.matching import adjusted, match_rows, match_variants
 
 CONFIGS = ROOT / "configs"
-DENSE, MOMA = Variant("dense", {"model.ffn": "dense"}), Variant("2t2i", {"model.ffn": "2t2i"}, match="model.hidden")
-GROWN = Variant(
-    "grown", {"model.ffn": "2t2i", "model.gumbel": True}, "model.hidden", Upcycled({"model.ffn": "1t1i"}, 0.3)
-)
-TOKENS = 1280
-"""Ten updates of the tiny run."""
-
-
-def study_of(*variants, directory="runs/tiny", **fields) -> Study:
-    fields = {"base": tiny(), "tokens": TOKENS, "dir": str(directory)} | fields
-    return Study(variants=variants or (DENSE, MOMA), **fields)
-
-
-def files(path):
-    return {str(p.relative_to(path)): p.read_bytes() for p in Path(path).rglob("*") if p.is_file()}
 
 
 # Matching -------------------------------------------------------------------------------------------------------------
@@ -236,17 +222,6 @@ def study_file(tmp_path, monkeypatch):
     """A study file, in the working directory, of dense and 2t2i."""
     monkeypatch.chdir(tmp_path)
     return write_study(tmp_path / "small.py", "seeds=(0, 1), tokens=1280")
-
-
-def write_study(path, fields):
-    path.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom tiny import tiny\n"
-        "from moma_jax.studies import Study, Variant\n\n\ndef study():\n"
-        "    variants = (Variant('dense', {'model.ffn': 'dense'}), Variant('1t1i', {'model.ffn': '1t1i'}))\n"
-        "    base = tiny(train_checkpoint_every=20, train_eval_sets=(), run_compilation_cache='cache')\n"
-        f"    return Study(base, variants, {fields})\n"
-    )
-    return path
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_cli import run
-from test_loop import changed_batches
-from test_studies import DENSE, GROWN, MOMA, files, study_of, write_study
-from tiny import CACHE, tiny
+from command_line import run
+from processes import spawn
+from runs import changed_batches
+from small_studies import DENSE, GROWN, MOMA, files, study_of, write_study
+from tiny import tiny
 
 import moma_jax
 from moma_jax.config import PrepareConfig
@@ -25,7 +24,6 @@ from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.studies import Upcycled, Variant, running
 from moma_jax.studies.jobs import jobs, state
-from moma_jax.training.loop import use_compilation_cache
 
 BASE = tiny(train_eval_sets=())
 """Evaluations would double what is compiled."""
@@ -212,13 +210,6 @@ def test_missing_stores_are_made_by_one_process(tmp_path, monkeypatch):
     assert made == [0, f"{tmp_path}/runs/dense-0"]
 
 
-def started(directory, study_file):
-    """`moma study` as a process of its own, in a directory."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, "-m", "moma_jax", "study", str(study_file)]
-    return subprocess.Popen(words, env=environment, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 def after_step(process, journal, step):
     """Waits until the journal has a record of at least this step."""
     deadline = time.monotonic() + 120
@@ -228,7 +219,7 @@ def after_step(process, journal, step):
             return
         time.sleep(0.01)
     process.kill()
-    raise AssertionError(process.communicate()[0].decode()[-3000:])
+    raise AssertionError(process.communicate()[1][-3000:])
 
 
 def test_a_study_that_is_killed_goes_on(tmp_path, monkeypatch, capsys):
@@ -236,15 +227,14 @@ def test_a_study_that_is_killed_goes_on(tmp_path, monkeypatch, capsys):
     path = write_study(tmp_path / "small.py", f"tokens={128 * 240}")
     study = dataclasses.replace(moma_jax.studies.load_study(path), dir=str(tmp_path / "runs" / "small"))
     journal = tmp_path / "runs" / "small" / "dense-0" / "metrics.jsonl"
-    process = started(tmp_path, path)
+    process = spawn("-m", "moma_jax", "study", path, cwd=tmp_path)
     after_step(process, journal, 40)
     assert states(study) == ["running", "new"]
     process.kill()
-    output = process.communicate(timeout=120)[0].decode()
-    assert process.returncode == -signal.SIGKILL, output[-3000:]
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, err[-3000:]
     assert states(study) == ["stopped", "new"]
     code, out, _ = run(capsys, "study", path)
-    use_compilation_cache(CACHE)  # the other tests' own
     assert code == 0 and "dense-0: goes on from step" in out and "1t1i-0: starts at step 0" in out
     assert states(study) == ["complete", "complete"]
     steps = [r["step"] for r in moma_jax.read_metrics(str(journal.parent)) if r["kind"] == "train"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_hosts import Processes, config_of
+from loopback import Processes, config_of
 
 import moma_jax
 from moma_jax import hosts, sharding
@@ -68,9 +68,8 @@ def keep_whole(monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", keeping)
 
 
-def main(content, cache, _):
+def main(content, _):
     """A process of two; or, alone, the one that saves on its eight devices and restores on some of them."""
-    jax.config.update("jax_compilation_cache_dir", cache)
     config, results = from_json(content), {}
     hosts.join(config.hosts)
     if hosts.several():

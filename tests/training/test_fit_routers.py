@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_loop import changed_batches, records
+from processes import spawn
+from runs import changed_batches, records
 from tiny import tiny
 
 import moma_jax
@@ -156,10 +156,9 @@ def test_a_signal_saves_and_the_stage_goes_on_exactly(whole, run, monkeypatch):
 
 
 def test_a_kill_loses_nothing(whole, run):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, __file__, str(run)]
-    killed = subprocess.run(words, env=environment, cwd=Path(__file__).parent, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-3000:]
+    killed = spawn(__file__, run)
+    _, err = killed.communicate(timeout=600)
+    assert killed.returncode == -signal.SIGKILL, err[-3000:]
     assert Checkpoints(RunDir(str(run / "routers"))).latest() == 10
     assert json.loads((run / "routers" / "status.json").read_text())["state"] == "running"
     fit(run)

@@ -9,12 +9,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+from runs import changed_batches, my_choice, parameters, records
 from tiny import tiny
 
 import moma_jax
 from moma_jax.cost import flops_per_token
 from moma_jax.errors import InputError, RunError
-from moma_jax.model.routing import expert_choice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.profiler import profile_warnings
@@ -150,11 +150,6 @@ def test_a_changed_config_is_refused_with_the_list(whole):
         moma_jax.train(tiny(whole[0].run.dir, train_seed=1, model_norm="pre", train_log_every=1))
     assert "model.norm: swin -> pre" in str(error.value) and "log_every" not in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def my_choice(score, eligible_T, quota, state, key):
-    selection, _, _ = expert_choice(score, eligible_T, quota, (), key)
-    return selection, jax.tree.map(lambda n: n + 1, state), {"pull": score.logit_TE.mean() ** 2}
 
 
 def test_a_select_function_of_ones_own(whole, tmp_path, capsys):

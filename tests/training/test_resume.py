@@ -1,22 +1,23 @@
 """A run that is killed at random moments ends as if nothing had happened, bit for bit."""
 
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from test_loop import parameters, records
+from processes import output, spawn
+from runs import parameters, records
 from tiny import tiny
 
 import moma_jax
 from moma_jax.training import loop
 
 KILLS, STEPS = 5, 66
+AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+"""What users run is compiled with JAX's own settings."""
 
 
 def config_of(directory, cache):
@@ -28,10 +29,7 @@ def config_of(directory, cache):
 
 def start(directory, cache):
     """A real training process, its data as slow as a bad disk so that a kill can hit any step."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, __file__, str(directory), str(cache)]
-    here = Path(__file__).parent
-    return subprocess.Popen(words, env=environment, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return spawn(__file__, directory, cache, **AS_USERS)
 
 
 def journal_size(directory):
@@ -43,20 +41,17 @@ def test_killed_five_times_at_random(tmp_path):
     draw = random.Random(1)
     cache, calm, killed = tmp_path / "cache", tmp_path / "calm", tmp_path / "killed"
     undisturbed = start(calm, cache)
-    output, _ = undisturbed.communicate(timeout=600)
-    assert undisturbed.returncode == 0, output.decode()[-3000:]
+    output(undisturbed)
     for _ in range(KILLS):
         process, before = start(killed, cache), journal_size(killed)
         while process.poll() is None and journal_size(killed) <= before:  # steps are under way
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.25))
         process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output.decode()[-3000:]
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err[-3000:]
     last = start(killed, cache)
-    output, _ = last.communicate(timeout=600)
-    assert last.returncode == 0, output.decode()[-3000:]
-    assert b"goes on from step" in output
+    assert "goes on from step" in output(last)
     assert records(killed) == records(calm)
     jax.tree.map(np.testing.assert_array_equal, parameters(killed), parameters(calm))
 
@@ -82,7 +77,6 @@ def main(directory, cache):
         return Slow()
 
     loop.open_stream = slow
-    jax.config.update("jax_disable_most_optimizations", False)
     moma_jax.train(config_of(directory, cache))
 
 

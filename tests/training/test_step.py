@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import output, spawn
 from tiny import tiny
 
 from moma_jax import sharding
@@ -146,27 +144,9 @@ def test_evaluation_does_not_depend_on_batches():
     np.testing.assert_allclose(first + rest, whole, rtol=1e-5)
 
 
-def on_devices(number, accumulate):
-    """Starts this file as a program that sees so many virtual devices."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
-        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path)]),
-    }
-    words = [sys.executable, __file__, str(accumulate)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, env=environment, text=True, cwd=Path(__file__).parent, **pipes)
-
-
-def measured(process):
-    """What `main` printed there."""
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1])
-
-
 def test_eight_devices_give_the_losses_of_one():
-    one, eight = map(measured, [on_devices(1, 1), on_devices(8, 2)])
+    one, eight = spawn(__file__, 1), spawn(__file__, 2, devices=8)
+    one, eight = json.loads(output(one)), json.loads(output(eight))
     assert (one["devices"], eight["devices"]) == (1, 8)
     np.testing.assert_allclose(eight["updates"], one["updates"], rtol=1e-5)
     np.testing.assert_allclose(eight["evaluation"], one["evaluation"], rtol=1e-5)

@@ -3,33 +3,14 @@
 import jax
 import numpy as np
 import pytest
-import quick
-from test_experts import Case, mixed
+from ffn_cases import Case, mixed
+from programs import batch_of, logits, program_of
 from tiny import tiny
 
 from moma_jax import sharding
-from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError
-from moma_jax.training.step import create_state, first_routing_state, make_program, run_decoder
+from moma_jax.training.step import create_state, first_routing_state, run_decoder
 from moma_jax.upcycling.copies import Copied, copied_groups, grown_state, perturbed
-
-
-def batch_of(config):
-    with open_stream(config) as stream:
-        return next(stream).batch
-
-
-def logits(program, params, batch):
-    """(B, S, V) in training's routing, without noise."""
-    groups, state = np.arange(len(batch.token_BS) // 2), first_routing_state(program.config, None)
-    with sharding.use_mesh(program.mesh):
-        run = quick.jit(lambda params: run_decoder(program, params, batch, 0, groups, state, False).hidden_BSD)
-        hidden_BSD = run(params)
-    return np.asarray(hidden_BSD) @ np.asarray(params["unembedding"]["kernel_DV"])
-
-
-def program_of(config):
-    return make_program(config, vocabulary_of(config))
 
 
 def grow(before, after):
@@ -144,7 +125,7 @@ def test_a_copys_gradient_is_as_moments_are_scaled():
             return (output.hidden_BSD**2 * np.arange(16)).sum()
 
         with sharding.use_mesh(program.mesh):
-            return jax.device_get(quick.jit(jax.grad(total))(params))["layers"]["ffn"]["text"]
+            return jax.device_get(jax.jit(jax.grad(total))(params))["layers"]["ffn"]["text"]
 
     before, after = gradient(old, state.params), gradient(new, made.params)
     for name, factor in (("gate_EDF", 1 / 4), ("up_EDF", 1 / 4), ("down_EFD", 1 / 2)):

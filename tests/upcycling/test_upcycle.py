@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +9,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_copies import batch_of, logits, program_of
-from test_loop import changed_batches, parameters, records
+from processes import output, spawn
+from programs import batch_of, logits, program_of
+from runs import changed_batches, parameters, records
 from tiny import MODALITIES, tiny
 
 import moma_jax
@@ -385,11 +384,7 @@ def test_a_mesh_grows_the_same(seed, tmp_path):
         folder.mkdir()
         (folder / "seed").symlink_to(seed.run.dir)
     on_a_mesh(folders[0])
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment = os.environ | flags | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    words = [sys.executable, __file__, str(folders[1])]
-    run = subprocess.run(words, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    output(spawn(__file__, folders[1], devices=8))
     one, eight = (jax.device_get(restored(str(folder / "new"), 0)) for folder in folders)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), one, eight)
     assert RunDir(folders[1] / "new").read_json("summary.json")["device"]["count"] == 4
