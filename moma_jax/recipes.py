@@ -103,25 +103,33 @@ def _json(path: str | Path, wanted: str) -> Any:
 
 
 def _from_python(path: Path) -> Config:
-    """The config of a recipe file, which is run as a module of its own and may import the files beside it."""
+    config = called(path, "config", "not a recipe; give a .py file or a config.json")
+    if not isinstance(config, Config):
+        raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
+    return config
+
+
+def called(path: Path, function: str, otherwise: str) -> Any:
+    """What a function without arguments of a Python file returns; the file may import those that lie beside it.
+
+    Raises:
+      InputError: the file is no Python (with `otherwise`), or it fails.
+    """
     name = f"moma_jax_recipe_{next(_COUNT)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
-        raise InputError(f"{path}: not a recipe; give a .py file or a config.json")
+        raise InputError(f"{path}: {otherwise}")
     module = importlib.util.module_from_spec(spec)
     beside = str(path.resolve().parent)
     sys.modules[name] = module  # dataclasses look their module up there
     sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
-        config = module.config()
+        return getattr(module, function)()
     except Exception as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(beside)
-    if not isinstance(config, Config):
-        raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
-    return config
 
 
 # Overrides ------------------------------------------------------------------------------------------------------------
