@@ -90,7 +90,7 @@ def _one_line(page: str, program: str) -> str:
     word = unknown[1]
     if commands := re.search(r"Available subcommands: (.*?) (?:Perhaps|For full)", " ".join(lines)):
         return f"{word}: no such command; {program} has {commands[1]}"
-    options = [line.split()[0] for line in lines if line.startswith("--")]  # those that tyro thinks are meant
+    options = re.findall(r"^--[\w.-]+", "\n".join(lines), re.MULTILINE)  # those that tyro thinks are meant
     near = max(options, key=lambda option: difflib.SequenceMatcher(None, word, option).ratio(), default=None)
     return f"{word}: no such option; " + (f"did you mean {near}?" if near else f"see {program} --help")
 

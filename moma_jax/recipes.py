@@ -106,25 +106,38 @@ def _json(path: str | Path, wanted: str) -> Any:
 
 
 def _from_python(path: Path) -> Config:
-    """The config of a recipe file, which is run as a module of its own and may import the files beside it."""
+    config = called(path, "config", "Config")
+    if not isinstance(config, Config):
+        raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
+    return config
+
+
+def called(path: Path, function: str, returns: str) -> Any:
+    """What a function without arguments of a Python file returns; the file may import those that lie beside it.
+
+    Raises:
+      InputError: the file is no Python, has no such function, or fails.
+    """
     name = f"moma_jax_recipe_{next(_COUNT)}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    wanted = f"`def {function}() -> {returns}`"
     if spec is None:
-        raise InputError(f"{path}: not a recipe; give a .py file or a config.json")
+        raise InputError(f"{path}: not a Python file; give a .py file with {wanted}")
     module = importlib.util.module_from_spec(spec)
     beside = str(path.resolve().parent)
     sys.modules[name] = module  # dataclasses look their module up there
     sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
-        config = module.config()
-    except Exception as error:
+        if not hasattr(module, function):
+            raise InputError(f"has no {function}(); write {wanted}")
+        return getattr(module, function)()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (Exception, SystemExit) as error:
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(beside)
-    if not isinstance(config, Config):
-        raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
-    return read(Config, config)
 
 
 # Overrides ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ trained or written; what its variants cost is checked where they are matched (`s
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moma_jax.config import Config
-from moma_jax.errors import InputError, require
+from moma_jax.errors import require
+from moma_jax.recipes import called
 
 OWN_FIELDS = (
     "train.seed",
@@ -89,17 +89,7 @@ def load_study(path: str | Path) -> Study:
     """
     path = Path(path)
     require(path.is_file(), f"{path}: no such study; give a .py file with `def study() -> Study`")
-    spec = importlib.util.spec_from_file_location(f"study_{path.stem}", path)
-    require(spec is not None, f"{path}: not a study; give a .py file with `def study() -> Study`")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        require(hasattr(module, "study"), "has no study(); write `def study() -> Study`")
-        study = module.study()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    study = called(path, "study", "Study")
     require(
         isinstance(study, Study),
         f"{path}: study() returned {type(study).__name__}; return a moma_jax.studies.Study",

@@ -213,7 +213,7 @@ def _require_same_data(seed: Seed, config: Config) -> None:
     """InputError where the position in the data cannot be taken over, with every field that differs."""
     if seed.saved.cursor is None:  # converted, never trained
         return
-    wrong = [line for line in differences(seed.config.data, config.data, "data")]
+    wrong = differences(seed.config.data, config.data, "data")
     if wrong:
         raise InputError(
             f"{seed.run}: its position in the data is kept, so the data must be the same ({'; '.join(wrong)}); leave "

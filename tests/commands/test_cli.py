@@ -148,7 +148,7 @@ def test_one_training_length_takes_the_place_of_another():
 
 def test_a_recipe_that_is_no_recipe(tmp_path):
     for text, message in (
-        ("x = 1", "AttributeError"),
+        ("x = 1", r"has no config\(\)"),
         ("def config(): return 3", "returned int"),
         ("1/", "SyntaxError"),
     ):
@@ -183,3 +183,108 @@ def test_the_functions_stay_functions_after_their_modules_are_loaded():
 def test_an_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = moma_jax.nothing
+
+
+# Whole fields and files of options ------------------------------------------------------------------------------------
+
+QUICKSTART = CONFIGS / "quickstart.py"
+
+
+def test_a_field_of_several_parts_is_given_whole():
+    stores = [{"name": "a", "path": "stores/a", "share": {"text": 1.0}}, {"name": "b", "path": "stores/b"}]
+    whole = moma_jax.recipe(QUICKSTART, {"data.stores": stores, "train.eval_sets": []})
+    assert [store.name for store in whole.data.stores] == ["a", "b"] and whole.train.eval_sets == ()
+    words = ["--data.stores", json.dumps(stores), "--train.eval-sets=[]"]
+    assert moma_jax.recipe(QUICKSTART, words) == whole
+    assert moma_jax.recipe(QUICKSTART, {"data.stores": whole.data.stores, "train.eval_sets": ()}) == whole
+    later = moma_jax.recipe(QUICKSTART, [*words, "--data.stores.1.path", "c", "--data.prepare", "None"])
+    assert later.data.stores[1].path == "c" and later.data.prepare is None
+
+
+def test_a_file_of_options_says_what_a_recipe_can(tmp_path):
+    file = tmp_path / "options.json"
+    fields = {"train.steps": 9, "model": {"ffn": "1t1i", "gumbel": True}, "data": {"stores": [], "kind": "synthetic"}}
+    file.write_text(json.dumps(fields))
+    config = moma_jax.recipe(QUICKSTART, ["--model.ffn", "dense", "--options", str(file)])
+    assert config == moma_jax.recipe(QUICKSTART, {**fields, "model": {"ffn": "dense", "gumbel": True}})
+    assert (config.train.steps, config.train.tokens, config.model.ffn) == (9, None, "dense")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.stores", "["], "--data.stores: '[' is not JSON"),
+        (["--data.stores"], "--data.stores: a value is missing"),
+        (["--data.stores", '[{"nam": "a"}]'], "data.stores.0: "),
+        (["--options", "{}"], "{}: not JSON"),
+        (["--options", "list.json"], "list.json: not a JSON object"),
+        (["--options", "typo.json"], "model.fnn: no such field; did you mean model.ffn?"),
+    ],
+)
+def test_what_cannot_be_read_is_named(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[]")
+    Path("typo.json").write_text('{"model": {"fnn": "8x"}}')
+    code, out, err = run(capsys, "cost", QUICKSTART, *words)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_recipe_is_ordinary_python(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("ROWS = 16\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from neighbour_of_mine import ROWS\n"
+        "from moma_jax.config import Config, DataConfig, TrainConfig\n"
+        "@dataclass\nclass Options:\n    rows: int = ROWS\n"
+        "def config() -> Config:\n"
+        "    return Config(data=DataConfig(kind='synthetic'), train=TrainConfig(steps=2, batch_rows=Options().rows))\n"
+    )
+    assert moma_jax.recipe(tmp_path / "mine.py").train.batch_rows == 16
+    assert str(tmp_path) not in sys.path
+
+
+# Lists and glances ----------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_listed_without_being_run(capsys, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.py").write_text('"""What it is.\n\nMore."""\n1 / 0\ndef config(): ...\n')
+    (tmp_path / "b.py").write_text('"""No recipe."""\n')
+    code, out, _ = run(capsys, "recipes", tmp_path, "--json")
+    assert code == 0 and json.loads(out) == [{"name": str(tmp_path / "sub" / "a.py"), "about": "What it is."}]
+    assert "quickstart.py" in run(capsys, "recipes", CONFIGS)[1] and run(capsys, "recipes", "nowhere")[0] == 2
+
+
+def test_show_tells_how_far_a_run_is(capsys, tmp_path):
+    from moma_jax.config_json import to_json
+
+    assert run(capsys, "show", tmp_path)[0] == 2
+    (tmp_path / "config.json").write_text(json.dumps(to_json(moma_jax.recipe(QUICKSTART))))
+    assert "not begun" in run(capsys, "show", tmp_path)[1]
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "100" / "x").write_text("")
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 120, "total": 170, "updated": 0}))
+    shared = {"schema": 1, "time": 0, "loss_text": 1.25}
+    records = [{"kind": "train", "step": step, "loss": step / 100, "tokens_per_second": 5e3} for step in (110, 120)]
+    records += [{"kind": "eval", "step": 100, "eval_set": "heldout", "routing": "threshold", "loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record | shared) + "\n" for record in records))
+    found = json.loads(run(capsys, "show", tmp_path, "--json")[1])
+    assert (found["state"], found["step"], found["checkpoints"], found["config"]["ffn"]) == (
+        "running",
+        120,
+        [100],
+        "4t4i",
+    )
+    assert found["train"]["step"] == 120 and [record["loss"] for record in found["eval"]] == [0.5]
+    out = run(capsys, "show", tmp_path)[1]
+    assert "running, step 120 of 170" in out and "checkpoints: 100" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["train", "120", "1.2000", "1.2500", "-", "5,000"] in rows
+    assert ["heldout", "threshold", "100", "0.5000", "1.2500", "-", "-"] in rows
+
+
+def test_routing_rules_are_the_files_of_their_folder(capsys):
+    pytest.importorskip("moma_jax.routers")
+    code, out, _ = run(capsys, "routers", "list", "--json")
+    assert code == 0 and all(rule["name"] and rule["about"] for rule in json.loads(out))

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 import moma_jax
-from moma_jax.model.routing import expert_choice
+from moma_jax.routers.choice import best_of
 from moma_jax.training import loop
 
 TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
@@ -43,5 +43,4 @@ def changed_batches(monkeypatch, change):
 
 
 def my_choice(score, eligible_T, quota, state, key):
-    selection, _, _ = expert_choice(score, eligible_T, quota, (), key)
-    return selection, jax.tree.map(lambda n: n + 1, state), {"pull": score.logit_TE.mean() ** 2}
+    return best_of(score, eligible_T, quota), jax.tree.map(lambda n: n + 1, state), {"pull": score.logit_TE.mean() ** 2}

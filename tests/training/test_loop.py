@@ -18,42 +18,7 @@ from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.profiler import profile_warnings
-from moma_jax.training import loop, pretrain
-
-TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
-
-
-def records(run):
-    """A run's records without what clocks say."""
-    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in moma_jax.read_metrics(run)]
-
-
-def parameters(run):
-    return jax.device_get(moma_jax.load(str(run)).params)
-
-
-def changed_batches(monkeypatch, change):
-    """Makes the loop's stream hand out change(number, batch), numbered from 1 in this process."""
-    original = loop.open_stream
-
-    class Changed:
-        def __init__(self, stream):
-            self.stream, self.number = stream, 0
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            import dataclasses
-
-            packed = next(self.stream)
-            self.number += 1
-            return dataclasses.replace(packed, batch=change(self.number, packed.batch))
-
-        def close(self):
-            self.stream.close()
-
-    monkeypatch.setattr(loop, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
+from moma_jax.training import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -353,7 +353,7 @@ def test_the_command(seed, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "name a run first"),
-        (["RUN", "--run.dir", "NEW"], "model.ffn: dense -> dense makes no experts"),
+        (["RUN", "--run.dir", "NEW"], "model.ffn: 1t1i -> 1t1i makes no experts"),
         (["RUN", "--model.ffn", "4t4i"], "run.dir: name the directory"),
         (["RUN", "--model.ffn=4t4i", "--run.dir=NEW", "--perturbed", "1"], "no such option; did you mean --perturb"),
         (["RUN", "--model.ffn=4t4z", "--run.dir=NEW"], "modality 'z'"),
