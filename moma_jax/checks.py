@@ -29,9 +29,7 @@ def resolve(config: Config) -> Config:
     Raises:
       InputError: the first field that is wrong, or the first contradiction, and a value that would be right.
     """
-    if not isinstance(config.model.router, Router):  # a recipe may name it
-        config = with_router(config, as_rule(config.model.router))
-    config = read(Config, config)
+    config = read_config(config)
     if config.model.hidden is None:
         hidden = round_up(-(-2 * config.model.ffn_width // 3), 128)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden=hidden))
@@ -42,6 +40,13 @@ def resolve(config: Config) -> Config:
     _check_data(config)
     _check_length(config)
     return config
+
+
+def read_config(config: Config) -> Config:
+    """A config of Python with every field read, by its own type and bounds; a named routing rule is loaded."""
+    if not isinstance(config.model.router, Router):
+        config = with_router(config, as_rule(config.model.router))
+    return read(Config, config)
 
 
 def _check_mesh(config: Config) -> None:

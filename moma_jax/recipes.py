@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from moma_jax import command_line, rules
-from moma_jax.checks import resolve
+from moma_jax.checks import read_config, resolve
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
@@ -109,7 +109,7 @@ def _from_python(path: Path) -> Config:
     config = called(path, "config", "Config")
     if not isinstance(config, Config):
         raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
-    return config
+    return read_config(config)
 
 
 def called(path: Path, function: str, returns: str) -> Any:

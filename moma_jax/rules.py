@@ -193,7 +193,7 @@ def require_loaded(router: Router) -> Router:
     """The rule itself; InputError where its code was not run."""
     if isinstance(router, Unloaded):
         raise InputError(
-            f"router: the config names the routing rule {router.name}, whose code is not run for that; name it yourself, "
+            f"router: the config names the routing rule {router.name}, whose code is not run for that; name it, "
             f"with --router {router.name} (--model.router for a recipe, router={router.name!r} in Python)"
         )
     return router
