@@ -15,6 +15,7 @@ class Batch(NamedTuple):
       segment_BS: int32, 1, 2, ... by document within a row, 0 for padding.
       position_BS: int32, position within the segment, from 0.
       weight_BS: float32 weight of the target's loss; 0 on padding and where nothing follows.
+      modality_BS, target_modality_BS: int8 modality of the id and of the target's, as the vocabulary has it.
     """
 
     token_BS: Any
@@ -22,6 +23,8 @@ class Batch(NamedTuple):
     segment_BS: Any
     position_BS: Any
     weight_BS: Any
+    modality_BS: Any
+    target_modality_BS: Any
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,8 @@ class Packed:
     cursor: dict[str, Any]
     epochs: dict[str, float] = field(default_factory=dict)
     waiting: int = 0
+
+
+def batch_of(token_BS, target_BS, segment_BS, position_BS, weight_BS, modality_V) -> Batch:
+    """A Batch of ids whose modalities are looked up in `modality_V`, int8, by id."""
+    return Batch(token_BS, target_BS, segment_BS, position_BS, weight_BS, modality_V[token_BS], modality_V[target_BS])

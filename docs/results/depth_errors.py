@@ -24,7 +24,7 @@ from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.decoder import Decoder
 from moma_jax.model.routing import expert_choice
 from moma_jax.training import objective
-from moma_jax.training.step import put, replicate, run_decoder, target_modality
+from moma_jax.training.step import put, replicate, run_decoder
 
 WRONG, ALL = "wrong", "all"
 
@@ -59,7 +59,7 @@ def held_out_loss(model, decoder, eval_set):
     def judge(params, state, batch, first_group):
         groups = first_group + jnp.arange(batch.token_BS.shape[0] // model.config.data.group_rows)
         output = run_decoder(program, params, batch, jnp.int32(0), groups, state, False)
-        targets = (batch.target_BS, batch.weight_BS, target_modality(program, batch))
+        targets = (batch.target_BS, batch.weight_BS(program, batch))
         kernel_DV, chunk = params["unembedding"]["kernel_DV"], model.config.train.loss_chunk
         sums = objective.cross_entropy(output.hidden_BSD, kernel_DV, *targets, kinds=len(names), chunk=chunk)[1]
         return sums, output.losses[WRONG] * len(batch.token_BS), output.losses[ALL] * len(batch.token_BS)

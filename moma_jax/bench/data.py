@@ -12,7 +12,7 @@ import numpy as np
 from moma_jax.bench.timing import say
 from moma_jax.checks import resolve
 from moma_jax.config import Config
-from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 
 
@@ -36,7 +36,6 @@ def bench_data(config: Config, *, seconds: float = 10.0) -> dict[str, Any]:
     """
     config = resolve(config)
     _require_stores(config)
-    modality_V = vocabulary_of(config).modality_V
     say(f"data: {config.train.batch_rows} rows of {config.data.sequence} to a batch, for {seconds:g} s")
     with open_stream(config) as stream:
         next(stream)
@@ -46,7 +45,7 @@ def bench_data(config: Config, *, seconds: float = 10.0) -> dict[str, Any]:
         while not batches or time.perf_counter() - wall < seconds:
             batch = next(stream).batch
             start = time.perf_counter()
-            modality_N = modality_V[batch.token_BS[batch.segment_BS > 0]]
+            modality_N = batch.modality_BS[batch.segment_BS > 0]
             tokens_M += np.bincount(modality_N, minlength=len(tokens_M))
             counting += time.perf_counter() - start
             batches += 1

@@ -34,9 +34,8 @@ def measure_parts(
     rows = config.train.batch_rows // (config.train.accumulate * sharding.shards(program.mesh))
     batch = Batch(*(jnp.asarray(np.asarray(x)[:rows]) for x in batch))
     x_BSD = random(0, (rows, config.data.sequence, config.model.width), config.model.dtype)
-    modality_BS = jnp.asarray(program.modality_V, jnp.int32)[batch.token_BS]
     layer = jax.tree.map(lambda x: x[0], state.params["layers"])
-    ffn = FfnCase.of(program.decoder, batch.segment_BS, modality_BS, layer["ffn"])
+    ffn = FfnCase.of(program.decoder, batch.segment_BS, batch.modality_BS, layer["ffn"])
     attention = _attention(program, layer["attention"], batch, x_BSD)
     seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
     seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
@@ -61,7 +60,7 @@ def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callab
 def _loss(program: step_lib.Program, kernel_DV, batch: Batch, x_BSD) -> Callable:
     """Unembedding and cross-entropy; its gradient is taken in the forward pass."""
     config = program.config
-    around = (batch.target_BS, batch.weight_BS, step_lib.target_modality(program, batch))
+    around = (batch.target_BS, batch.weight_BS, batch.target_modality_BS)
     settings = {
         "kinds": len(config.data.modalities),
         "chunk": config.train.loss_chunk,

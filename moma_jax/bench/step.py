@@ -169,8 +169,7 @@ def quota_slack(config: Config, batch: Batch) -> float:
     dispatched = [own for own in layer_of(config).groups if not own.everywhere and not own.group.shared]
     if not dispatched:
         return 0.0
-    modality_V = vocab.contiguous(config.data.modalities).modality_V
-    modality_BS = np.where(np.asarray(batch.segment_BS) > 0, modality_V[np.asarray(batch.token_BS)], -1)
+    modality_BS = np.where(np.asarray(batch.segment_BS) > 0, np.asarray(batch.modality_BS), -1)
     modality_GT = modality_BS.reshape(-1, config.group_tokens)
     slots = filled = 0
     for own in dispatched:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moma_jax.batch import Batch, Packed
+from moma_jax.batch import Batch, Packed, batch_of
 from moma_jax.data.packing import Frame
+from moma_jax.vocab import Vocabulary
 
 
 class Plan(NamedTuple):
@@ -27,11 +28,11 @@ class Reader:
       views: stores' views, with `read(doc_N, start_N, stop_N)`.
       frame: the room of a group.
       rows: rows of a batch on this host.
-      pad: the padding id.
+      vocabulary: says the padding id, and which id is of which modality.
     """
 
-    def __init__(self, views: Sequence[Any], frame: Frame, rows: int, pad: int):
-        self._views, self._frame, self._rows, self._pad = views, frame, rows, pad
+    def __init__(self, views: Sequence[Any], frame: Frame, rows: int, vocabulary: Vocabulary):
+        self._views, self._frame, self._rows, self._vocabulary = views, frame, rows, vocabulary
 
     def packed(self, plan: Plan) -> Packed:
         """Reads and assembles a planned batch."""
@@ -44,12 +45,13 @@ class Reader:
                 found = view.read(document_N[place_K], start_N[place_K], ahead_N[place_K])
                 for place, token_T in zip(place_K.tolist(), found, strict=True):
                     tokens[place] = token_T
-        batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, self._pad)
+        ids = self._vocabulary.pad, self._vocabulary.modality_V
+        batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, *ids)
         return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
 
 
 def assemble(
-    tokens: Sequence[np.ndarray], size_N: np.ndarray, row_N: np.ndarray, rows: int, sequence: int, pad: int
+    tokens: Sequence[np.ndarray], size_N: np.ndarray, row_N: np.ndarray, rows: int, sequence: int, pad: int, modality_V
 ) -> Batch:
     """Lays pieces out in rows.
 
@@ -58,7 +60,7 @@ def assemble(
       size_N: tokens of each piece, without that next one.
       row_N: each piece's row, ascending.
       rows, sequence: shape of the batch.
-      pad: the padding id.
+      pad: the padding id. modality_V: int8 modality of every id.
     """
     read_N = np.fromiter(map(len, tokens), np.int64, len(tokens))
     continued_N = read_N > size_N
@@ -86,7 +88,6 @@ def assemble(
         value_BS[taken_BS] = value_T
         return value_BS
 
-    return Batch(
-        spread(token_R[source_T], pad), spread(target_T, pad), spread(segment_T, 0), spread(position_T, 0),
-        spread(weight_T, 0),
-    )  # fmt: skip
+    ids = spread(token_R[source_T], pad), spread(target_T, pad)
+    about = spread(segment_T, 0), spread(position_T, 0), spread(weight_T, 0)
+    return batch_of(*ids, *about, modality_V)

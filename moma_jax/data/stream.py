@@ -109,7 +109,7 @@ def open_stream(
     vocabulary, views = _open_views(data, chosen, split)
     planned = planned_positions(data, groups, mine, cursor, epochs)
     planner = make_planner(data, chosen, views, seed=seed, groups=groups, planned=planned, epochs=epochs)
-    reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary.pad)
+    reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary)
     plans = _Plans(lambda: _PlanIterator(planner, groups, mine, planned, cursor, epochs))
     return Stream(plans, reader.packed, data.prefetch, data.read_threads)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moma_jax.batch import Batch, Packed
+from moma_jax.batch import Packed, batch_of
 from moma_jax.data.packing import Frame
 from moma_jax.vocab import SPECIAL_NAMES, Vocabulary
 
@@ -35,6 +35,7 @@ class Synthetic:
 
     def __init__(self, frame: Frame, vocabulary: Vocabulary, seed: int):
         self._layout, self._seed, self._pad = layout_of(frame, vocabulary), seed, vocabulary.pad
+        self._modality_V = vocabulary.modality_V
         ids = [m.code_ids for m in vocabulary.modalities]
         ids[0] = ids[0][len(SPECIAL_NAMES) + 2 * (len(ids) - 1) :] if len(ids[0]) > 4 + 2 * len(ids) else ids[0]
         self._id_V = np.concatenate(ids)
@@ -55,7 +56,7 @@ class Synthetic:
         weight_RS = follows_RS.astype(np.float32)
         token_BS, target_BS = (a.reshape(-1, a.shape[-1]) for a in (token_GRS, target_GRS))
         rest = (np.tile(a, (copies, 1)) for a in (segment_RS, layout.position_RS, weight_RS))
-        return Packed(Batch(token_BS, target_BS, *rest), plan.cursor)
+        return Packed(batch_of(token_BS, target_BS, *rest, self._modality_V), plan.cursor)
 
     def _tokens(self, group: int) -> np.ndarray:
         token_RS = np.where(self._layout.id_RS == _EMPTY, self._pad, self._layout.id_RS)

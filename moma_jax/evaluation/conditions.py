@@ -56,7 +56,7 @@ class Kinds:
 
     def __init__(self, vocabulary: Vocabulary):
         modalities = vocabulary.modalities
-        self._vocabulary, self._modality_V = vocabulary, vocabulary.modality_V.astype(np.int32)
+        self._vocabulary = vocabulary
         self._atomic_M = np.array([m.span > 0 for m in modalities])
         self._interleaved = GIVEN_TEXT + len(modalities)
         self.number = len(modalities) * (self._interleaved + 1)
@@ -77,7 +77,7 @@ class Kinds:
 
     def of(self, batch: Batch) -> np.ndarray:
         """The kind of every target of a packed batch on the host, int32 (B, S); on padding it means nothing."""
-        modality_BS = self._modality_V[batch.target_BS]
+        modality_BS = batch.target_modality_BS.astype(np.int32)
         found = self._documents(batch)
         pair_N = found.begins_N & found.ends_N & (found.spans_N == 1) & found.text_N
         behind_N = found.first_N + found.codes_N  # position of the span's end mark
@@ -96,7 +96,7 @@ class Kinds:
     def _documents(self, batch: Batch) -> _Documents:
         rows, width = batch.token_BS.shape[0], int(batch.segment_BS.max(initial=0)) + 1
         number_BS = np.arange(rows)[:, None] * width + batch.segment_BS
-        modality_BS = self._modality_V[batch.token_BS]
+        modality_BS = batch.modality_BS.astype(np.int32)
         real_BS = batch.segment_BS > 0
         code_BS = real_BS & self._atomic_M[modality_BS]
         same_BS = np.zeros(real_BS.shape, bool)  # as the token to the left, in the same document

@@ -77,14 +77,12 @@ class Program(NamedTuple):
 
     Attributes:
       config: the resolved config. decoder: the model. optimizer: the update rule. mesh: the devices.
-      modality_V: int8 modality of every id.
     """
 
     config: Config
     decoder: Any
     optimizer: Optimizer
     mesh: Mesh
-    modality_V: Any
 
 
 def make_program(config: Config, vocabulary: Vocabulary, devices: Sequence[Any] | None = None) -> Program:
@@ -99,7 +97,7 @@ def make_program(config: Config, vocabulary: Vocabulary, devices: Sequence[Any] 
     require_loaded(config.model.router)
     mesh = sharding.make_mesh(config.mesh, micro_groups(config), devices)
     require_split(config, mesh.shape)
-    return Program(config, decoder_of(config), make_optimizer(config), mesh, vocabulary.modality_V)
+    return Program(config, decoder_of(config), make_optimizer(config), mesh)
 
 
 def with_dtype(config: Config) -> Config:
@@ -185,23 +183,17 @@ def run_decoder(program: Program, params, batch: Batch, step, group_G, routing_s
 
     `asked` is handed to the decoder, such as return_selections=True.
     """
-    modality_V = jnp.asarray(program.modality_V, jnp.int32)
     return program.decoder.apply(
         {"params": params},
         batch.token_BS,
         batch.segment_BS,
         batch.position_BS,
-        jnp.take(modality_V, batch.token_BS),
+        batch.modality_BS,
         **_noise(program.config, step, group_G),
         routing_state=routing_state,
         train=train,
         **asked,
     )
-
-
-def target_modality(program: Program, batch: Batch):
-    """Modality of every target, int32 (B, S)."""
-    return jnp.take(jnp.asarray(program.modality_V, jnp.int32), batch.target_BS)
 
 
 def _forward(program: Program, params, batch: Batch, step, group_G, routing_state):
@@ -213,7 +205,7 @@ def _forward(program: Program, params, batch: Batch, step, group_G, routing_stat
         params["unembedding"]["kernel_DV"],
         batch.target_BS,
         batch.weight_BS,
-        target_modality(program, batch),
+        batch.target_modality_BS,
         kinds=len(config.data.modalities),
         chunk=config.train.loss_chunk,
         z_loss=config.train.z_loss,
@@ -271,7 +263,7 @@ def abstract_batch(program: Program) -> Batch:
     config = program.config
     shape = (config.train.batch_rows, config.data.sequence)
     rows = sharding.rows(program.mesh)
-    types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    types = Batch(*(jnp.int32,) * 4, jnp.float32, jnp.int8, jnp.int8)
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in types))
 
 
@@ -382,6 +374,5 @@ def update(program: Program, state: TrainState, grads, routing_state, finite) ->
 
 def tokens_by_modality(program: Program, batch: Batch):
     """Real tokens of a batch by modality, int32 (M,)."""
-    modality_BS = jnp.take(jnp.asarray(program.modality_V, jnp.int32), batch.token_BS)
-    is_modality_MBS = modality_BS == jnp.arange(len(program.config.data.modalities))[:, None, None]
+    is_modality_MBS = batch.modality_BS == jnp.arange(len(program.config.data.modalities))[:, None, None]
     return jnp.sum(is_modality_MBS & (batch.segment_BS > 0), axis=(1, 2), dtype=jnp.int32)

@@ -72,18 +72,28 @@ def documents_of(batch):
 def test_assembly_by_hand():
     """Two pieces in row 0, the second cut; row 1 empty; its rest in row 2."""
     tokens = [np.array([5, 6, 7]), np.array([8, 9, 10]), np.array([10, 11])]
-    batch = assemble(tokens, np.array([3, 2, 2]), np.array([0, 0, 2]), rows=3, sequence=6, pad=1)
+    batch = assemble(
+        tokens,
+        np.array([3, 2, 2]),
+        np.array([0, 0, 2]),
+        rows=3,
+        sequence=6,
+        pad=1,
+        modality_V=np.arange(12, dtype=np.int8) // 8,
+    )
     assert batch.token_BS.tolist() == [[5, 6, 7, 8, 9, 1], [1] * 6, [10, 11, 1, 1, 1, 1]]
     assert batch.target_BS.tolist() == [[6, 7, 1, 9, 10, 1], [1] * 6, [11, 1, 1, 1, 1, 1]]
     assert batch.segment_BS.tolist() == [[1, 1, 1, 2, 2, 0], [0] * 6, [1, 1, 0, 0, 0, 0]]
     assert batch.position_BS.tolist() == [[0, 1, 2, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
     assert batch.weight_BS.tolist() == [[1, 1, 0, 1, 1, 0], [0] * 6, [1, 0, 0, 0, 0, 0]]
-    assert [a.dtype.name for a in batch] == ["int32"] * 4 + ["float32"]
+    assert batch.modality_BS.tolist() == [[0, 0, 0, 1, 1, 0], [0] * 6, [1, 1, 0, 0, 0, 0]]
+    assert batch.target_modality_BS.tolist() == [[0, 0, 0, 1, 1, 0], [0] * 6, [1, 0, 0, 0, 0, 0]]
+    assert [a.dtype.name for a in batch] == ["int32"] * 4 + ["float32"] + ["int8"] * 2
 
 
 def test_an_empty_batch():
     none = np.zeros(0, np.int64)
-    batch = assemble([], none, none, rows=2, sequence=3, pad=1)
+    batch = assemble([], none, none, rows=2, sequence=3, pad=1, modality_V=np.zeros(2, np.int8))
     assert batch.token_BS.tolist() == [[1] * 3] * 2 and not batch.weight_BS.any()
 
 

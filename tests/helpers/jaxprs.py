@@ -38,7 +38,7 @@ def step_jaxpr(config):
     """The jaxpr of one whole update: forward, objective, backward, optimizer."""
     program = program_of(config)
     shape = (config.train.batch_rows, config.data.sequence)
-    types = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    types = Batch(*(jnp.int32,) * 4, jnp.float32, jnp.int8, jnp.int8)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
     state = step_lib.abstract_state(program, step_lib.first_routing_state(config, None))
     with sharding.use_mesh(program.mesh):

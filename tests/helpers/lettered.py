@@ -32,4 +32,5 @@ def packed(rows, vocabulary=TWO, sequence=40):
             pieces.append(ids(stands + follows[:1], vocabulary))
             sizes.append(len(stands))
             row_N.append(row)
-    return assemble(pieces, np.array(sizes), np.array(row_N), len(rows), sequence, vocabulary.pad)
+    shape = len(rows), sequence, vocabulary.pad, vocabulary.modality_V
+    return assemble(pieces, np.array(sizes), np.array(row_N), *shape)

@@ -252,7 +252,7 @@ def test_the_loop_over_the_layers_is_known_by_its_name(ffn):
     config = dataclasses.replace(small(ffn, MeshConfig(), batch_rows=8), mesh=MeshConfig())
     program = make_program(config, contiguous(config.data.modalities))
     state = abstract_state(program, first_routing_state(config, None))
-    batch = Batch(*(jax.ShapeDtypeStruct((8, 384), kind) for kind in ("int32",) * 4 + ("float32",)))
+    batch = Batch(*(jax.ShapeDtypeStruct((8, 384), kind) for kind in ("int32",) * 4 + ("float32", "int8", "int8")))
     with sharding.use_mesh(program.mesh):
         text = jax.jit(make_train_step(program)).lower(state, batch).as_text(debug_info=True)
     loops = set(re.findall(r'"([^"]*/while)"', text))
