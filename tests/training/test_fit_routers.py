@@ -154,6 +154,7 @@ def test_a_signal_saves_and_the_stage_goes_on_exactly(whole, run, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, fitted(run), fitted(whole[0]))
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(whole, run):
     killed = spawn(__file__, run)
     _, err = killed.communicate(timeout=600)
@@ -180,6 +181,7 @@ def _poisoned(model):
 # Microbatches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing(trained):
     model = load(str(trained))
     stage = routers.stage_of(model.config, SETTINGS)

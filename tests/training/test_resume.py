@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from processes import output, spawn
 from runs import parameters, records
 from tiny import tiny
@@ -20,10 +21,11 @@ AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
 """What users run is compiled with JAX's own settings."""
 
 
-def config_of(directory, cache):
+def config_of(directory, cache, steps=STEPS):
+    cache = str(cache) if cache else None
     return tiny(
-        directory, train_steps=STEPS, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
-        run_compilation_cache=str(cache), run_tensorboard=True,
+        directory, train_steps=steps, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
+        run_compilation_cache=cache, run_tensorboard=True,
     )  # fmt: skip
 
 
@@ -37,6 +39,22 @@ def journal_size(directory):
     return path.stat().st_size if path.exists() else 0
 
 
+def test_killed_once(tmp_path):
+    """Compiled as all tests are, so that what goes on here is what was killed there."""
+    calm, killed = config_of(tmp_path / "calm", None, steps=12), config_of(tmp_path / "killed", None, steps=12)
+    process = spawn(__file__, killed.run.dir, "", 12)
+    while process.poll() is None and journal_size(killed.run.dir) < 1500:  # some steps are recorded
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err[-3000:]
+    for config in (killed, calm):
+        moma_jax.train(config, quiet=True)
+    assert records(killed.run.dir) == records(calm.run.dir)
+    jax.tree.map(np.testing.assert_array_equal, parameters(killed.run.dir), parameters(calm.run.dir))
+
+
+@pytest.mark.slow
 def test_killed_five_times_at_random(tmp_path):
     draw = random.Random(1)
     cache, calm, killed = tmp_path / "cache", tmp_path / "calm", tmp_path / "killed"
@@ -56,7 +74,7 @@ def test_killed_five_times_at_random(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(killed), parameters(calm))
 
 
-def main(directory, cache):
+def main(directory, cache, steps=STEPS):
     original = loop.open_stream
 
     def slow(*arguments, **settings):
@@ -77,7 +95,7 @@ def main(directory, cache):
         return Slow()
 
     loop.open_stream = slow
-    moma_jax.train(config_of(directory, cache))
+    moma_jax.train(config_of(directory, cache, int(steps)))
 
 
 if __name__ == "__main__":
