@@ -40,8 +40,6 @@ def whole_logits(loaded, routing, ids):
     arguments = (token_BS, segment_BS, position_BS, loaded.vocabulary.modality_V[token_BS])
     variables, given = {"params": loaded.params}, {"key": jax.random.key(0), "routing_state": loaded.routing_state}
     output = forward(loaded.under(routing))(variables, *arguments, **given)
-        {"params": loaded.params}, *arguments, key=jax.random.key(0), routing_state=loaded.routing_state
-    )
     return np.asarray(output.hidden_BSD[0] @ loaded.params["unembedding"]["kernel_DV"])
 
 
