@@ -28,6 +28,14 @@ inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*PATHS, *filter(None, inherited)]))
 
 
+def pytest_configure(config):
+    """The process that runs tests, not the one that hands them out, shares what it traced between them."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses"):
+        from traced import share
+
+        share()
+
+
 def pytest_xdist_auto_num_workers(config):
     """A worker per CPU this process may use; a single file runs right here, where -s and a debugger work."""
     if len(config.args) == 1 and ".py" in config.args[0]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp  # noqa: E402
 from moma_jax.convert import from_chameleon, to_chameleon  # noqa: E402
 from moma_jax.training.load import load  # noqa: E402
 
+pytestmark = pytest.mark.slow  # torch and transformers
+
 VISION = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 1, "resolution": 4}
 
 

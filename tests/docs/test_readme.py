@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 
 import moma_jax
@@ -20,6 +21,7 @@ SHORT = {
 }
 
 
+@pytest.mark.slow
 def test_the_readmes_routing_function_trains_the_quickstart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     definition = BLOCKS[2].split("\n\n\nconfig = ")[0]
@@ -33,6 +35,7 @@ def test_the_readmes_routing_function_trains_the_quickstart(tmp_path, monkeypatc
     assert "random_choice" in summary["select"]
 
 
+@pytest.mark.slow
 def test_the_readmes_session_runs(tmp_path):
     """The first two Python blocks, with fewer steps and a smaller data set."""
     overrides = ", ".join(f"{name!r}: {value!r}" for name, value in SHORT.items())

@@ -1,5 +1,7 @@
 """Generation on the real decoder, tiny and with random weights: what is written is what whole forward passes say."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,11 @@ def loaded(tmp_path_factory):
     return load(config.run.dir)
 
 
+@functools.cache
+def forward(decoder):
+    return jax.jit(decoder.apply)
+
+
 def whole_logits(loaded, routing, ids):
     """Logits after each token, (S, V), by the training decoder on a row of one document."""
     sequence = loaded.config.data.sequence
@@ -30,15 +37,9 @@ def whole_logits(loaded, routing, ids):
     segment_BS = np.zeros_like(token_BS)
     segment_BS[0, : len(ids)] = 1
     position_BS = np.broadcast_to(np.arange(sequence), token_BS.shape)
-    output = loaded.under(routing).apply(
-        {"params": loaded.params},
-        token_BS,
-        segment_BS,
-        position_BS,
-        loaded.vocabulary.modality_V[token_BS],
-        key=jax.random.key(0),
-        routing_state=loaded.routing_state,
-    )
+    arguments = (token_BS, segment_BS, position_BS, loaded.vocabulary.modality_V[token_BS])
+    variables, given = {"params": loaded.params}, {"key": jax.random.key(0), "routing_state": loaded.routing_state}
+    output = forward(loaded.under(routing))(variables, *arguments, **given)
     return np.asarray(output.hidden_BSD[0] @ loaded.params["unembedding"]["kernel_DV"])
 
 

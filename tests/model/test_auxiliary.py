@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from tiers import slow_but
 from tiny import tiny
 
 import moma_jax
@@ -102,7 +103,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("routing", MODELS)
+@pytest.mark.parametrize("routing", slow_but("choice", of=list(MODELS)))
 def test_the_model_trains_the_same_with_auxiliary_routers(routing):
     fields = {**MODELS[routing], "model_routing": routing}
     plain, state = updates(tiny(**fields), 4)

@@ -217,6 +217,7 @@ def test_a_starved_expert_recovers():
 THRESHOLD = {"model_routing": "threshold", "model_routing_warmup": 2, "model_threshold_decay": 0.8}
 
 
+@pytest.mark.slow
 def test_a_starved_expert_recovers_in_the_whole_model():
     config = tiny(train_steps=60, **THRESHOLD)
     program = make_program(config, contiguous(config.data.modalities))
@@ -239,6 +240,7 @@ def test_a_starved_expert_recovers_in_the_whole_model():
     assert np.mean(loads[-20:]) == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.slow
 def test_a_run_by_thresholds_goes_on_exactly(tmp_path, monkeypatch):
     """Stopped after the warm-up, with thresholds in the checkpoint that decide what comes."""
 
@@ -265,6 +267,7 @@ def test_a_run_by_thresholds_goes_on_exactly(tmp_path, monkeypatch):
     assert "threshold" in one.routings
 
 
+@pytest.mark.slow
 def test_eight_devices_select_as_one():
     one, eight = (json.loads(output(p)) for p in [spawn(__file__, devices=n) for n in (1, 8)])
     assert (one["devices"], eight["devices"]) == (1, 8)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow_but
 from tiny import MODALITIES, tiny
 
 from moma_jax.model import decode
@@ -79,7 +80,7 @@ def cached(model, routing, rows, splits, positions=SEQUENCE):
 
 
 @pytest.mark.parametrize("routing", ["causal", "threshold"])
-@pytest.mark.parametrize("ffn", VARIANTS)
+@pytest.mark.parametrize("ffn", slow_but("4t4i+1x", of=VARIANTS))
 def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
     model = model_of(ffn)
     token_BS = rows_of(1, 4)

@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from decoders import KEY, MODALITIES, MODEL, ROWS, SEQUENCE, make, random_params, rows, run
+from tiers import slow_but
 
 from moma_jax import sharding
 from moma_jax.checks import resolve
@@ -20,7 +21,7 @@ from moma_jax.model.precision import compute_dtype
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
-@pytest.mark.parametrize("ffn", ["3t2i+1x", "dense", "1t1i"])
+@pytest.mark.parametrize("ffn", slow_but("3t2i+1x", of=["3t2i+1x", "dense", "1t1i"]))
 def test_equals_the_layers_written_out_in_numpy(norm, ffn):
     decoder, inputs = make(norm=norm, ffn=ffn), rows()
     params = random_params(decoder)

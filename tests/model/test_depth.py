@@ -12,6 +12,7 @@ import pytest
 from decoders import KEY, MODALITIES, ROWS, SEQUENCE, make, random_params, rows, run
 from jaxprs import product_flops, step_jaxpr
 from jaxprs import tiny as sized
+from tiers import slow_but
 from tiny import tiny
 
 from moma_jax import cost, sharding
@@ -62,7 +63,7 @@ def by_hand(decoder, params, inputs):
     return hidden_BSD, entered
 
 
-@pytest.mark.parametrize("ffn", ["mod+3t2i+1x", "mod+dense", "mod+1t1i"])
+@pytest.mark.parametrize("ffn", slow_but("mod+3t2i+1x", of=["mod+3t2i+1x", "mod+dense", "mod+1t1i"]))
 @pytest.mark.parametrize(("norm", "by"), [("swin", AWARE), ("pre", BLIND)])
 def test_equals_the_layers_written_out_in_numpy(ffn, norm, by):
     decoder, inputs = decoder_with(ffn, norm, **by), rows()
@@ -75,7 +76,7 @@ def test_equals_the_layers_written_out_in_numpy(ffn, norm, by):
     np.testing.assert_allclose(output.hidden_BSD[real], hidden_BSD[real], atol=2e-4)
 
 
-@pytest.mark.parametrize(("norm", "by"), [("swin", BLIND), ("pre", AWARE)])
+@pytest.mark.parametrize(("norm", "by"), slow_but(("swin", BLIND), of=[("swin", BLIND), ("pre", AWARE)]))
 def test_gradients_equal_those_of_the_loop(norm, by):
     """Along a random direction of each array, against differences of the loop in float64."""
     decoder, inputs = decoder_with("mod+2t2i", norm, **by), rows()
@@ -109,8 +110,8 @@ def with_gate_one(score, eligible_T, quota, state, key):
     return chosen._replace(gate_EC=chosen.filled_EC.astype(jnp.float32)), state, losses
 
 
-@pytest.mark.parametrize("by", [AWARE, BLIND])
-@pytest.mark.parametrize("ffn", ["3t2i+1x", "dense"])
+@pytest.mark.parametrize("by", slow_but(AWARE, of=[AWARE, BLIND]))
+@pytest.mark.parametrize("ffn", slow_but("3t2i+1x", of=["3t2i+1x", "dense"]))
 def test_everyone_at_gate_one_is_the_plain_model(ffn, by):
     with jax.enable_x64(True):
         plain = make(ffn=ffn, norm="pre", dtype="float64", layers=4)
@@ -172,7 +173,7 @@ def test_more_padding_and_other_microbatches_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, longer.report, before.report)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", slow_but("dots", of=["dots", "full"]))
 def test_remat_changes_nothing(remat):
     params = None
     grads = []
@@ -187,6 +188,7 @@ def test_remat_changes_nothing(remat):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3, rtol=2e-4), *grads)
 
 
+@pytest.mark.slow
 def test_the_state_of_routing_is_by_layer_and_router():
     config = tiny(model_ffn="mod+2t2i", model_layers=4, model_auxiliary=True)
     program = make_program(config, contiguous(config.data.modalities))
@@ -230,8 +232,10 @@ def test_ranking_all_modalities_together_costs_slots():
     assert blind["executed"] - aware["executed"] == pytest.approx(more)
 
 
-@pytest.mark.parametrize("ffn", ["mod+dense", "mod+4t4i", "mod+1t1i+1x"])
-@pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.parametrize(
+    ("ffn", "auxiliary"),
+    [("mod+dense", True), ("mod+4t4i", False), ("mod+4t4i", True), ("mod+1t1i+1x", False)],
+)
 def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
     config = tiny(model_ffn=ffn, model_layers=4, model_auxiliary=auxiliary)
     program = make_program(config, contiguous(config.data.modalities))
@@ -243,9 +247,9 @@ def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
 @pytest.mark.parametrize(
     ("ffn", "fields"),
     [
-        ("mod+2t2i", {"auxiliary": True}),
+        pytest.param("mod+2t2i", {"auxiliary": True}, marks=pytest.mark.slow),
         ("mod+dense", {"sequence": 50, "depth_capacity": 0.3}),
-        ("mod+2t2i+1x", {"depth_by": "all", "routing": "threshold"}),
+        pytest.param("mod+2t2i+1x", {"depth_by": "all", "routing": "threshold"}, marks=pytest.mark.slow),
     ],
 )
 def test_executed_flops_are_those_of_the_steps_jaxpr(ffn, fields):

@@ -169,6 +169,7 @@ ON_EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_selections_outputs_and_gradients():
     assert output(spawn("-c", textwrap.dedent(ON_EIGHT_DEVICES), devices=8)).strip() == "ok"
 

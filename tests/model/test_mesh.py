@@ -35,6 +35,11 @@ MESHES = {
     "expert_tensor": {"data": 1, "expert": 4, "tensor": 2},
     "data_expert": {"data": 2, "expert": 4},
 }
+WHOLE = "4t4i"
+"""The layout that is tried on every mesh; the others are on `SOME`."""
+SOME = ("data_fsdp_expert", "fsdp_expert_tensor", "data_expert")
+FAST = ("mod+2t2i", "data_fsdp_expert")
+"""The layout and mesh of the fast tier: each axis but tensor, microbatches, mixture of depths."""
 STEPS = 20
 
 
@@ -89,25 +94,38 @@ def _selections(program, state, batch) -> tuple[dict, int]:
     return selections, sum(experts * slots for experts, slots in shapes)
 
 
+def meshes_of(ffn: str) -> list[str]:
+    return [name for name in MESHES if name != "one" and (ffn == WHOLE or name in SOME)]
+
+
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """The curves of all layouts and meshes, by both; two processes of eight virtual devices make them."""
+    """The curves of all layouts by mesh; two processes of eight virtual devices make them."""
     folder = tmp_path_factory.mktemp("curves")
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda ffn: on_eight_devices(folder / f"{ffn}.json", ffn), LAYOUTS)
+        made = pool.map(lambda ffn: on_eight_devices(folder / f"{ffn}.json", ffn, "one", *meshes_of(ffn)), LAYOUTS)
         return dict(zip(LAYOUTS, made, strict=True))
 
 
-def on_eight_devices(path: Path, what: str) -> dict:
+def on_eight_devices(path: Path, what: str, *meshes: str) -> dict:
     """What `main` writes where there are eight virtual devices."""
-    output(spawn(__file__, what, path, devices=8))
+    output(spawn(__file__, path, what, *meshes, devices=8))
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
-@pytest.mark.parametrize("ffn", LAYOUTS)
-def test_a_mesh_gives_the_curve_of_one_device(curves, ffn, mesh):
-    one, many = curves[ffn]["one"], curves[ffn][mesh]
+def test_a_mesh_gives_the_curve_of_one_device(tmp_path):
+    ffn, mesh = FAST
+    found = on_eight_devices(tmp_path / "curves.json", ffn, "one", mesh)
+    assert_same_curves(found["one"], found[mesh])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ffn", "mesh"), [(ffn, mesh) for ffn in LAYOUTS for mesh in meshes_of(ffn)])
+def test_every_mesh_does(curves, ffn, mesh):
+    assert_same_curves(curves[ffn]["one"], curves[ffn][mesh])
+
+
+def assert_same_curves(one: dict, many: dict):
     assert (one["devices"], many["devices"]) == (1, 8)
     assert many["selections"] == one["selections"]
     assert many["taken"] == one["taken"]
@@ -115,13 +133,13 @@ def test_a_mesh_gives_the_curve_of_one_device(curves, ffn, mesh):
     np.testing.assert_allclose(many["thresholds"], one["thresholds"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", LAYOUTS)
 def test_devices_share_the_slots_equally(curves, ffn):
-    tensors = {name: sizes.get("tensor", 1) for name, sizes in MESHES.items()}
     one = curves[ffn]["one"]["slots"]
     assert (one > 0) == (ffn != "dense")
-    for name, tensor in tensors.items():
-        assert curves[ffn][name]["slots"] * curves[ffn][name]["devices"] == one * tensor
+    for name, found in curves[ffn].items():
+        assert found["slots"] * found["devices"] == one * MESHES[name].get("tensor", 1)
 
 
 def evaluations(folder: Path) -> dict:
@@ -138,6 +156,7 @@ def evaluations(folder: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_fitted_on_any_mesh(tmp_path):
     found = on_eight_devices(tmp_path / "found.json", "evaluations")
     for routing, names in (("choice", found), ("threshold", found), ("causal", ("whole", "other"))):
@@ -146,11 +165,11 @@ def test_a_run_is_evaluated_and_fitted_on_any_mesh(tmp_path):
             assert others == pytest.approx([one] * len(others), rel=1e-5), (routing, figure)
 
 
-def main(what: str, path: str):
+def main(path: str, what: str, *meshes: str):
     if what == "evaluations":
         found = evaluations(Path(path).parent)
     else:
-        found = {name: curve(config(what, sizes)) for name, sizes in MESHES.items()}
+        found = {name: curve(config(what, MESHES[name])) for name in meshes}
     Path(path).write_text(json.dumps(found))
 
 

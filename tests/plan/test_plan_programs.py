@@ -13,6 +13,8 @@ from moma_jax.config import MeshConfig
 from moma_jax.cost import cost, group_slots
 from moma_jax.plan import memory
 
+pytestmark = pytest.mark.slow  # compiles for TPUs
+
 hlo = importlib.import_module("moma_jax.plan.hlo")
 
 PROGRAMS = {

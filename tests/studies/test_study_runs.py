@@ -222,6 +222,7 @@ def after_step(process, journal, step):
     raise AssertionError(process.communicate()[1][-3000:])
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = write_study(tmp_path / "small.py", f"tokens={128 * 240}")

@@ -155,6 +155,7 @@ def test_a_signal_saves_and_the_stage_goes_on_exactly(whole, run, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, fitted(run), fitted(whole[0]))
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(whole, run):
     killed = spawn(__file__, run)
     _, err = killed.communicate(timeout=600)
@@ -206,6 +207,7 @@ def test_or_the_update_is_skipped(run, monkeypatch):
 # Microbatches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing(trained):
     model = load(str(trained))
     stage = routers.stage_of(model.config, SETTINGS)

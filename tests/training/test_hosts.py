@@ -63,6 +63,7 @@ def cursor_of(run):
     return checkpoints.saved(checkpoints.latest()).cursor
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(two, alone):
     config, outputs = two
     assert_same_figures(config.run.dir, alone.run.dir)
@@ -72,6 +73,7 @@ def test_two_processes_train_as_one(two, alone):
     assert RunDir(config.run.dir).read_json("summary.json")["device"] == {"kind": "cpu", "count": 2}
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step_and_one_goes_on(folder, alone):
     """Process 2 gets SIGTERM."""
     config = config_of(folder, "four", mesh_data=2, mesh_fsdp=2, train_eval_sets=())
@@ -84,6 +86,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_one_goes_on(folder, alone):
     assert_same_figures(config.run.dir, alone.run.dir, ("train",))
 
 
+@pytest.mark.slow
 def test_one_is_killed_and_the_restart_ends_as_if_nothing_had_happened(folder, two):
     config, step = config_of(folder, "killed", mesh_data=2), random.Random(4).randrange(7, STEPS)
     processes = Processes(config, 2, blow=(1, step, signal.SIGKILL))
@@ -107,6 +110,7 @@ def leaves(run):
     return jax.tree.leaves(parameters(run))
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all(folder, two):
     config = config_of(folder, "ended", mesh_data=2, model_ffn="dense", train_eval_sets=())
     processes = Processes(config, 2, blow=(1, 3, 0))
@@ -116,6 +120,7 @@ def test_an_error_of_one_ends_all(folder, two):
     assert codes[0] not in (0, 143) and "moma: step 2: the training data ended" in outputs[1]
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_refused_by_all(two):
     codes, outputs = Processes(dataclasses.replace(two[0], train=dataclasses.replace(two[0].train, seed=1)), 2).ended()
     assert codes == [2, 2]

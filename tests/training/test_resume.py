@@ -1,5 +1,6 @@
 """A run that is killed at random moments ends as if nothing had happened, bit for bit."""
 
+import os
 import random
 import signal
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from processes import output, spawn
 from runs import parameters, records
 from tiny import tiny
@@ -20,16 +22,16 @@ AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
 """What users run is compiled with JAX's own settings."""
 
 
-def config_of(directory, cache):
+def config_of(directory, cache, steps):
     return tiny(
-        directory, train_steps=STEPS, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
-        run_compilation_cache=str(cache), run_tensorboard=True,
+        directory, train_steps=steps, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
+        run_compilation_cache=cache, run_tensorboard=True,
     )  # fmt: skip
 
 
 def start(directory, cache):
     """A real training process, its data as slow as a bad disk so that a kill can hit any step."""
-    return spawn(__file__, directory, cache, **AS_USERS)
+    return spawn(__file__, directory, STEPS, 0, cache, **AS_USERS)
 
 
 def journal_size(directory):
@@ -37,6 +39,19 @@ def journal_size(directory):
     return path.stat().st_size if path.exists() else 0
 
 
+def test_killed_once(tmp_path):
+    """Compiled as all tests are: what goes on here is what was killed there."""
+    calm, killed = (config_of(tmp_path / name, None, 12) for name in ("calm", "killed"))
+    process = spawn(__file__, killed.run.dir, 12, 9)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == -signal.SIGKILL, err[-3000:]
+    for config in (killed, calm):
+        moma_jax.train(config, quiet=True)
+    assert records(killed.run.dir) == records(calm.run.dir)
+    jax.tree.map(np.testing.assert_array_equal, parameters(killed.run.dir), parameters(calm.run.dir))
+
+
+@pytest.mark.slow
 def test_killed_five_times_at_random(tmp_path):
     draw = random.Random(1)
     cache, calm, killed = tmp_path / "cache", tmp_path / "calm", tmp_path / "killed"
@@ -56,12 +71,13 @@ def test_killed_five_times_at_random(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(killed), parameters(calm))
 
 
-def main(directory, cache):
+def main(directory, steps, killed_at=0, cache=None):
+    """Trains; dies before batch `killed_at`, counted from 1, or leaves that to others where it is 0."""
     original = loop.open_stream
 
     def slow(*arguments, **settings):
         stream = original(*arguments, **settings)
-        batches = iter(stream)
+        batches = enumerate(stream, 1)
 
         class Slow:
             def __iter__(self):
@@ -69,7 +85,10 @@ def main(directory, cache):
 
             def __next__(self):
                 time.sleep(0.03)
-                return next(batches)
+                number, batch = next(batches)
+                if number == int(killed_at):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return batch
 
             def close(self):
                 stream.close()
@@ -77,7 +96,7 @@ def main(directory, cache):
         return Slow()
 
     loop.open_stream = slow
-    moma_jax.train(config_of(directory, cache))
+    moma_jax.train(config_of(directory, cache, int(steps)))
 
 
 if __name__ == "__main__":

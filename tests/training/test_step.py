@@ -144,6 +144,7 @@ def test_evaluation_does_not_depend_on_batches():
     np.testing.assert_allclose(first + rest, whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one():
     one, eight = spawn(__file__, 1), spawn(__file__, 2, devices=8)
     one, eight = json.loads(output(one)), json.loads(output(eight))

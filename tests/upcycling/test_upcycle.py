@@ -12,6 +12,7 @@ import pytest
 from processes import output, spawn
 from programs import batch_of, logits, program_of
 from runs import changed_batches, parameters, records
+from tiers import slow_but
 from tiny import MODALITIES, tiny
 
 import moma_jax
@@ -58,7 +59,7 @@ def grown(directory, **fields):
 # The function ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", slow_but("pre", of=NORMS))
 def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
     config = grown(tmp_path, model_capacity=1.0, model_norm=norm)
     upcycle(seeds[norm].run.dir, config, quiet=True)
@@ -72,7 +73,7 @@ def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", slow_but("swin", of=NORMS))
 def test_the_jump_is_that_of_the_held_out_losses(seeds, tmp_path, norm):
     ancestry = upcycle(seeds[norm].run.dir, grown(tmp_path, model_norm=norm, model_gumbel=True), quiet=True)
     jump = ancestry["jump"]
@@ -134,7 +135,7 @@ def store(tmp_path_factory):
     return path, tuple(dataclasses.replace(m, size=size) for m, size in zip(modalities, sizes, strict=True))
 
 
-@pytest.mark.parametrize("rows", [4, 6])
+@pytest.mark.parametrize("rows", slow_but(6, of=[4, 6]))
 def test_no_document_is_seen_twice(store, tmp_path, monkeypatch, rows):
     """Neither where the new run's batches are larger."""
     path, modalities = store
@@ -192,7 +193,7 @@ def test_training_goes_on_afresh(seed, undisturbed):
     assert moma_jax.train(config, quiet=True) == json.loads(json.dumps(summary))
 
 
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", slow_but(3, of=[1, 3]))
 def test_a_run_that_is_killed_goes_on(seed, undisturbed, tmp_path, monkeypatch, at):
     """Before its first own checkpoint, and after it."""
     calm, _ = undisturbed
@@ -236,6 +237,7 @@ def test_a_converted_seed_has_no_position_in_the_data(tmp_path):
     assert moma_jax.train(config, quiet=True)["final"]["tokens"] == 2 * 64
 
 
+@pytest.mark.slow
 def test_two_generations_add_up(seed, tmp_path):
     few = {"train_eval_sets": ()}
     second, third = grown(tmp_path / "b", model_ffn="2t2i", train_steps=3, **few), grown(tmp_path / "c", **few)
@@ -378,6 +380,7 @@ def on_a_mesh(home, **mesh):
     return config
 
 
+@pytest.mark.slow
 def test_a_mesh_grows_the_same(seed, tmp_path):
     folders = [tmp_path / name for name in ("one", "eight")]
     for folder in folders:
