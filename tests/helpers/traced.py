@@ -58,7 +58,7 @@ def _key(argument):
     if isinstance(argument, step.Program):
         sections = dataclasses.fields(argument.config)
         config = tuple(_section(section.name, getattr(argument.config, section.name)) for section in sections)
-        return config, argument.decoder, argument.mesh, np.asarray(argument.modality_V).tobytes()
+        return config, argument.decoder, argument.mesh
     leaves, structure = jax.tree.flatten(argument)
     about = ((np.shape(x), np.result_type(x), getattr(x, "sharding", None)) for x in leaves)
     return structure, *about, *(np.asarray(x).tobytes() for x in leaves if not hasattr(x, "sharding"))
