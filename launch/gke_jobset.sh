@@ -16,7 +16,7 @@ usage: launch/gke_jobset.sh [options] apply CONFIG --run.dir gs://BUCKET/RUN [ov
   delete   remove the JobSet and its pods: they get SIGTERM and save
 
   --name NAME               of the JobSet: about 45 letters at most, as the names of its pods begin with it
-  --image IMAGE             a container image with moma_jax[tpu] or moma_jax[cuda] and the recipes
+  --image IMAGE             a container image with moma_jax[tpu] or moma_jax[cuda12] and the recipes
   --tpu TYPE --topology T   such as tpu-v5p-slice and 4x4x4
   --gpu TYPE                instead: such as nvidia-h100-80gb
   --hosts N                 hosts of a slice, or GPU nodes: 4x4x4 has 64 chips, 4 to a host, so 16 hosts
