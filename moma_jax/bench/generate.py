@@ -33,7 +33,7 @@ BANDWIDTH_BYTES = 256 << 20
 """Bytes that the memory's speed is measured on."""
 
 
-class Variant(NamedTuple):
+class DecodeVariant(NamedTuple):
     """One FFN, ready to write: random weights, thresholds at which tokens enter as many experts as in training."""
 
     config: Config
@@ -107,7 +107,7 @@ def measure_bandwidth() -> float:
     return BANDWIDTH_BYTES / min(min(times) for times in seconds.values())
 
 
-def variant_of(config: Config, ffn: str) -> Variant:
+def variant_of(config: Config, ffn: str) -> DecodeVariant:
     """A variant of the config with random weights and fitting thresholds."""
     spans = [m for m in config.data.modalities[1:] if m.span]
     if len(config.data.modalities) != 2 or not spans:
@@ -133,7 +133,7 @@ def variant_of(config: Config, ffn: str) -> Variant:
 
     weights = (jax.jit(lambda params: decode.unstack(params, config))(params), routing_state)
     writes = Model(weights, lambda rows, positions: decode.new_cache(config, rows, positions), extend, logits)
-    return Variant(config, params, routing_state, Writer(writes), weights[0])
+    return DecodeVariant(config, params, routing_state, Writer(writes), weights[0])
 
 
 def _random_rows(config: Config, rows: int, length: int, seed: int) -> np.ndarray:
@@ -175,7 +175,7 @@ def _apply(config: Config, decoder: Decoder, params, token_BS, routing_state, **
     return run(params, routing_state)
 
 
-def write(variant: Variant, rows: int, prompt: int, tokens: int) -> tuple[float, float]:
+def write(variant: DecodeVariant, rows: int, prompt: int, tokens: int) -> tuple[float, float]:
     """Seconds of prefill and of decoding."""
     written, (prefill, decoding) = _written(variant, rows, prompt, tokens)
     if written.shape != (rows, tokens):
@@ -183,7 +183,7 @@ def write(variant: Variant, rows: int, prompt: int, tokens: int) -> tuple[float,
     return prefill, decoding
 
 
-def _written(variant: Variant, rows: int, prompt: int, tokens: int):
+def _written(variant: DecodeVariant, rows: int, prompt: int, tokens: int):
     """(token_BN, seconds of prefill and of decoding) of random prompts written on at random."""
     config, vocabulary = variant.config, vocab.contiguous(variant.config.data.modalities)
     text, image = vocabulary.modalities
@@ -206,7 +206,7 @@ def _written(variant: Variant, rows: int, prompt: int, tokens: int):
     return written, (prefill, decoding)
 
 
-def _figures(variant: Variant, seconds, rows: int, prompt: int, tokens: int, bandwidth: float) -> dict[str, Any]:
+def _figures(variant: DecodeVariant, seconds, rows: int, prompt: int, tokens: int, bandwidth: float) -> dict[str, Any]:
     """One variant's figures at one number of rows."""
     prefill, decoding = zip(*seconds, strict=True)
     median, spread = summarise(list(decoding))
@@ -236,7 +236,7 @@ class Use(NamedTuple):
     steps: float = 1.0
 
 
-def _use(variant: Variant, rows: int, prompt: int, tokens: int) -> Use:
+def _use(variant: DecodeVariant, rows: int, prompt: int, tokens: int) -> Use:
     """The use that is made of a variant while it writes."""
     config = variant.config
     written, _ = _written(variant, rows, prompt, tokens)

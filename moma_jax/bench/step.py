@@ -30,7 +30,7 @@ SAME_FLOPS = 0.01
 """Active FLOPs per token count as equal where they differ by less than this share."""
 
 
-class Variant(NamedTuple):
+class StepVariant(NamedTuple):
     """One FFN, ready to step: `fresh` makes a state, `step` takes and donates one."""
 
     name: str
@@ -98,7 +98,7 @@ def _variant_of(config: Config, ffn: str) -> Config:
     return step_lib.with_dtype(resolve(dataclasses.replace(config, model=model, data=data, train=train)))
 
 
-def _compile(name: str, config: Config) -> Variant:
+def _compile(name: str, config: Config) -> StepVariant:
     say(f"compiling the step of {name}: {config.train.batch_rows} rows of {config.data.sequence}")
     program = step_lib.make_program(config, vocab.contiguous(config.data.modalities))
     with sharding.use_mesh(program.mesh):
@@ -107,10 +107,10 @@ def _compile(name: str, config: Config) -> Variant:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         create = jax.jit(lambda: step_lib.create_state(program, routing_state), out_shardings=shardings)
         fresh = create.lower().compile()
-        return Variant(name, program, fresh, step_lib.compile_step(program, abstract))
+        return StepVariant(name, program, fresh, step_lib.compile_step(program, abstract))
 
 
-def _step_seconds(variants: list[Variant], batch: Batch, repeats: int) -> dict[str, list[float]]:
+def _step_seconds(variants: list[StepVariant], batch: Batch, repeats: int) -> dict[str, list[float]]:
     """Seconds of `repeats` steps of each variant, in turns.
 
     States stay on the devices between turns where all of them fit into half of the memory. Where they do not, each
@@ -135,7 +135,7 @@ def _step_seconds(variants: list[Variant], batch: Batch, repeats: int) -> dict[s
 
 
 def _figures(
-    variant: Variant, seconds: list[float], baseline: list[float] | None, dense: Config, batch: Batch
+    variant: StepVariant, seconds: list[float], baseline: list[float] | None, dense: Config, batch: Batch
 ) -> dict[str, Any]:
     """One variant's figures; `baseline` are the seconds of `dense`, None where it is not measured."""
     config, mesh = variant.program.config, variant.program.mesh

@@ -13,7 +13,7 @@ from moma_jax.errors import InputError
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceOptions:
     """A source and how it is read."""
 
     options: Annotated[PrepareConfig, tyro.conf.arg(name="")] = PrepareConfig()
@@ -22,13 +22,16 @@ class Source:
     EXAMPLE: ClassVar[str | None] = None
 
     @classmethod
-    def named(cls, path: str | None) -> Source:
+    def named(cls, path: str | None) -> SourceOptions:
         """What is read from `path`."""
         return cls(PrepareConfig(source=path), path) if path else cls()
 
 
 def prepare(
-    source: Annotated[Source, tyro.conf.arg(name="", help="")], out: str, part: str | None = None, merge: bool = False
+    source: Annotated[SourceOptions, tyro.conf.arg(name="", help="")],
+    out: str,
+    part: str | None = None,
+    merge: bool = False,
 ) -> None:
     """Make a token store, `moma prepare SOURCE --out DIR`: fit the tokenizer and the palette, write the tokens.
 

@@ -17,7 +17,7 @@ from moma_jax.upcycling.upcycle import upcycle as grow
 
 
 @dataclass(frozen=True)
-class Seed(ConfigOptions):
+class SeedOptions(ConfigOptions):
     """A trained run, whose config has the defaults of the options."""
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SEED_RUN")]] = ""
@@ -25,7 +25,7 @@ class Seed(ConfigOptions):
     EXAMPLE: ClassVar[str | None] = "runs/seed --model.ffn 4t4i --run.dir runs/new"
 
     @classmethod
-    def named(cls, run: str | None) -> Seed:
+    def named(cls, run: str | None) -> SeedOptions:
         """The seed run's config with Gumbel noise, for a directory that is yet to be named."""
         config = config_of(run) if run else Config()
         home = dataclasses.replace(config.run, dir=None, init_from=None)
@@ -36,7 +36,7 @@ class Seed(ConfigOptions):
 
 
 def upcycle(
-    run: Annotated[Seed, tyro.conf.arg(name="", help="")],
+    run: Annotated[SeedOptions, tyro.conf.arg(name="", help="")],
     moments: Literal["reset", "tile"] = "reset",
     perturb: float = 0.0,
     perturb_seed: int = 0,
@@ -49,7 +49,7 @@ def upcycle(
     Args:
       moments: Optimizer moments: anew, or those of the seed, copied with the experts.
       perturb: Standard deviation of noise on copied experts, over that of each of their matrices.
-      perturb_seed: Seed of that noise.
+      perturb_seed: SeedOptions of that noise.
     """
     asked = {"moments": moments, "perturb": perturb, "perturb_seed": perturb_seed}
     return grow(run.run, resolve(run.config), **asked)

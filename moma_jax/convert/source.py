@@ -21,7 +21,7 @@ SOURCE, RECORD, VOCABULARY = "chameleon", "chameleon.json", "vocabulary"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
-class Source(NamedTuple):
+class CheckpointFiles(NamedTuple):
     """What the files of a folder say that are no weights; tokenizer: content of tokenizer.json, where there is one."""
 
     folder: Path
@@ -31,16 +31,16 @@ class Source(NamedTuple):
     tokenizer: dict[str, Any] | None
 
 
-def read_source(folder: Path) -> Source:
+def read_source(folder: Path) -> CheckpointFiles:
     """Reads config.json and tokenizer.json; InputError where they are not those of a Chameleon that we can hold."""
     where, described = f"{folder}/{CONFIG}", read_json(folder / CONFIG)
     tokenizer = read_json(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     model, names = layout.model_of(described, where), layout.names_of(described, tokenizer, where)
     vocabulary, sequence = layout.vocabulary_of(described, names, where), layout.sequence_of(described, where)
-    return Source(folder, model, vocabulary, sequence, tokenizer)
+    return CheckpointFiles(folder, model, vocabulary, sequence, tokenizer)
 
 
-def tokenizer_of(source: Source) -> bytes:
+def tokenizer_of(source: CheckpointFiles) -> bytes:
     """The tokenizer with every mark and image code a special token, so that no text encodes to one, and without
     truncation and padding, which a store's documents must not have; empty where there is none."""
     tokenizer, vocabulary, path = source.tokenizer, source.vocabulary, source.folder / TOKENIZER

@@ -29,7 +29,7 @@ from moma_jax.convert.source import (
     SOURCE,
     TOKENIZER,
     VOCABULARY,
-    Source,
+    CheckpointFiles,
     read_source,
     require_tensors,
     tokenizer_of,
@@ -103,7 +103,7 @@ def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, A
     return summary
 
 
-def _run_config(source: Source, out: str) -> Config:
+def _run_config(source: CheckpointFiles, out: str) -> Config:
     """The run's config: its data are the vocabulary's store, which has no documents and is to be replaced."""
     store = StoreConfig("data", f"{out.rstrip('/')}/{VOCABULARY}")
     data = DataConfig(modalities=layout.modalities_of(source.vocabulary), stores=(store,), sequence=source.sequence)

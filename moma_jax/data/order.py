@@ -23,7 +23,7 @@ _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Document(NamedTuple):
+class OrderedDocument(NamedTuple):
     """What packing has to know of a document.
 
     Attributes:
@@ -135,12 +135,12 @@ class Window:
         cuttable_M = np.array([span == 0 for span in spans])
         self.only_W = np.where((runs_W == 1) & cuttable_M[only_W], only_W, -1)
 
-    def take(self, index_N: np.ndarray) -> list[Document]:
+    def take(self, index_N: np.ndarray) -> list[OrderedDocument]:
         """The documents at places `index_N` of the window."""
         columns = (self.document_W, self.length_W, self.only_W, self.count_WM)
         rows = zip(*(column[index_N].tolist() for column in columns), index_N.tolist(), strict=True)
         return [
-            Document(d, length, only, count, self._spans(i) if only < 0 and length > self._span_limit else None)
+            OrderedDocument(d, length, only, count, self._spans(i) if only < 0 and length > self._span_limit else None)
             for d, length, only, count, i in rows
         ]
 
@@ -149,7 +149,7 @@ class Window:
         return list(zip(self.modality_K[run].tolist(), self.span_length_K[run].tolist(), strict=True))
 
 
-def look_up(reader: IndexReader, document: int, spans: tuple[int, ...]) -> Document:
+def look_up(reader: IndexReader, document: int, spans: tuple[int, ...]) -> OrderedDocument:
     """One document by its number, with its spans."""
     return Window(reader, [(document, document + 1)], spans, -1).take(np.zeros(1, np.int64))[0]
 
@@ -184,7 +184,7 @@ class LaneOrder:
         self.epoch, self.position = epoch, position
         self._window = None
 
-    def draw(self) -> Document | None:
+    def draw(self) -> OrderedDocument | None:
         """The next document, or None after the last epoch."""
         if self.epoch == self._epochs:
             return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moma_jax.data.order import Document
+from moma_jax.data.order import OrderedDocument
 from moma_jax.errors import InputError
 
 
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 # Cutting --------------------------------------------------------------------------------------------------------------
 
 
-def pieces_of(store: int, document: Document, frame: Frame) -> list[Piece]:
+def pieces_of(store: int, document: OrderedDocument, frame: Frame) -> list[Piece]:
     """A document as the pieces that packing may place: itself where it fits, else cut between spans.
 
     The marks around an atomic span stay with it. A cuttable run that no row or quota can hold becomes a cuttable

@@ -21,7 +21,7 @@ from moma_jax.errors import InputError
 
 
 @dataclass(frozen=True)
-class Source:
+class StoreOrder:
     """One ingredient: a store's view (`documents`, `tokens_M`, `index(start, stop)`) and its shares by modality."""
 
     name: str
@@ -198,7 +198,7 @@ class Planner:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[StoreOrder],
         frame: Frame,
         *,
         lanes: int,
@@ -306,7 +306,7 @@ class Planner:
         return pieces
 
 
-def _candidates(sources: list[Source], share_NM: list[list[float]]) -> list[list[int]]:
+def _candidates(sources: list[StoreOrder], share_NM: list[list[float]]) -> list[list[int]]:
     """Sources to draw from when a modality is needed.
 
     A source is drawn for what it has most of beside text, and its text comes along. Text is drawn from sources of

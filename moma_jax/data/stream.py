@@ -19,7 +19,7 @@ from moma_jax.config import Config, DataConfig, Modality, StoreConfig, quota_tok
 from moma_jax.data.assembly import Plan, Reader
 from moma_jax.data.mixture import resolve_shares
 from moma_jax.data.packing import Frame, Group
-from moma_jax.data.planner import Planner, Source
+from moma_jax.data.planner import Planner, StoreOrder
 from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.errors import InputError
@@ -149,7 +149,7 @@ def make_planner(
     lanes = data.lanes if epochs is None else 1
     needed = [lane for lane in range(lanes) if lane % groups in planned]
     return Planner(
-        [Source(s.name, view, share_M) for s, view, share_M in zip(stores, views, share_NM, strict=True)],
+        [StoreOrder(s.name, view, share_M) for s, view, share_M in zip(stores, views, share_NM, strict=True)],
         frame_of(data),
         lanes=lanes,
         mine=needed,

@@ -21,7 +21,7 @@ class SyntheticPlan(NamedTuple):
     cursor: dict[str, np.ndarray]
 
 
-class Layout(NamedTuple):
+class GroupLayout(NamedTuple):
     """One group: id_RS int32 (a fixed id, -1 random, -2 padding), modality_RS, segment_RS, position_RS."""
 
     id_RS: np.ndarray
@@ -66,7 +66,7 @@ class Synthetic:
         return token_RS
 
 
-def layout_of(frame: Frame, vocabulary: Vocabulary) -> Layout:
+def layout_of(frame: Frame, vocabulary: Vocabulary) -> GroupLayout:
     """Rows of documents, each a run of text and an atomic span, at the quotas' ratio and never above a quota."""
     tokens, total = frame.rows * frame.sequence, sum(frame.quotas)
     goal_M = [min(quota, quota * tokens // total) for quota in frame.quotas]
@@ -99,9 +99,9 @@ def layout_of(frame: Frame, vocabulary: Vocabulary) -> Layout:
     return _fill(documents_R, frame)
 
 
-def _fill(documents_R: list[list[list[tuple[int, int, int]]]], frame: Frame) -> Layout:
+def _fill(documents_R: list[list[list[tuple[int, int, int]]]], frame: Frame) -> GroupLayout:
     shape = (frame.rows, frame.sequence)
-    layout = Layout(np.full(shape, _EMPTY, np.int32), *(np.zeros(shape, np.int32) for _ in range(3)))
+    layout = GroupLayout(np.full(shape, _EMPTY, np.int32), *(np.zeros(shape, np.int32) for _ in range(3)))
     for row, documents in enumerate(documents_R):
         at = 0
         for segment, runs in enumerate(documents, 1):

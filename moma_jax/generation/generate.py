@@ -25,7 +25,7 @@ from moma_jax.generation.grammar import (
     make_rules,
     open_span,
 )
-from moma_jax.generation.output import Output, Reader
+from moma_jax.generation.output import Output, OutputReader
 from moma_jax.generation.prompts import Language, Piece, encode_prompt, language_of, writable_text
 from moma_jax.generation.sampling import Draw, Guidance, Sampling, draw_of
 from moma_jax.training.load import Loaded
@@ -155,7 +155,7 @@ def causal_routing(loaded: Loaded) -> str:
 
 
 @dataclass
-class Job:
+class Prompted:
     """One row that is being written.
 
     Attributes:
@@ -169,7 +169,7 @@ class Job:
     start: int
     room: int
     seed: int
-    reader: Reader | None
+    reader: OutputReader | None
     written: list[int] = field(default_factory=list)
     stopped: str | None = None
 
@@ -260,7 +260,7 @@ class Generator:
             lambda weights, hidden: decode.logits(weights[0], hidden),
         )
 
-    def _job(self, number: int, prompt_N: np.ndarray, settings: Settings) -> Job:
+    def _job(self, number: int, prompt_N: np.ndarray, settings: Settings) -> Prompted:
         """One row without a reader, checked: there is room for what is asked for."""
         vocabulary, context, name = self._loaded.vocabulary, self._loaded.config.data.sequence, f"prompt {number}"
         start = open_span(vocabulary, prompt_N, name)
@@ -274,21 +274,21 @@ class Generator:
         wanted = settings.max_tokens if settings.max_tokens is not None else need if settings.mode == "image" else left
         if wanted < need:
             raise InputError(f"max_tokens: {wanted} are too few for the pictures, which need {need}; give more")
-        return Job(prompt_N, start, min(wanted, left), settings.seed + number, None)
+        return Prompted(prompt_N, start, min(wanted, left), settings.seed + number, None)
 
-    def _read(self, number: int, job: Job, stop: tuple[str, ...], on_text, on_image) -> Job:
+    def _read(self, number: int, job: Prompted, stop: tuple[str, ...], on_text, on_image) -> Prompted:
         """The job with a reader, which has seen the prompt's open span."""
         tell_text = None if on_text is None else lambda text: on_text(number, text)
         tell_image = None if on_image is None else lambda image: on_image(number, image)
-        reader = Reader(self.language, stop, tell_text, tell_image)
+        reader = OutputReader(self.language, stop, tell_text, tell_image)
         reader.read(job.prompt_N[job.start :].tolist())
         return dataclasses.replace(job, reader=reader)
 
-    def _run_batch(self, writer: Writer, jobs: list[Job], rules: Rules, draw: Draw) -> None:
+    def _run_batch(self, writer: Writer, jobs: list[Prompted], rules: Rules, draw: Draw) -> None:
         """Writes some rows to their end. Rows that have stopped already fill them up to a power of two."""
         vocabulary = self._loaded.vocabulary
         begin_N = np.array([vocabulary.begin_document], np.int32)
-        idle = [Job(begin_N, 1, 0, 0, None)] * ((1 << (len(jobs) - 1).bit_length()) - len(jobs))
+        idle = [Prompted(begin_N, 1, 0, 0, None)] * ((1 << (len(jobs) - 1).bit_length()) - len(jobs))
         rows, room = [job.prompt_N for job in jobs + idle], [job.room for job in jobs + idle]
         open_ids = [job.prompt_N[job.start :] for job in jobs + idle]
         positions = max(len(job.prompt_N) + job.room for job in jobs)

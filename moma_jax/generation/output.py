@@ -89,7 +89,7 @@ def half_blocks(picture: Image.Image, columns: int) -> str:
     return "\n".join(lines)
 
 
-class Reader:
+class OutputReader:
     """Turns the ids of one row into segments as they come.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Does a run fit a pod, and what will it cost: `plan(config, topology)`, before any machine is rented.
 
 For TPUs the real training step is compiled, by the compiler that would compile it there (`compile`), and its text is
-read (`hlo`, `network`, `estimate`, `held`). For GPUs there is arithmetic alone (`memory`). Nothing here is imported by
+read (`hlo`, `network`, `estimate`, `memory_use`). For GPUs there is arithmetic alone (`memory`). Nothing here is imported by
 any other part of the package, and libtpu only when a TPU is planned for.
 """
 
@@ -120,11 +120,11 @@ def arithmetic_plan(config: Config, target: Topology) -> dict[str, Any]:
 def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
     """The part of a plan that is read from the compiled step."""
     from moma_jax.plan import compile as compiler
-    from moma_jax.plan import estimate, held, hlo, network, placement
+    from moma_jax.plan import estimate, hlo, memory_use, network, placement
 
     compiled = compiler.compile_step(config, target)
     module = hlo.parse(compiled.text) if compiled.error is None else None
-    sizes = held.held_bytes(config, compiled, module)
+    sizes = memory_use.bytes_by_category(config, compiled, module)
     result = {
         "method": "compiled",
         "fits": compiled.error is None,

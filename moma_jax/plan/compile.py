@@ -75,7 +75,7 @@ def topology_devices(topology: Topology) -> list[Any]:
       InputError: libtpu is missing or cannot be used, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("plan: libtpu is not installed; pip install 'moma_jax[plan]'")
+        raise InputError("plan: libtpu is not installed; pip install 'moma_jax[plan]' on Python 3.11")
     os.environ.update(ENVIRONMENT)
     if "jax" not in sys.modules:  # this process computes nothing on an accelerator, and must not occupy one
         os.environ["JAX_PLATFORMS"] = "cpu"

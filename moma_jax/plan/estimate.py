@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moma_jax.plan import network
+from moma_jax.plan.hbm_traffic import SEEN_THROUGH, bytes_moved
 from moma_jax.plan.hlo import Array, Computation, Instruction, Module
-from moma_jax.plan.moved import SEEN_THROUGH, bytes_moved
-from moma_jax.plan.network import Layout
+from moma_jax.plan.network import MeshLayout
 from moma_jax.plan.topology import Kind
 
 SORT_CYCLES = 4
@@ -108,7 +108,7 @@ class Estimate:
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def estimate(module: Module, layout: Layout, kind: Kind) -> Estimate:
+def estimate(module: Module, layout: MeshLayout, kind: Kind) -> Estimate:
     """The estimate of a step on devices of a kind, laid out as `layout` says."""
     result = Estimate()
     result.seconds = _run(_Reader(module, layout, kind, result), module.computations[module.entry], 1)
@@ -119,7 +119,7 @@ class _Reader(NamedTuple):
     """What reading a computation needs."""
 
     module: Module
-    layout: Layout
+    layout: MeshLayout
     kind: Kind
     result: Estimate
     where: str = ""  # op_name of the loop that is read, for what has none of its own

@@ -67,7 +67,7 @@ class Collective(NamedTuple):
                 return self.operand_bytes
 
 
-class Layout(NamedTuple):
+class MeshLayout(NamedTuple):
     """Where the devices of a mesh are.
 
     Attributes:
@@ -84,12 +84,12 @@ class Layout(NamedTuple):
     slices: np.ndarray
 
 
-def layout_of(mesh: Any, extents: Sequence[int]) -> Layout:
+def layout_of(mesh: Any, extents: Sequence[int]) -> MeshLayout:
     """The layout of a `jax.sharding.Mesh` of TPUs whose slices have the given extents."""
     devices = list(mesh.devices.flat)
     places = [(*d.coords[: len(extents)], d.core_on_chip) for d in devices]
     slices = [getattr(d, "slice_index", 0) or 0 for d in devices]
-    return Layout(dict(mesh.shape), np.array(places), tuple(extents), np.array(slices))
+    return MeshLayout(dict(mesh.shape), np.array(places), tuple(extents), np.array(slices))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def collective_of(
     return _collective(body, inner, kind, "sync", axes)
 
 
-def between_slices(computation: Computation, instruction: Instruction, layout: Layout) -> Collective | None:
+def between_slices(computation: Computation, instruction: Instruction, layout: MeshLayout) -> Collective | None:
     """The collective over several slices that a `send` of the Megascale runtime starts; None where it is none.
 
     Its key is the name of the `recv` that belongs to it, whose `recv-done` waits for it. What happens inside the slices
@@ -238,7 +238,7 @@ def crossed(groups: np.ndarray, axes: Mapping[str, int]) -> tuple[tuple[str, ...
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def seconds(collective: Collective, layout: Layout, kind: Kind) -> float:
+def seconds(collective: Collective, layout: MeshLayout, kind: Kind) -> float:
     """How long the network takes, by the table at the top of this module."""
     devices = np.array(collective.devices)
     if len(devices) == 1:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from moma_jax.config import Modality, StoreConfig
 from moma_jax.data.mixture import resolve_shares
-from moma_jax.data.order import Document, IndexReader, LaneOrder, Window, block_documents, permute
+from moma_jax.data.order import IndexReader, LaneOrder, OrderedDocument, Window, block_documents, permute
 from moma_jax.data.packing import Frame, best_subset, pieces_of
-from moma_jax.data.planner import Planner, Source
+from moma_jax.data.planner import Planner, StoreOrder
 from moma_jax.errors import InputError
 
 SPAN = 16
@@ -24,7 +24,7 @@ FRAME = Frame(rows=4, sequence=128, quotas=(256, 256), spans=(0, SPAN))
 
 
 def planner(views, shares, frame=FRAME, lanes=4, wait=16, **options):
-    sources = [Source(name, view, share) for (name, view), share in zip(views.items(), shares, strict=True)]
+    sources = [StoreOrder(name, view, share) for (name, view), share in zip(views.items(), shares, strict=True)]
     settings = {"seed": 0, "window_documents": 64, "wait_documents": wait} | options
     return Planner(sources, frame, lanes=lanes, **settings)
 
@@ -117,7 +117,7 @@ def test_seek_in_half_a_billion_documents():
 def cut(runs, frame=FRAME):
     length = sum(size for _, size in runs)
     count_M = [sum(size for m, size in runs if m == modality) for modality in range(len(frame.quotas))]
-    return [(p.start, p.stop, p.modality) for p in pieces_of(0, Document(0, length, -1, count_M, runs), frame)]
+    return [(p.start, p.stop, p.modality) for p in pieces_of(0, OrderedDocument(0, length, -1, count_M, runs), frame)]
 
 
 def test_a_document_that_fits_stays_whole():

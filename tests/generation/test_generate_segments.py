@@ -10,7 +10,7 @@ from scripted import picture
 from moma_jax.config import Modality
 from moma_jax.data.documents import Codes
 from moma_jax.generation import generate
-from moma_jax.generation.output import Reader, enlarged, half_blocks
+from moma_jax.generation.output import OutputReader, enlarged, half_blocks
 from moma_jax.generation.prompts import Language, encode_prompt, language_of
 from moma_jax.vocab import contiguous
 
@@ -51,7 +51,7 @@ def test_pictures_of_any_kind_are_read(language):
 
 def read_all(language, ids, pieces, stop=()):
     told, shown = [], []
-    reader = Reader(language, stop, told.append, shown.append)
+    reader = OutputReader(language, stop, told.append, shown.append)
     for start in range(0, len(ids), pieces):
         reader.read(ids[start : start + pieces])
     reader.finish()

@@ -17,7 +17,7 @@ from moma_jax.batch import Batch
 from moma_jax.config import MeshConfig
 from moma_jax.cost import cost
 from moma_jax.errors import InputError
-from moma_jax.plan import arithmetic_plan, held, memory, plan, plan_search, search
+from moma_jax.plan import arithmetic_plan, memory, memory_use, plan, plan_search, search
 from moma_jax.plan.topology import KINDS, topology_of
 from moma_jax.training.step import abstract_state, first_routing_state, make_program, make_train_step
 from moma_jax.vocab import contiguous
@@ -256,4 +256,4 @@ def test_the_loop_over_the_layers_is_known_by_its_name(ffn):
     with sharding.use_mesh(program.mesh):
         text = jax.jit(make_train_step(program)).lower(state, batch).as_text(debug_info=True)
     loops = set(re.findall(r'"([^"]*/while)"', text))
-    assert len([name for name in loops if held.LAYERS.search(name)]) == 1, loops
+    assert len([name for name in loops if memory_use.LAYERS.search(name)]) == 1, loops

@@ -7,8 +7,8 @@ import pytest
 
 from moma_jax.plan.topology import KINDS
 
-compiler, estimate, held, hlo, network = (
-    importlib.import_module(f"moma_jax.plan.{name}") for name in ("compile", "estimate", "held", "hlo", "network")
+compiler, estimate, memory_use, hlo, network = (
+    importlib.import_module(f"moma_jax.plan.{name}") for name in ("compile", "estimate", "memory_use", "hlo", "network")
 )
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_known_trip_counts_and_those_that_nobody_knows():
     for text, expected in ((known, 5), (unknown, None), (by_two, 3), (doubled, None), (elsewhere, None)):
         module = hlo.parse(text)
         assert {i.name: module.trips(c, i) for c, i in module.loops()}["inner"] == expected
-    layout = network.Layout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
+    layout = network.MeshLayout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
     assert len(estimate.estimate(hlo.parse(unknown), layout, KINDS["v5p"]).unknown_loops) == 1
 
 
@@ -138,10 +138,10 @@ condition=%test, body=%body, metadata={op_name="jit(train_step)/jvp(Decoder)/Dec
 }
 """
     module = hlo.parse(text)
-    assert held.kept_bytes(module, 6) == 6 * 8 * 128 * 4 + 6 * 8 * 128 * 2, (
+    assert memory_use.kept_bytes(module, 6) == 6 * 8 * 128 * 4 + 6 * 8 * 128 * 2, (
         "tiles are padded; weights only pass through"
     )
-    assert held.kept_bytes(module, 5) is None, "another loop"
+    assert memory_use.kept_bytes(module, 5) is None, "another loop"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ ENTRY %main (x: bf16[64,128], z: f32[256]) -> f32[128] {{
   ROOT %rs = f32[128]{{0}} fusion(%z), kind=kCustom, calls=%scattered
 }}
 """
-LINE = network.Layout(
+LINE = network.MeshLayout(
     {"data": 2, "expert": 2}, np.array([[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]), (2, 2), np.zeros(4)
 )
 
@@ -245,9 +245,9 @@ def test_only_what_runs_between_start_and_done_hides_a_collective():
 
 def test_the_bandwidth_table_by_hand():
     b, hop = KINDS["v5p"].link, network.LATENCY
-    ring = network.Layout({"fsdp": 4}, np.array([[i, 0, 0, 0] for i in range(4)]), (4, 4, 4), np.zeros(4))
+    ring = network.MeshLayout({"fsdp": 4}, np.array([[i, 0, 0, 0] for i in range(4)]), (4, 4, 4), np.zeros(4))
     line = ring._replace(extents=(4, 2, 2))
-    two = network.Layout({"data": 2}, np.zeros((2, 4), int), (2, 2, 1), np.array([0, 1]))
+    two = network.MeshLayout({"data": 2}, np.zeros((2, 4), int), (2, 2, 1), np.array([0, 1]))
 
     def seconds(kind, layout, devices=(0, 1, 2, 3)):
         asked = network.Collective(kind, "sync", "", 10**9, devices, ("fsdp",))
@@ -263,7 +263,7 @@ def test_the_bandwidth_table_by_hand():
 
 
 def test_the_step_by_hand():
-    one = network.Layout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
+    one = network.MeshLayout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
     kind = KINDS["v5p"]
     result = estimate.estimate(hlo.parse(PROGRAM), one, kind)
     block, turns = 4 * 1024 * 1024, 18
@@ -288,7 +288,7 @@ ENTRY %main (k: f32[4,1024], x: bf16[4096,512], i: s32[2048,1], u: bf16[2048,512
   ROOT %t = bf16[4096,512]{1,0} scatter(%x, %i, %u), update_window_dims={1}, to_apply=%add
 }
 """
-    one = network.Layout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
+    one = network.MeshLayout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
     kind = KINDS["v5e"]
     seconds = estimate.estimate(hlo.parse(text), one, kind).by("category")
     assert seconds["sort"] == pytest.approx(10 * 11 / 2 * 4 * 2 * estimate.SORT_CYCLES / kind.clock)
@@ -310,7 +310,7 @@ custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 
 
 def test_kernels_have_a_model_or_are_named():
-    one = network.Layout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
+    one = network.MeshLayout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
     kind = KINDS["v5e"]
     (known,) = estimate.estimate(hlo.parse(KERNEL), one, kind).costs
     products = 2 * 2 * 2 * 4 * 1024**2 * 128 * (4 + 1) / (2 * 4)
@@ -339,7 +339,9 @@ frontend_attributes={_xla_host_transfer_rendezvous="r",_xla_megascale_transfer_t
   ROOT %y = f32[256,128]{1,0} get-tuple-element(%recv-done.1), index=0
 }
 """
-    two = network.Layout({"data": 2, "fsdp": 2}, np.array([[0, 0, 0], [0, 1, 0]] * 2), (2, 2), np.array([0, 0, 1, 1]))
+    two = network.MeshLayout(
+        {"data": 2, "fsdp": 2}, np.array([[0, 0, 0], [0, 1, 0]] * 2), (2, 2), np.array([0, 0, 1, 1])
+    )
     result = estimate.estimate(hlo.parse(text), two, KINDS["v5e"])
     size = 256 * 128 * 4
     assert result.collective_bytes == {"all-reduce": {"data": size}}

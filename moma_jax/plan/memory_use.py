@@ -26,7 +26,7 @@ def state_bytes(state: Any) -> dict[str, int]:
     return {"parameters": held(state.params), "optimizer": held(state.opt_state)}
 
 
-def held_bytes(config: Config, compiled: Compiled, module: Module | None) -> dict[str, int | None]:
+def bytes_by_category(config: Config, compiled: Compiled, module: Module | None) -> dict[str, int | None]:
     """Bytes of one device by category, and "total", their sum where temporaries are not 0 and all are known.
 
     parameters and optimizer are the state's shards, gradients one float32 copy of the parameters', activations what
