@@ -1,8 +1,8 @@
 """Does a run fit a pod, and what will it cost: `plan(config, topology)`, before any machine is rented.
 
 For TPUs the real training step is compiled, by the compiler that would compile it there (`compile`), and its text is
-read (`hlo`, `network`, `estimate`, `memory_use`). For GPUs there is arithmetic alone (`memory`). Nothing here is imported by
-any other part of the package, and libtpu only when a TPU is planned for.
+read (`hlo`, `network`, `estimate`, `memory_use`). For GPUs there is arithmetic alone (`memory`). Nothing here is
+imported by any other part of the package, and libtpu only when a TPU is planned for.
 """
 
 from __future__ import annotations
