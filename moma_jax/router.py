@@ -232,7 +232,8 @@ class Function(Router):
 
     def select(self, score, eligible_T, quota, state, key) -> Routed:
         answer = self.function(score, eligible_T, quota, state, key)
-        return Routed(*answer) if isinstance(answer, tuple) and len(answer) in (3, 4) else answer
+        short = isinstance(answer, tuple) and len(answer) == 3 and not isinstance(answer, Selection)
+        return Routed(*answer) if short else answer
 
 
 def name_of(router: Router) -> str:

@@ -14,6 +14,8 @@ from tiers import slow_but
 
 from moma_jax import recipes
 from moma_jax.cost import cost, flops_per_token, format_cost, peak_flops, total_steps
+from moma_jax.routers.choice import Choice
+from moma_jax.routers.threshold import Threshold
 from moma_jax.training import step as step_lib
 
 CONFIGS = ROOT / "configs"
@@ -67,7 +69,7 @@ def test_paper_recipes_fit_routers_by_table_6():
 
 # Against the model ----------------------------------------------------------------------------------------------------
 
-VARIANTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "2t2i+1x", "4t4i+2x", "dense+1x"]
+VARIANTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "2t2i+1x", "4t4i+2x", "4t4i+1t2i", "dense+1x", "dense+1t1i"]
 
 
 @pytest.mark.parametrize("ffn", VARIANTS)
@@ -83,7 +85,7 @@ def test_parameters_are_those_of_the_initialised_model(ffn):
 
 @pytest.mark.parametrize("ffn", slow_but("1t1i", "2t2i+1x", of=["dense", "8x", "1t1i", "7t1i", "2t2i+1x"]))
 def test_auxiliary_routers_are_counted_apart(ffn):
-    plain, config = cost(tiny(ffn)), tiny(ffn, auxiliary=True)
+    plain, config = cost(tiny(ffn)), tiny(ffn, router=Choice(auxiliary=True))
     figures = cost(config)
     state = step_lib.abstract_state(program_of(config), {})
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
@@ -101,7 +103,7 @@ def test_auxiliary_routers_are_counted_apart(ffn):
 
 @pytest.mark.parametrize("ffn", ["1t1i", "4t4i"])
 def test_executed_flops_count_the_slack_of_threshold_routing(ffn):
-    config = tiny(ffn, routing="threshold", routing_slack=1.5)
+    config = tiny(ffn, router=Threshold(slack=1.5))
     flops, without = (cost(c)["flops_per_token"] for c in (config, tiny(ffn)))
     counted = product_flops(step_jaxpr(config)) / config.batch_tokens
     assert flops["executed"] == pytest.approx(counted, rel=1e-3) and flops["train"] == without["train"]
@@ -130,7 +132,9 @@ def test_flops_are_those_of_the_steps_jaxpr(ffn, shape):
     assert flops["train"] == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("ffn", slow_but("8x", "4t4i+1x", of=["8x", "1t1i", "4t4i", "4t4i+1x"]))
+@pytest.mark.parametrize(
+    "ffn", slow_but("8x", "4t4i+1x", "4t4i+1t1i", of=["8x", "1t1i", "4t4i", "4t4i+1x", "4t4i+1t1i"])
+)
 def test_executed_flops_count_the_slots_of_generous_quotas(ffn):
     config = tiny(ffn, quotas=(0.75, 0.5), capacity=0.3)
     flops = cost(config)["flops_per_token"]

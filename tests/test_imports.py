@@ -30,15 +30,14 @@ FLOORS = [
     ["errors", "allocator", "display", "late"],
 ]
 MODEL_FLOORS = [
-    ["decode"],
-    ["decoder"],
+    ["decode", "decoder"],
     ["depth"],
-    ["layer"],
-    ["attention"],
-    ["experts"],
-    ["slots"],
-    ["auxiliary", "causal"],
-    ["routing", "fused_attention", "precision"],
+    ["block"],
+    ["attention", "moe"],
+    ["dispatch"],
+    ["parameters"],
+    ["auxiliary", "routing"],
+    ["kernels", "precision"],
 ]
 
 

@@ -214,13 +214,21 @@ def dispatched(routing: Routing) -> list[GroupSlots]:
 
 
 def _times_taken(placed: dict[str, Selection], routing: Routing, tokens: int):
-    """How many routed experts took each token, int32 (N,): one scatter for the slots of all groups."""
+    """How many experts took each token, int32 (N,), shared ones apart: one scatter for the slots of all groups."""
     counted = [placed[own.group.name] for own in dispatched(routing) if not own.group.shared]
+    times_N = jnp.full(tokens, _passed(routing), jnp.int32)
+    if not counted:
+        return times_N
     index_S, filled_S = (
         jnp.concatenate([slots.reshape(-1) for slots in slots_of])
         for slots_of in zip(*((own.index_EC, own.filled_EC) for own in counted), strict=True)
     )
-    return jnp.zeros(tokens, jnp.int32).at[index_S].add(filled_S.astype(jnp.int32))
+    return times_N.at[index_S].add(filled_S.astype(jnp.int32))
+
+
+def _passed(routing: Routing) -> int:
+    """Experts that every token passes, shared ones apart: the one of a dense layer."""
+    return sum(own.everywhere and not own.group.shared for own in routing.groups)
 
 
 def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, routing: Routing) -> RoutingResult:
@@ -329,7 +337,8 @@ def _decide_and_compute(x_GTD, tokens: RoutingTokens, state, weights, routing: R
     zero_ND = sharding.pvary(jnp.zeros_like(x_ND), TENSOR)
     arguments = (zero_ND, x_ND, modality_N, dispatched(routing), weights, weights, state, routing)
     y_ND, decisions = add_decided(*arguments)
-    order_T, times_N, selections = position_order(routing.rows, count), 0, {}
+    order_T, selections = position_order(routing.rows, count), {}
+    times_N = jnp.full(len(modality_N), _passed(routing), jnp.int32)
     for own in dispatched(routing):
         enters_NE, gate_NE = decisions[own.group.name]
         if not own.group.shared:

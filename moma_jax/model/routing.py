@@ -98,7 +98,7 @@ def checked(answer: Any, rule: Router, shape: tuple[int, int], state: Any) -> Ro
             if jnp.shape(value) != ():
                 raise InputError(f"{name} returned the {what} {key} of shape {jnp.shape(value)}; make it a scalar")
     forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree) for tree in (state, after)]
-    if state and forms[0] != forms[1]:
+    if jax.tree.leaves(state) and forms[0] != forms[1]:
         raise InputError(f"{name} returned a state of another form, {forms[1]}; it was given {forms[0]}")
     filled_EC = filled_EC & (index_EC >= 0) & (index_EC < tokens)
     index_EC = jnp.clip(index_EC, 0, tokens - 1).astype(jnp.int32)

@@ -8,10 +8,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moma_jax.config_json import to_json
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.resume import select_name
-from moma_jax.training.step import create_state, first_routing_state, make_program
+from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
 
 WIDTH, HEADS, HIDDEN, LAYERS, SEQUENCE = 16, 2, 24, 3, 32
@@ -116,7 +117,7 @@ def everything_below(folder):
 def untrained_run(config, hashes=None):
     """What training begins with, saved as a run."""
     vocabulary, run = contiguous(config.data.modalities), RunDir(config.run.dir)
-    state = create_state(make_program(config, vocabulary), first_routing_state(config, None))
+    state = create_state(make_program(config, vocabulary), first_routing_state(config))
     hashes = {"vocabulary": vocabulary.hash} if hashes is None else hashes
     meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "select": select_name(None)}
     with Checkpoints(run, write=True) as checkpoints:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from moma_jax import sharding, vocab
 from moma_jax.batch import Batch
-from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig, resolve
+from moma_jax.checks import resolve
+from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.training import step as step_lib
 
 
@@ -40,7 +42,7 @@ def step_jaxpr(config):
     shape = (config.train.batch_rows, config.data.sequence)
     types = Batch(*(jnp.int32,) * 4, jnp.float32, jnp.int8, jnp.int8)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in types))
-    state = step_lib.abstract_state(program, step_lib.first_routing_state(config, None))
+    state = step_lib.abstract_state(program, first_routing_state(config))
     with sharding.use_mesh(program.mesh):
         return jax.make_jaxpr(jax.jit(step_lib.make_train_step(program)))(state, batch).jaxpr
 

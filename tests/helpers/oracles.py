@@ -11,7 +11,7 @@ def sigmoid(x):
 
 
 def jitter(seed: int, row: int, position: int, expert: int) -> float:
-    """The tie-breaking term of `routing.make_score`, in Python integers: 0 to 1."""
+    """The tie-breaking term of `routing.score_of`, in Python integers: 0 to 1."""
 
     def mix(bits):
         bits = ((bits ^ bits >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
@@ -32,8 +32,10 @@ def moma_ffn(x_GTD, modality_GT, groups, weights, *, capacity=None, rank_jitter=
     """Paper Eq. 1, and its gradient by hand.
 
     Args:
-      modality_GT: -1 on padding. groups: (name, modalities, experts) each; one expert has no router and gate 1.
-      weights: by group name, and "shared": dictionaries gate_EDF, up_EDF, down_EFD, router_DE.
+      modality_GT: -1 on padding. groups: (name, modalities, experts) each; one expert has no router and gate 1, so a
+        shared expert of some modalities is a group of one.
+      weights: by group name, and "shared", which every token passes: dictionaries gate_EDF, up_EDF, down_EFD,
+        router_DE.
       capacity: share that an expert takes; 1/experts if None. rank_jitter: (group, token, expert) -> float.
       dy_GTD: gradient of the output; None for no gradient.
 

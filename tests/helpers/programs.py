@@ -5,7 +5,8 @@ import numpy as np
 
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream, vocabulary_of
-from moma_jax.training.step import first_routing_state, make_program, run_decoder
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.training.step import make_program, run_decoder
 
 
 def batch_of(config):
@@ -15,7 +16,7 @@ def batch_of(config):
 
 def logits(program, params, batch):
     """(B, S, V) in training's routing, without noise."""
-    groups, state = np.arange(len(batch.token_BS) // 2), first_routing_state(program.config, None)
+    groups, state = np.arange(len(batch.token_BS) // 2), first_routing_state(program.config)
     with sharding.use_mesh(program.mesh):
         run = jax.jit(lambda params: run_decoder(program, params, batch, 0, groups, state, False).hidden_BSD)
         hidden_BSD = run(params)

@@ -8,8 +8,9 @@ import oracles
 import pytest
 
 from moma_jax.config import ModelConfig
-from moma_jax.model.attention import Attention, attend, rotary_angles, rotate
-from moma_jax.model.fused_attention import attend_fused, refusal
+from moma_jax.model.attention import attend, attend_rows, rotary_angles, rotate
+from moma_jax.model.kernels.splash import attend_fused, refusal
+from moma_jax.model.parameters import AttentionParameters
 
 # Two rows: documents of 5 and 4 tokens and padding; nothing but padding.
 SEGMENT_BS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [0] * 12])
@@ -20,14 +21,14 @@ X_BSD = RNG.normal(size=(2, 12, 12)).astype(np.float32)
 
 def attention(chunk=512, theta=10000.0):
     """The sub-layer, random weights for it, and a function (params, x) -> y, plain and compiled."""
-    module = Attention(ModelConfig(width=12, heads=3, layers=2, attention_chunk=chunk, rope_theta=theta))
+    model = ModelConfig(width=12, heads=3, layers=2, attention_chunk=chunk, rope_theta=theta)
     angles = rotary_angles(POSITION_BS, 4, theta)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), X_BSD, SEGMENT_BS, POSITION_BS, angles)
+    boxed = jax.eval_shape(AttentionParameters(model).init, jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda w: rng.normal(0, 0.5, w.shape).astype(np.float32), nn.unbox(boxed)["params"])
 
     def run(params, x_BSD):
-        return module.apply({"params": params}, x_BSD, SEGMENT_BS, POSITION_BS, angles)
+        return attend_rows(x_BSD, params, SEGMENT_BS, POSITION_BS, angles, model)
 
     return params, run, jax.jit(run)
 

@@ -1,5 +1,7 @@
 """Auxiliary routers: their loss and counts, and that a model never changes for their sake."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,13 @@ from tiny import tiny
 import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
-from moma_jax.model.auxiliary import Auxiliary, count_pairs, cross_entropy, predict, taken_pairs
-from moma_jax.model.routing import Selection
+from moma_jax.model.auxiliary import count_pairs, cross_entropy, taken_pairs
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.router import Selection
+from moma_jax.routers.choice import Choice
+from moma_jax.routers.threshold import Threshold
 from moma_jax.training.load import auxiliary_params
-from moma_jax.training.step import abstract_params, compile_step, create_state, first_routing_state, make_program, put
+from moma_jax.training.step import abstract_params, compile_step, create_state, make_program, put
 from moma_jax.vocab import contiguous
 
 
@@ -23,7 +28,7 @@ def updates(config, number, repeat=False):
     program = make_program(config, contiguous(config.data.modalities))
     reports, batches = [], iter(open_stream(config))
     with sharding.use_mesh(program.mesh):
-        state = create_state(program, first_routing_state(config, None))
+        state = create_state(program, first_routing_state(config))
         step, batch = compile_step(program, state), next(batches).batch
         for _ in range(number):
             state, report = step(state, put(batch, program.mesh))
@@ -59,10 +64,13 @@ def test_predictions_are_the_papers_two_layers():
     x_ND, in_DA, out_AE = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 8), (8, 4), (4, 3)))
     inner_NA = x_ND @ in_DA
     right = (inner_NA * oracles.sigmoid(inner_NA)) @ out_AE
-    np.testing.assert_allclose(predict(jnp.asarray(x_ND), Auxiliary(in_DA, out_AE)), right, rtol=2e-5, atol=1e-5)
-    low = predict(jnp.asarray(x_ND, jnp.bfloat16), Auxiliary(in_DA, out_AE))
-    assert low.dtype == jnp.float32
-    gradient = jax.grad(lambda x: predict(x, Auxiliary(in_DA, out_AE)).sum())(jnp.asarray(x_ND))
+    predict, weights = Choice().predict, {"in_DA": in_DA, "out_AE": out_AE}
+    assert {name: own.shape for name, own in Choice().auxiliary_parameters(8, 3).items()} == {
+        name: weight.shape for name, weight in weights.items()
+    }
+    np.testing.assert_allclose(predict(jnp.asarray(x_ND), weights), right, rtol=2e-5, atol=1e-5)
+    assert predict(jnp.asarray(x_ND, jnp.bfloat16), weights).dtype == jnp.float32
+    gradient = jax.grad(lambda x: predict(x, weights).sum())(jnp.asarray(x_ND))
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -98,16 +106,16 @@ def test_cross_entropy_of_nothing_and_of_certainty():
 
 
 MODELS = {
-    "choice": {"train_steps": 100, "optimizer_warmup_steps": 0},
-    "threshold": {"model_ffn": "2t1i+1x", "train_accumulate": 2, "model_gumbel": True, "model_routing_warmup": 2},
+    "choice": (Choice(), {"train_steps": 100, "optimizer_warmup_steps": 0}),
+    "threshold": (Threshold(gumbel=True, warmup=2), {"model_ffn": "2t1i+1x", "train_accumulate": 2}),
 }
 
 
 @pytest.mark.parametrize("routing", slow_but("choice", of=list(MODELS)))
 def test_the_model_trains_the_same_with_auxiliary_routers(routing):
-    fields = {**MODELS[routing], "model_routing": routing}
-    plain, state = updates(tiny(**fields), 4)
-    beside, other = updates(tiny(**fields, model_auxiliary=True), 4)
+    router, fields = MODELS[routing]
+    plain, state = updates(tiny(**fields, model_router=router), 4)
+    beside, other = updates(tiny(**fields, model_router=dataclasses.replace(router, auxiliary=True)), 4)
     assert auxiliary_params(other.params) and not auxiliary_params(state.params)
     ffn = other.params["layers"]["ffn"]
     kept = {name: weights for name, weights in ffn.items() if name not in auxiliary_params(ffn)}
@@ -121,7 +129,7 @@ def test_the_model_trains_the_same_with_auxiliary_routers(routing):
 
 
 def test_routers_begin_undecided_and_learn():
-    config = tiny(model_auxiliary=True, train_steps=100, optimizer_warmup_steps=0)
+    config = tiny(model_router=Choice(auxiliary=True), train_steps=100, optimizer_warmup_steps=0)
     reports, _ = updates(config, 80, repeat=True)
     first, last = reports[0], reports[-1]
     losses = config.model.layers * 2  # two groups of experts
@@ -134,7 +142,7 @@ def test_routers_begin_undecided_and_learn():
 
 
 def test_a_run_with_auxiliary_routers_records_them_and_is_causal(tmp_path):
-    moma_jax.train(tiny(tmp_path, train_steps=2, model_auxiliary=True), quiet=True)
+    moma_jax.train(tiny(tmp_path, train_steps=2, model_router=Choice(auxiliary=True)), quiet=True)
     record = next(r for r in moma_jax.read_metrics(tmp_path) if r["kind"] == "train")
     names = {f"{figure}_{m}" for figure in ("precision", "recall", "accuracy", "load") for m in ("text", "image")}
     assert names | {"routing_auxiliary"} <= set(record)
@@ -143,6 +151,6 @@ def test_a_run_with_auxiliary_routers_records_them_and_is_causal(tmp_path):
 
 @pytest.mark.parametrize("ffn", ["dense", "1t1i"])
 def test_without_routers_there_is_nothing_to_predict(ffn):
-    config = tiny(model_ffn=ffn, model_auxiliary=True)
+    config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True))
     program = make_program(config, contiguous(config.data.modalities))
-    assert not auxiliary_params(abstract_params(program, first_routing_state(config, None)))
+    assert not auxiliary_params(abstract_params(program, first_routing_state(config)))

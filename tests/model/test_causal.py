@@ -19,22 +19,18 @@ from tiny import tiny
 import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
-from moma_jax.model.causal import (
-    ByPrediction,
-    ByThreshold,
-    Choice,
-    ThresholdTraining,
-    follow,
-    passes_threshold,
-    take_passing,
-)
-from moma_jax.model.routing import Quota, Score, expert_choice
-from moma_jax.training.step import compile_step, create_state, first_routing_state, make_program, put, run_decoder
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.model.moe import position_order
+from moma_jax.router import Quota, Score, take_entering
+from moma_jax.routers.choice import Choice, best_of, follow, passes_threshold
+from moma_jax.routers.threshold import Threshold
+from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
 from moma_jax.vocab import contiguous
 
 ROWS, SEQUENCE, EXPERTS = 3, 8, 2
 TOKENS = ROWS * SEQUENCE
 QUOTA = Quota(TOKENS, Fraction(1, EXPERTS))
+ORDER_T = position_order(ROWS, TOKENS)
 
 
 def fresh(threshold=0.0, updates=0.0):
@@ -49,7 +45,8 @@ def drawn(rng, noise=0.0, eligible=0.7):
     plain_TE = rng.normal(0, 2, (TOKENS, EXPERTS)).astype(np.float32)
     logit_TE = plain_TE + rng.normal(0, 1, plain_TE.shape).astype(np.float32) * np.float32(noise)
     rank_TE = logit_TE + rng.random(plain_TE.shape).astype(np.float32) * np.float32(1e-3)
-    return Score(jnp.asarray(logit_TE), jnp.asarray(rank_TE), jnp.asarray(plain_TE)), rng.random(TOKENS) < eligible
+    score = Score(jnp.asarray(logit_TE), jnp.asarray(rank_TE), jnp.asarray(plain_TE), order_T=ORDER_T)
+    return score, rng.random(TOKENS) < eligible
 
 
 def slots_by_loop(passes_TE, slots):
@@ -72,12 +69,12 @@ def filled(selection):
 @pytest.mark.parametrize("noise", [0.0, 2.0])
 def test_thresholds_follow_the_lowest_logit_that_expert_choice_takes(noise):
     rng, decay = np.random.default_rng(0), 0.75
-    select, state = jax.jit(Choice(decay, noise > 0), static_argnums=2), fresh()
+    select, state = jax.jit(Choice(decay=decay, gumbel=noise > 0).select, static_argnums=2), fresh()
     right_E = np.zeros(EXPERTS)
     for update in range(8):
         score, eligible_T = drawn(rng, noise, eligible=0.0 if update == 3 else 0.7)
-        selection, after, losses = select(score, eligible_T, QUOTA, state, None)
-        assert filled(selection) == filled(expert_choice(score, eligible_T, QUOTA, None, None)[0]) and losses == {}
+        selection, after, losses, _ = select(score, eligible_T, QUOTA, state, None)
+        assert filled(selection) == filled(best_of(score, eligible_T, QUOTA)) and losses == {}
         plain_TE, k = np.asarray(score.plain_TE), math.ceil(eligible_T.sum() / EXPERTS)
         passed_E = ((plain_TE >= state["threshold_E"]) & eligible_T[:, None]).sum(0)
         for e in range(EXPERTS if k else 0):
@@ -94,7 +91,7 @@ def test_thresholds_follow_the_lowest_logit_that_expert_choice_takes(noise):
 def test_an_empty_modality_moves_no_threshold():
     score, _ = drawn(np.random.default_rng(0))
     nobody_T = np.zeros(TOKENS, bool)
-    taken = expert_choice(score, nobody_T, QUOTA, None, None)[0]
+    taken = best_of(score, nobody_T, QUOTA)
     state = follow(fresh(threshold=1.5, updates=4), score, nobody_T, taken, 0.9)
     assert state["threshold_E"].tolist() == [1.5, 1.5] and state["load_E"].tolist() == [0, 0]
     assert state["updates"] == 5
@@ -109,7 +106,7 @@ def test_groups_without_the_modality_leave_the_mean_of_the_others():
         for lowest in lowest_G:
             plain_TE = np.full((TOKENS, EXPERTS), 0.0 if lowest is None else lowest, np.float32)
             score, eligible_T = Score(plain_TE, plain_TE, plain_TE), np.full(TOKENS, lowest is not None)
-            taken = expert_choice(score, eligible_T, QUOTA, None, None)[0]
+            taken = best_of(score, eligible_T, QUOTA)
             after.append(follow(state, score, eligible_T, taken, 0.0))
         state = jax.tree.map(lambda *x: np.mean(x, 0), *after)
         seen.append(np.mean([lowest for lowest in lowest_G if lowest is not None]))
@@ -126,7 +123,7 @@ def test_groups_without_the_modality_leave_the_mean_of_the_others():
 def test_whoever_passes_is_taken_in_the_order_of_positions(slots):
     rng = np.random.default_rng(slots)
     passes_TE, logit_TE = rng.random((TOKENS, EXPERTS)) < 0.5, rng.normal(size=(TOKENS, EXPERTS)).astype(np.float32)
-    selection = take_passing(jnp.asarray(passes_TE), jnp.asarray(logit_TE), ROWS, slots)
+    selection = take_entering(jnp.asarray(passes_TE), jax.nn.sigmoid(logit_TE), ORDER_T, slots)
     assert selection.index_EC.shape == (EXPERTS, slots)
     right = slots_by_loop(passes_TE, slots)
     assert filled(selection) == right
@@ -136,41 +133,42 @@ def test_whoever_passes_is_taken_in_the_order_of_positions(slots):
 
 
 def test_nobody_passes_and_everybody_does():
-    logit_TE = jnp.zeros((TOKENS, EXPERTS))
-    nobody = take_passing(logit_TE > 0, logit_TE, ROWS, 4)
+    gate_TE = jnp.full((TOKENS, EXPERTS), 0.5)
+    nobody = take_entering(gate_TE > 1, gate_TE, ORDER_T, 4)
     assert not nobody.filled_EC.any() and not nobody.gate_EC.any() and (nobody.index_EC == 0).all()
-    everybody = take_passing(logit_TE == 0, logit_TE, ROWS, TOKENS)
+    everybody = take_entering(gate_TE < 1, gate_TE, ORDER_T, TOKENS)
     assert everybody.filled_EC.all() and filled(everybody)[0][:4] == [0, SEQUENCE, 2 * SEQUENCE, 1]
 
 
 def test_a_threshold_that_is_reached_and_a_prediction_above_zero_let_pass():
-    score, eligible_T = drawn(np.random.default_rng(1))
+    score, _ = drawn(np.random.default_rng(1))
     predicted_TE = np.random.default_rng(2).normal(size=(TOKENS, EXPERTS)).astype(np.float32)
     predicted_TE[0] = 0
     score = score._replace(predicted_TE=jnp.asarray(predicted_TE))
     state = fresh(threshold=score.plain_TE[3, 0], updates=1)
-    eligible_T[[0, 3]] = True
-    by_threshold, same, _ = ByThreshold(ROWS)(score, eligible_T, QUOTA, state, None)
-    passes_TE = (np.asarray(score.plain_TE) >= state["threshold_E"]) & eligible_T[:, None]
-    assert filled(by_threshold) == slots_by_loop(passes_TE, TOKENS) and passes_TE[3, 0] and same is state
-    by_prediction, _, _ = ByPrediction(ROWS)(score, eligible_T, QUOTA, None, None)
-    assert filled(by_prediction) == slots_by_loop((predicted_TE > 0) & eligible_T[:, None], TOKENS)
-    assert by_threshold.index_EC.shape == (EXPERTS, TOKENS), "every token has a slot"
+    enters_TE, gate_TE = Choice().decide(score, state, "threshold")
+    np.testing.assert_array_equal(enters_TE, np.asarray(score.plain_TE) >= state["threshold_E"])
+    assert enters_TE[3, 0]
+    np.testing.assert_allclose(gate_TE, oracles.sigmoid(np.asarray(score.logit_TE)), rtol=1e-5)
+    enters_TE, same_TE = Choice().decide(score, None, "causal")
+    np.testing.assert_array_equal(enters_TE, predicted_TE > 0)
+    np.testing.assert_array_equal(same_TE, gate_TE)
 
 
 # As the training rule -------------------------------------------------------------------------------------------------
 
-RULE = ThresholdTraining(ROWS, 3, 1.25, Choice(0.9, False))
+RULE = Threshold(warmup=3, slack=1.25, decay=0.9)
 
 
 def test_the_warm_up_is_expert_choice():
     score, eligible_T = drawn(np.random.default_rng(3))
     for updates in (0, 2):
-        selection, state, _ = RULE(score, eligible_T, QUOTA, fresh(threshold=9, updates=updates), None)
-        chosen, followed, _ = Choice(0.9, False)(score, eligible_T, QUOTA, fresh(threshold=9, updates=updates), None)
+        arguments = (score, eligible_T, QUOTA, fresh(threshold=9, updates=updates), None)
+        selection, state, *_ = RULE.select(*arguments)
+        chosen, followed, *_ = Choice(decay=0.9).select(*arguments)
         assert filled(selection) == filled(chosen) and selection.index_EC.shape == (EXPERTS, 15)
         jax.tree.map(np.testing.assert_array_equal, state, followed)
-    selection, _, _ = RULE(score, eligible_T, QUOTA, fresh(threshold=9, updates=3), None)
+    selection, *_ = RULE.select(score, eligible_T, QUOTA, fresh(threshold=9, updates=3), None)
     assert not selection.filled_EC.any()
 
 
@@ -178,20 +176,20 @@ def test_on_overflow_the_latest_positions_are_dropped_whatever_their_score():
     rng = np.random.default_rng(4)
     score, _ = drawn(rng)
     everyone_T, state = np.ones(TOKENS, bool), fresh(threshold=-9, updates=3)
-    kept, after, _ = RULE(score, everyone_T, QUOTA, state, None)
+    kept, after, *_ = RULE.select(score, everyone_T, QUOTA, state, None)
     first = sorted(range(TOKENS), key=lambda t: (t % SEQUENCE, t))[:15]
     assert filled(kept) == [first, first]
     np.testing.assert_allclose(after["dropped_E"], 1 - 15 / TOKENS, rtol=1e-6)
-    shuffled = Score(*(x_TE[::-1] for x_TE in score[:3]))
-    assert filled(RULE(shuffled, everyone_T, QUOTA, state, None)[0]) == filled(kept)
+    shuffled = Score(*(x_TE[::-1] for x_TE in score[:3]), order_T=ORDER_T)
+    assert filled(RULE.select(shuffled, everyone_T, QUOTA, state, None)[0]) == filled(kept)
     few_T = np.arange(TOKENS) < 10
-    assert not np.any(RULE(score, few_T, QUOTA, state, None)[1]["dropped_E"])
+    assert not np.any(RULE.select(score, few_T, QUOTA, state, None)[1]["dropped_E"])
 
 
 def test_slots_are_never_more_than_tokens():
     score, eligible_T = drawn(np.random.default_rng(5))
     wide = dataclasses.replace(RULE, slack=100.0)
-    assert wide(score, eligible_T, QUOTA, fresh(), None)[0].index_EC.shape == (EXPERTS, TOKENS)
+    assert wide.select(score, eligible_T, QUOTA, fresh(), None)[0].index_EC.shape == (EXPERTS, TOKENS)
 
 
 def test_a_starved_expert_recovers():
@@ -199,7 +197,8 @@ def test_a_starved_expert_recovers():
 
     def update(state, key):
         plain_TE = jax.random.normal(key, (TOKENS, EXPERTS))
-        selection, state, _ = RULE(Score(plain_TE, plain_TE, plain_TE), jnp.ones(TOKENS, bool), QUOTA, state, None)
+        score = Score(plain_TE, plain_TE, plain_TE, order_T=ORDER_T)
+        selection, state, *_ = RULE.select(score, jnp.ones(TOKENS, bool), QUOTA, state, None)
         return state, selection.filled_EC.sum(1)
 
     state = fresh(updates=50)
@@ -214,16 +213,16 @@ def test_a_starved_expert_recovers():
 
 # In training ----------------------------------------------------------------------------------------------------------
 
-THRESHOLD = {"model_routing": "threshold", "model_routing_warmup": 2, "model_threshold_decay": 0.8}
+THRESHOLD = Threshold(warmup=2, decay=0.8)
 
 
 @pytest.mark.slow
 def test_a_starved_expert_recovers_in_the_whole_model():
-    config = tiny(train_steps=60, **THRESHOLD)
+    config = tiny(train_steps=60, model_router=THRESHOLD)
     program = make_program(config, contiguous(config.data.modalities))
     batches, loads = iter(open_stream(config)), []
     with sharding.use_mesh(program.mesh):
-        state = create_state(program, first_routing_state(config, None))
+        state = create_state(program, first_routing_state(config))
         high = jax.tree.map(lambda x: x, state.routing_state)
         high["text"]["threshold_E"] = high["text"]["threshold_E"].at[0, 1].set(40.0)
         high = {
@@ -249,7 +248,7 @@ def test_a_run_by_thresholds_goes_on_exactly(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    fields = {**THRESHOLD, "model_routing_slack": 1.0}
+    fields = {"model_router": dataclasses.replace(THRESHOLD, slack=1.0)}
     whole, parts = tiny(tmp_path / "whole", **fields), tiny(tmp_path / "parts", **fields)
     moma_jax.train(whole, quiet=True)
     with monkeypatch.context() as patch:
@@ -277,11 +276,11 @@ def test_eight_devices_select_as_one():
 
 
 def main():
-    config = tiny(train_batch_rows=16, train_loss_chunk=16, **THRESHOLD)
+    config = tiny(train_batch_rows=16, train_loss_chunk=16, model_router=THRESHOLD)
     program = make_program(config, contiguous(config.data.modalities))
     batches, losses = iter(open_stream(config)), []
     with sharding.use_mesh(program.mesh):
-        state = create_state(program, first_routing_state(config, None))
+        state = create_state(program, first_routing_state(config))
         step = compile_step(program, state)
         for _ in range(4):
             state, report = step(state, put(next(batches).batch, program.mesh))

@@ -10,20 +10,20 @@ from tiers import slow_but
 from tiny import MODALITIES, tiny
 
 from moma_jax.model import decode
-from moma_jax.model.causal import first_thresholds
-from moma_jax.model.decoder import causal_decoder
+from moma_jax.model.decoder import causal_decoder, first_routing_state
+from moma_jax.routers.choice import Choice
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
 
 MODALITY_V = contiguous(MODALITIES).modality_V
 SEQUENCE, TOLERANCE = 16, 1e-4
-VARIANTS = ("dense", "8x", "1t1i", "4t4i", "4t4i+1x", "mod+dense", "mod+1t1i", "mod+4t4i+1x")
+VARIANTS = ("dense", "8x", "1t1i", "4t4i", "4t4i+1x", "4t4i+1t1i", "mod+dense", "mod+1t1i", "mod+4t4i+1x")
 
 
 def model_of(ffn, norm="swin"):
     """Config, random parameters and thresholds near the middle of the logits."""
-    config = tiny(model_ffn=ffn, model_auxiliary=True, model_norm=norm)
-    state = create_state(make_program(config, contiguous(MODALITIES)), first_thresholds(config))
+    config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True), model_norm=norm)
+    state = create_state(make_program(config, contiguous(MODALITIES)), first_routing_state(config))
     key = jax.random.key(7)
 
     def drawn(path, leaf):
@@ -139,7 +139,7 @@ def test_a_rewound_row_forgets_layers_that_it_does_not_enter():
 def test_a_cache_can_be_given_away():
     """Generation donates it, and no two layers may share a buffer."""
     cache = decode.new_cache(tiny(model_ffn="mod+2t2i", model_layers=4), 2, SEQUENCE)
-    assert [place is None for place in cache.places] == [False, True] * 2
+    assert [memory.position_BP is None for memory in cache.memories] == [False, True] * 2
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
     assert len(set(buffers)) == len(buffers)
 
@@ -161,8 +161,8 @@ def test_weights_of_experts_that_no_token_enters_are_not_touched():
     weights = decode.unstack(params, config)
     broken = jax.tree.map(lambda x: x, weights)
     for layer in broken["layers"]:
-        for own in layer["ffn"].values():
-            own["experts"] = (own["experts"][0], jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), own["experts"][1]))
+        for name, (first, second) in layer["experts"].items():
+            layer["experts"][name] = (first, jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), second))
     extend = jax.jit(functools.partial(
         decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="threshold", routing_state=never
     ))  # fmt: skip

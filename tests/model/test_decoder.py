@@ -15,9 +15,11 @@ from tiers import slow_but
 from moma_jax import sharding
 from moma_jax.checks import resolve
 from moma_jax.config import Config, DataConfig, TrainConfig
-from moma_jax.model import decoder as decoder_lib
+from moma_jax.ffn import parse_ffn
+from moma_jax.model import parameters
 from moma_jax.model.decoder import decoder_of
 from moma_jax.model.precision import compute_dtype
+from moma_jax.routers.choice import Choice
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
@@ -27,7 +29,7 @@ def test_equals_the_layers_written_out_in_numpy(norm, ffn):
     params = random_params(decoder)
     token_BS, segment_BS, position_BS, modality_BS = inputs
     modality_GT = np.where(segment_BS > 0, modality_BS, -1 if ffn != "dense" else 0).reshape(ROWS // 2, -1)
-    groups = [(g.name, g.modalities, g.experts) for g in decoder_lib.parse_ffn(ffn, MODALITIES).groups]
+    groups = [(g.name, g.modalities, g.experts) for g in parse_ffn(ffn, MODALITIES).groups]
     x_BSD = params["embedding"]["kernel_VD"][token_BS].astype(np.float64)
     for number in range(2):
         layer = jax.tree.map(lambda w, number=number: w[number].astype(np.float64), params["layers"])
@@ -61,13 +63,15 @@ def test_equals_the_layers_written_out_in_numpy(norm, ffn):
 
 def test_parameters_are_the_documented_ones_with_known_logical_axes():
     axes = {name for name, _ in sharding.RULES}
-    for ffn in ("dense", "3t2i+1x"):
-        decoder = make(ffn=ffn, layers=1)
+    for ffn in ("dense", "3t2i+1x", "3t2i+1t1i"):
+        decoder = make(ffn=ffn, layers=1, router=Choice(auxiliary=True))
         boxed = jax.eval_shape(lambda decoder=decoder: decoder.init(KEY, *rows(), key=KEY))["params"]
         for path, box in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
-            name = re.sub("/(text|image|all|shared)/", "/<group>/", "/".join(k.key for k in path))
+            name = re.sub(
+                "/(shared_)?(text|image|all|shared)(_auxiliary)?/", r"/<group>\3/", "/".join(k.key for k in path)
+            )
             assert re.search(
-                rf"^    {name} +\[{', '.join(str(a or '-') for a in box.names)}\]", decoder_lib.__doc__, re.M
+                rf"^    {name} +\[{', '.join(str(a or '-') for a in box.names)}\]", parameters.__doc__, re.M
             )
             assert len(box.names) == box.value.ndim and set(box.names) <= axes | {None}
             assert box.value.dtype == jnp.float32
@@ -95,7 +99,7 @@ def test_more_padding_changes_nothing_for_real_tokens():
 
 
 def test_microbatches_draw_the_same_noise():
-    decoder = make(gumbel=True, dropout=0.2, layers=1)
+    decoder = make(router=Choice(gumbel=True), dropout=0.2, layers=1)
     params, inputs = random_params(decoder), rows()
     whole = run(decoder, params, inputs, train=True, group_G=np.arange(4))
     for half in range(2):
@@ -108,7 +112,7 @@ def test_microbatches_draw_the_same_noise():
 
 
 def test_noise_is_of_the_step_and_of_training_only():
-    noisy, quiet = make(gumbel=True, dropout=0.2, layers=1), make(layers=1)
+    noisy, quiet = make(router=Choice(gumbel=True), dropout=0.2, layers=1), make(layers=1)
     params, inputs = random_params(quiet), rows()
     first, again, later = (run(noisy, params, inputs, train=True, step=step).hidden_BSD for step in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -189,4 +193,4 @@ def test_built_from_a_config():
     config = resolve(Config(MODEL, data, train=TrainConfig(steps=1, batch_rows=8, eval_sets=())))
     decoder = decoder_of(config)
     assert decoder.quotas == config.quotas
-    assert decoder.select is decoder_lib.expert_choice and decoder.group_rows == 2
+    assert decoder.model.router == Choice() and decoder.causal is None and decoder.group_rows == 2

@@ -18,11 +18,14 @@ from tiny import tiny
 from moma_jax import cost, sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
-from moma_jax.ffn import depth_quotas, depth_slots, parse_ffn
-from moma_jax.model.causal import first_thresholds
-from moma_jax.model.depth import ordered
-from moma_jax.model.routing import Quota, Selection, expert_choice
-from moma_jax.training.step import compile_step, create_state, first_routing_state, make_program, put
+from moma_jax.ffn import parse_ffn
+from moma_jax.geometry import depth_shape
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.model.depth import by_token, ordered
+from moma_jax.router import Quota, Selection
+from moma_jax.routers.choice import Choice
+from moma_jax.routers.threshold import Threshold
+from moma_jax.training.step import compile_step, create_state, make_program, put
 from moma_jax.vocab import contiguous
 
 SHARE = 0.5
@@ -105,9 +108,18 @@ def test_gradients_equal_those_of_the_loop(norm, by):
         np.testing.assert_allclose(slope, expected, rtol=2e-3, atol=2e-3, err_msg=str(path))
 
 
-def with_gate_one(score, eligible_T, quota, state, key):
-    chosen, state, losses = expert_choice(score, eligible_T, quota, state, key)
-    return chosen._replace(gate_EC=chosen.filled_EC.astype(jnp.float32)), state, losses
+class GateOne(Choice):
+    """Expert choice whose routers of mixture of depths let tokens enter with gate 1."""
+
+    def for_depth(self):
+        return OfDepth()
+
+
+class OfDepth(Choice):
+    def select(self, score, eligible_T, quota, state, key):
+        routed = super().select(score, eligible_T, quota, state, key)
+        chosen = routed.selection
+        return routed._replace(selection=chosen._replace(gate_EC=chosen.filled_EC.astype(jnp.float32)))
 
 
 @pytest.mark.parametrize("by", slow_but(AWARE, of=[AWARE, BLIND]))
@@ -115,8 +127,8 @@ def with_gate_one(score, eligible_T, quota, state, key):
 def test_everyone_at_gate_one_is_the_plain_model(ffn, by):
     with jax.enable_x64(True):
         plain = make(ffn=ffn, norm="pre", dtype="float64", layers=4)
-        deep = make(ffn=f"mod+{ffn}", norm="pre", dtype="float64", layers=4, depth_capacity=1.0, **by)
-        deep = deep.clone(select_depth=with_gate_one)
+        fields = {"norm": "pre", "dtype": "float64", "layers": 4, "depth_capacity": 1.0, "router": GateOne()}
+        deep = make(ffn=f"mod+{ffn}", **fields, **by)
         params, inputs = random_params(plain), rows()
         layers = {
             "even": jax.tree.map(lambda w: w[0::2], params["layers"]),
@@ -136,11 +148,11 @@ def test_what_enters_keeps_order_and_quota():
         Selection(np.array([[9, 2, 4]]), np.array([[0.5, 0.25, 0.0]], np.float32), np.array([[True, True, False]])),
         Selection(np.array([[3, 11, 0]]), np.array([[0.75, 0.125, 0.0]], np.float32), np.array([[True, True, False]])),
     ]
-    index_C, gate_C, filled_C = ordered(halves, tokens, slots)
+    index_C, gate_C, filled_C = ordered(*by_token(halves, tokens), slots)
     assert index_C[:4].tolist() == [2, 3, 9, 11] and filled_C.tolist() == [True] * 4 + [False] * 2
     assert gate_C.tolist() == [0.25, 0.75, 0.5, 0.125, 0, 0]
     # Where there are more than fit, as thresholds may let in, the latest stay out.
-    assert ordered(halves, tokens, 3)[0].tolist() == [2, 3, 9]
+    assert ordered(*by_token(halves, tokens), 3)[0].tolist() == [2, 3, 9]
 
 
 def test_modalities_keep_their_share_of_the_quotas():
@@ -151,14 +163,15 @@ def test_modalities_keep_their_share_of_the_quotas():
         text = rng.integers(0, number * sequence + 1)
         modality_BS = rng.permutation(np.arange(number * sequence) >= text).reshape(number, sequence)
         quotas = (text, number * sequence - text)
-        inside = depth_quotas(model, quotas, number, sequence)
+        shape = depth_shape(model, MODALITIES, quotas, number, sequence)
+        inside = shape.inside.quotas
+        assert shape.inside.sequence == 12
         row = Quota(sequence, share, down=True)
         for m in range(2):
             assert sum(row.take(int(c)) for c in (modality_BS == m).sum(axis=1)) <= inside[m]
         assert all(sum(row.take(int((own == m).sum())) for m in range(2)) <= 12 for own in modality_BS)
-    assert depth_slots(model, sequence) == 12
     blind = dataclasses.replace(model, depth_by="all")
-    assert depth_quotas(blind, (160, 20), number, sequence) == (48, 20)
+    assert depth_shape(blind, MODALITIES, (160, 20), number, sequence).inside.quotas == (48, 20)
 
 
 def test_more_padding_and_other_microbatches_change_nothing():
@@ -190,11 +203,11 @@ def test_remat_changes_nothing(remat):
 
 @pytest.mark.slow
 def test_the_state_of_routing_is_by_layer_and_router():
-    config = tiny(model_ffn="mod+2t2i", model_layers=4, model_auxiliary=True)
+    config = tiny(model_ffn="mod+2t2i", model_layers=4, model_router=Choice(auxiliary=True))
     program = make_program(config, contiguous(config.data.modalities))
     batch = next(iter(open_stream(config))).batch
     with sharding.use_mesh(program.mesh):
-        state = create_state(program, first_routing_state(config, None))
+        state = create_state(program, first_routing_state(config))
         state, report = compile_step(program, state)(state, put(batch, program.mesh))
     shapes = {name: own["threshold_E"].shape for name, own in state.routing_state.items()}
     assert shapes == {"text": (4, 2), "image": (4, 2), "depth_text": (2, 1), "depth_image": (2, 1)}
@@ -237,9 +250,9 @@ def test_ranking_all_modalities_together_costs_slots():
     [("mod+dense", True), ("mod+4t4i", False), ("mod+4t4i", True), ("mod+1t1i+1x", False)],
 )
 def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
-    config = tiny(model_ffn=ffn, model_layers=4, model_auxiliary=auxiliary)
+    config = tiny(model_ffn=ffn, model_layers=4, model_router=Choice(auxiliary=auxiliary))
     program = make_program(config, contiguous(config.data.modalities))
-    params = jax.eval_shape(lambda: create_state(program, first_thresholds(config)).params)
+    params = jax.eval_shape(lambda: create_state(program, first_routing_state(config)).params)
     counted = cost(config)["parameters"]
     assert counted["total"] + counted["auxiliary"] == sum(x.size for x in jax.tree.leaves(params))
 
@@ -247,9 +260,9 @@ def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
 @pytest.mark.parametrize(
     ("ffn", "fields"),
     [
-        pytest.param("mod+2t2i", {"auxiliary": True}, marks=pytest.mark.slow),
+        pytest.param("mod+2t2i", {"router": Choice(auxiliary=True)}, marks=pytest.mark.slow),
         ("mod+dense", {"sequence": 50, "depth_capacity": 0.3}),
-        pytest.param("mod+2t2i+1x", {"depth_by": "all", "routing": "threshold"}, marks=pytest.mark.slow),
+        pytest.param("mod+2t2i+1x", {"depth_by": "all", "router": Threshold()}, marks=pytest.mark.slow),
     ],
 )
 def test_executed_flops_are_those_of_the_steps_jaxpr(ffn, fields):
@@ -272,7 +285,7 @@ def test_no_modality_is_called_like_a_router():
         ({"model_depth_capacity": 0.0}, "model.depth_capacity: must be above 0"),
         ({"model_depth_capacity": 1.5}, "model.depth_capacity: must be above 0 and at most 1"),
         ({"model_depth_capacity": 0.01}, "lets nobody in; use 0.0625 or more"),
-        ({"model_depth_by": "row"}, "model.depth_by: 'row' is none of modality, all"),
+        ({"model_depth_by": "row"}, "model.depth_by: 'row' is not one of modality, all"),
         ({"model_ffn": "mod+"}, "is not an FFN"),
         ({"model_ffn": "mod+mod+2t2i"}, "is not an FFN"),
     ],

@@ -11,15 +11,29 @@ from ffn_cases import MODALITIES, ROWS, SEQUENCE, WIDTH, Case, hashed, mixed
 from processes import output, spawn
 
 from moma_jax.config import ModelConfig
-from moma_jax.model import slots as slots_lib
+from moma_jax.model import dispatch
 from moma_jax.model.decoder import Decoder
-from moma_jax.model.routing import Selection
-from moma_jax.model.slots import Experts, swiglu
+from moma_jax.model.dispatch import swiglu
+from moma_jax.model.parameters import ExpertWeights
+from moma_jax.router import Function
+from moma_jax.routers.choice import Choice
 
 
 @pytest.mark.parametrize(
     "ffn, modalities",
-    [("dense", 2), ("dense+1x", 1), ("8x", 1), ("8x", 2), ("1t1i", 2), ("3t2i", 2), ("4t1i+2x", 2), ("2t3i1s", 3)],
+    [
+        ("dense", 2),
+        ("dense+1x", 1),
+        ("8x", 1),
+        ("8x", 2),
+        ("1t1i", 2),
+        ("3t2i", 2),
+        ("4t1i+2x", 2),
+        ("4t4i+1t1i", 2),
+        ("1t1i+2t1i", 2),
+        ("dense+1t1i", 2),
+        ("2t3i1s", 3),
+    ],
 )
 def test_equals_the_oracle(ffn, modalities):
     Case(ffn, mixed(modalities), modalities).check()
@@ -35,24 +49,24 @@ def test_a_modality_without_tokens_one_token_and_a_padded_group():
     modality_GT[1] = -1  # nothing at all
     modality_GT[2, 1:] = -1  # one text token
     for ffn in ("2t2i", "1t1i", "4x"):
-        output = Case(ffn, modality_GT).check()
-        np.testing.assert_array_equal(output.y_GTD[1], 0.0)
-        np.testing.assert_array_equal(output.taken_M3[1], 0)
+        y_GTD, result = Case(ffn, modality_GT).check()
+        np.testing.assert_array_equal(y_GTD[1], 0.0)
+        np.testing.assert_array_equal(result.taken_M3[1], 0)
 
 
 def test_exact_ties_are_broken_by_place_not_by_luck():
     # All tokens alike: without jitter the lowest tokens win, with it those whose hash is largest.
-    case = Case("2t2i", mixed(2), jitter=0.0)
+    case = Case("2t2i", mixed(2), router=Choice(jitter=0.0))
     same_GTD = np.broadcast_to(case.x_GTD[:1, :1], case.x_GTD.shape)
     case.check(same_GTD)
-    by_hash = Case("2t2i", mixed(2)).check(same_GTD)
+    _, by_hash = Case("2t2i", mixed(2)).check(same_GTD)
     index_GEC = by_hash.selections["text"].index_EC
     assert len({tuple(sorted(row)) for row in index_GEC.reshape(-1, index_GEC.shape[-1]).tolist()}) > 1
 
 
 def test_report_counts_tokens_by_how_often_they_were_taken():
     case = Case("2t2i", mixed(2), capacity=0.7)
-    output = case.run()[0]
+    (_, output), _ = case.run()
     times_MT = np.zeros((2, *case.modality_GT.shape), int)
     for m, name in enumerate(("text", "image")):
         selection = output.selections[name]
@@ -65,8 +79,9 @@ def test_report_counts_tokens_by_how_often_they_were_taken():
 def test_padding_changes_nothing():
     case = Case("2t2i+1x", mixed(2))
     real_GT1 = (case.modality_GT >= 0)[..., None]
-    other, _ = case.run(np.where(real_GT1, case.x_GTD, np.float32(1e4)))
-    np.testing.assert_array_equal(np.where(real_GT1, other.y_GTD, 0), np.where(real_GT1, case.run()[0].y_GTD, 0))
+    (found_GTD, _), _ = case.run()
+    (other_GTD, _), _ = case.run(np.where(real_GT1, case.x_GTD, np.float32(1e4)))
+    np.testing.assert_array_equal(np.where(real_GT1, other_GTD, 0), np.where(real_GT1, found_GTD, 0))
 
 
 def test_experts_start_apart_and_scaled():
@@ -85,7 +100,7 @@ def test_experts_start_apart_and_scaled():
 
 
 def test_swiglu_saves_two_projections_and_no_more():
-    x_END, experts = jnp.ones((1, 16, 4)), Experts(jnp.ones((1, 4, 8)), jnp.ones((1, 4, 8)), jnp.ones((1, 8, 4)))
+    x_END, experts = jnp.ones((1, 16, 4)), ExpertWeights(jnp.ones((1, 4, 8)), jnp.ones((1, 4, 8)), jnp.ones((1, 8, 4)))
     _, backward = jax.vjp(lambda x: swiglu(x, experts, jnp.ones((1, 16))), x_END)
     assert [leaf.shape[-2:] for leaf in jax.tree.leaves(backward)].count((16, 8)) == 2
 
@@ -99,7 +114,7 @@ def test_a_batch_of_experts_equals_one_after_the_other(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
 
         def run(x_END, gate_EDF, up_EDF, down_EFD, weight_EN):
-            return jnp.sum(jnp.sin(swiglu(x_END, Experts(gate_EDF, up_EDF, down_EFD), weight_EN)))
+            return jnp.sum(jnp.sin(swiglu(x_END, ExpertWeights(gate_EDF, up_EDF, down_EFD), weight_EN)))
 
         results.append(jax.tree.leaves(jax.value_and_grad(run, argnums=range(5))(*operands)))
     for one, other in zip(*results, strict=True):
@@ -110,8 +125,8 @@ def test_a_batch_of_experts_equals_one_after_the_other(monkeypatch):
 
 
 def test_a_custom_select_with_state_and_losses():
-    case = Case("4t2i", mixed(2), select=hashed)
-    output, (d_params, _) = case.run(state={"text": jnp.float32(10.0)})
+    case = Case("4t2i", mixed(2), router=Function(hashed))
+    (_, output), (d_params, _) = case.run(state={"text": jnp.float32(10.0)})
     text_G = np.sum(case.modality_GT == 0, axis=1)
     np.testing.assert_allclose(output.state["text"], 10 + text_G.mean(), rtol=1e-6)
     assert set(output.state) == {"text"}
@@ -130,16 +145,17 @@ ON_EIGHT_DEVICES = """
     from moma_jax.config import MeshConfig, Modality, ModelConfig
     from moma_jax.errors import InputError
     from moma_jax.model.decoder import Decoder
-    from ffn_cases import hashed, random_params
+    from moma_jax.routers.choice import Choice
+    from ffn_cases import NoisyFunction, hashed, random_params
 
     rng = np.random.default_rng(0)
     token = rng.integers(0, 32, (16, 12)); segment = np.ones_like(token); segment[5, 4:] = 0
     arrays = (token, segment, np.tile(np.arange(12), (16, 1)), (token >= 20).astype(np.int32))
     modalities = (Modality("text", "t", 20), Modality("image", "i", 12, 4))
-    for ffn, select in (("2t1i+1x", None), ("2t2i", hashed)):
-        model = ModelConfig(ffn=ffn, layers=2, width=16, heads=2, hidden=24, gumbel=True, dtype="float32")
-        decoder = Decoder(model, modalities, (24, 24), 2, *((select,) if select else ()))
-        state = {"text": jnp.zeros(2)} if select else {}
+    for ffn, router in (("2t1i+1x", Choice(gumbel=True)), ("2t2i+1t1i", NoisyFunction(hashed))):
+        model = ModelConfig(ffn=ffn, layers=2, width=16, heads=2, hidden=24, router=router, dtype="float32")
+        decoder = Decoder(model, modalities, (24, 24), 2)
+        state = {"text": jnp.zeros(2)} if router == NoisyFunction(hashed) else {}
         run = dict(key=jax.random.key(1), step=3, group_G=np.arange(8), routing_state=state, train=True,
                    return_selections=True)
         boxed = jax.eval_shape(lambda: decoder.init(jax.random.key(0), *arrays, **run))
@@ -175,28 +191,24 @@ def test_eight_devices_give_the_same_selections_outputs_and_gradients():
 
 
 @pytest.mark.parametrize("block", [1, 5, 256])
-def test_blocks_of_filled_slots_compute_what_was_taken(monkeypatch, block):
-    monkeypatch.setattr(slots_lib, "BLOCK", block)
+def test_blocks_compute_the_tokens_that_enter(monkeypatch, block):
+    monkeypatch.setattr(dispatch, "BLOCK", (block, block))
     dice = np.random.default_rng(0)
-    groups, experts, slots, tokens, width, hidden = 2, 3, 12, 12, 4, 8
-    x_ND = dice.normal(size=(groups * tokens, width)).astype(np.float32)
+    experts, tokens, width, hidden = 3, 24, 4, 8
+    x_ND = dice.normal(size=(tokens, width)).astype(np.float32)
     weights = [
         dice.normal(size=(experts, *shape)).astype(np.float32)
         for shape in ((width, hidden), (width, hidden), (hidden, width))
     ]
-    index_GEC = np.stack(
-        [np.stack([dice.permutation(tokens) for _ in range(experts)]) + g * tokens for g in range(groups)]
-    )
-    count_GE = np.array([[12, 0, 7], [1, 5, 6]])
-    filled_GEC = np.arange(slots) < count_GE[..., None]
-    gate_GEC = np.where(filled_GEC, dice.uniform(0.1, 1, filled_GEC.shape), 0).astype(np.float32)
-    selection = Selection(jnp.asarray(index_GEC, jnp.int32), jnp.asarray(gate_GEC), jnp.asarray(filled_GEC))
-    found_ND = slots_lib.in_blocks(
-        jnp.zeros_like(x_ND), jnp.asarray(x_ND), selection, Experts(*map(jnp.asarray, weights))
-    )
+    enters_NE = np.stack([dice.permutation(tokens) < count for count in (24, 0, 7)], axis=1)
+    gate_NE = dice.uniform(0.1, 1, enters_NE.shape).astype(np.float32)
+    apart = tuple(ExpertWeights(*(jnp.asarray(w[e]) for w in weights)) for e in range(experts))
     right_ND = np.zeros_like(x_ND)
-    for g, e, c in zip(*np.nonzero(filled_GEC), strict=True):
-        x_D, (gate_DF, up_DF, down_FD) = x_ND[index_GEC[g, e, c]], (w[e] for w in weights)
+    for n, e in zip(*np.nonzero(enters_NE), strict=True):
+        x_D, (gate_DF, up_DF, down_FD) = x_ND[n], (w[e] for w in weights)
         a_F = x_D @ gate_DF
-        right_ND[index_GEC[g, e, c]] += gate_GEC[g, e, c] * ((a_F / (1 + np.exp(-a_F)) * (x_D @ up_DF)) @ down_FD)
-    np.testing.assert_allclose(found_ND, right_ND, rtol=1e-4, atol=1e-4)
+        right_ND[n] += gate_NE[n, e] * ((a_F / (1 + np.exp(-a_F)) * (x_D @ up_DF)) @ down_FD)
+    for given in (ExpertWeights(*map(jnp.asarray, weights)), apart):
+        decision = (jnp.asarray(enters_NE), jnp.asarray(gate_NE))
+        found_ND = dispatch.add_experts(jnp.zeros_like(x_ND), jnp.asarray(x_ND), *decision, given)
+        np.testing.assert_allclose(found_ND, right_ND, rtol=1e-4, atol=1e-4)

@@ -18,8 +18,8 @@ import moma_jax
 from moma_jax import sharding
 from moma_jax.config import Config, MeshConfig, RoutersConfig
 from moma_jax.data.stream import open_stream
-from moma_jax.model import slots as slots_lib
-from moma_jax.model.causal import first_thresholds
+from moma_jax.model import dispatch
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
 from moma_jax.vocab import contiguous
 
@@ -59,7 +59,7 @@ def curve(config: Config) -> dict:
     program = make_program(config, contiguous(config.data.modalities))
     records, taken = [], []
     with sharding.use_mesh(program.mesh), open_stream(config) as batches:
-        state = create_state(program, first_thresholds(config))
+        state = create_state(program, first_routing_state(config))
         selections, slots = _selections(program, state, next(iter(open_stream(config))).batch)
         step = compile_step(program, state)
         for _, packed in zip(range(config.train.steps), batches, strict=False):
@@ -74,7 +74,7 @@ def curve(config: Config) -> dict:
 
 def _selections(program, state, batch) -> tuple[dict, int]:
     """Who takes whom before the first update, and slots of routed experts that one device computes."""
-    shapes, swiglu = [], slots_lib.swiglu
+    shapes, swiglu = [], dispatch.swiglu
 
     def seen(x_END, *rest):
         shapes.append(x_END.shape[:2])
@@ -88,7 +88,7 @@ def _selections(program, state, batch) -> tuple[dict, int]:
             ).selections
         )
     )
-    with mock.patch.object(slots_lib, "swiglu", seen):
+    with mock.patch.object(dispatch, "swiglu", seen):
         chosen = run(state.params, put(batch, program.mesh))
     selections = {name: np.asarray(selection.index_EC).tolist() for name, selection in chosen.items()}
     return selections, sum(experts * slots for experts, slots in shapes)

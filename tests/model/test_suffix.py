@@ -13,8 +13,9 @@ from tiny import MODALITIES, tiny
 from moma_jax import load, sharding, train
 from moma_jax.config import Modality
 from moma_jax.data.stream import open_stream
-from moma_jax.model.causal import Choice, ThresholdTraining, first_thresholds
-from moma_jax.model.decoder import causal_decoder
+from moma_jax.model.decoder import causal_decoder, first_routing_state
+from moma_jax.routers.choice import Choice
+from moma_jax.routers.threshold import Threshold
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
 
@@ -66,9 +67,9 @@ def broken(run, batch, vocabulary):
 @cache
 def random_model(ffn):
     """Program, vocabulary, parameters whose auxiliary routers say something, a batch, thresholds of one update."""
-    config = tiny(model_ffn=ffn, model_auxiliary=True, data_modalities=MODELS[ffn])
+    config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True), data_modalities=MODELS[ffn])
     vocabulary = contiguous(config.data.modalities)
-    program, first = make_program(config, vocabulary), first_thresholds(config)
+    program, first = make_program(config, vocabulary), first_routing_state(config)
     params = create_state(program, first).params
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: 0.5 * jax.random.normal(jax.random.key(2), x.shape) if "out_AE" in str(path) else x, params
@@ -98,9 +99,8 @@ def test_no_later_token_changes_an_earlier_logit(ffn, routing):
 @pytest.mark.parametrize(("slack", "drops"), [(1.0, True), (4.0, False)])
 def test_nor_where_slots_run_out(ffn, slack, drops):
     def threshold_training(program):
-        rules = [ThresholdTraining(rows, 0, slack, Choice(0.99, False)) for rows in (program.config.data.group_rows, 1)]
-        model = dataclasses.replace(program.config.model, routing="threshold", routing_slack=slack)
-        return program.decoder.clone(model=model, select=rules[0], select_depth=rules[1])
+        rule = Threshold(warmup=1, slack=slack, decay=0.99, auxiliary=True)  # an update has been: the warm-up is over
+        return program.decoder.clone(model=dataclasses.replace(program.config.model, router=rule))
 
     found, state = changed(ffn, threshold_training, shift=-1.0 if drops else 0.0)
     dropped = max(float(np.max(group["dropped_E"])) for group in state.values())
@@ -112,16 +112,14 @@ def test_expert_choice_fails_the_same_test(ffn):
     assert changed(ffn, lambda program: program.decoder)[0] > 0
 
 
-@pytest.fixture(scope="module", params=["choice", "threshold"])
+RULES = {"choice": Choice(auxiliary=True), "threshold": Threshold(warmup=5, slack=1.0, auxiliary=True)}
+
+
+@pytest.fixture(scope="module", params=RULES)
 def trained(request, tmp_path_factory):
     """A model trained for some dozens of updates by expert choice, or by thresholds after a few of it."""
-    fields = {
-        "model_routing": request.param,
-        "model_routing_warmup": 5,
-        "model_routing_slack": 1.0,
-        "model_auxiliary": True,
-    }
-    config = tiny(tmp_path_factory.mktemp("run"), train_steps=40, train_eval_every=40, train_log_every=20, **fields)
+    fields = {"train_steps": 40, "train_eval_every": 40, "train_log_every": 20}
+    config = tiny(tmp_path_factory.mktemp("run"), model_router=RULES[request.param], **fields)
     train(config, quiet=True)
     return load(config.run.dir)
 
@@ -138,5 +136,5 @@ def test_of_a_trained_model_too(trained):
         run = logits_of(trained.decoder, trained.params, trained.routing_state, batch, modality_V)
         found["training"] = broken(run, batch, trained.vocabulary)
     assert found["causal"] == found["threshold"] == 0
-    assert (found["training"] == 0) == (trained.config.model.routing == "threshold")
+    assert (found["training"] == 0) == (isinstance(trained.config.model.router, Threshold))
     assert found["choice"] > 0, "expert choice looks ahead, whatever the model was trained by"
