@@ -6,20 +6,19 @@ share their cache. One device is visible; a test of several starts a process tha
 
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moma_jax" / "tests"
 CACHE_BYTES = 2 << 30
 PATHS = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "docs" / "results")]
-# Shapes are tiny: compiling takes far longer than running, and is several times faster into slower code.
-FLAGS = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""  # 0.11 has no such flag
 
 assert "jax" not in sys.modules, "JAX was imported before its settings were made"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Shapes are tiny: compiling takes far longer than running. Further flags would save little, and equal arithmetic of
+# different programs, on which some tests insist, would end there.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-os.environ["XLA_FLAGS"] = FLAGS
+os.environ.pop("XLA_FLAGS", None)
 # Each program is compiled once, for all workers, subprocesses and later runs. JAX writes no entry twice; one that is
 # read while it is being written, or that a killed process left half-written, is refused with a warning and compiled.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

@@ -60,8 +60,9 @@ def _key(argument):
         config = tuple(_section(section.name, getattr(argument.config, section.name)) for section in sections)
         return config, argument.decoder, argument.mesh
     leaves, structure = jax.tree.flatten(argument)
-    about = ((np.shape(x), np.result_type(x), getattr(x, "sharding", None)) for x in leaves)
-    return structure, *about, *(np.asarray(x).tobytes() for x in leaves if not hasattr(x, "sharding"))
+    leaves = [x if hasattr(x, "sharding") else np.asarray(x) for x in leaves]
+    about = ((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+    return structure, *about, *(x.tobytes() for x in leaves if isinstance(x, np.ndarray))
 
 
 def _section(name, section):

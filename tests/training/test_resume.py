@@ -18,7 +18,7 @@ import moma_jax
 from moma_jax.training import loop
 
 KILLS, STEPS = 5, 66
-AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
 """What users run is compiled with JAX's own settings."""
 
 
