@@ -1,6 +1,7 @@
 """Prefill and cached decoding against teacher forcing, under both causal rules."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,42 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
     for splits in ([1] * 16, [16], [9, *[1] * 7], [3, 1, 8, 1, 3]):
         for row, hidden_SD, expected_SD in zip(rows, cached(model, routing, rows, splits), expected_BSD, strict=True):
             np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
+
+
+class Above(Choice):
+    """A rule with a causal decision of its own, which notes who enters."""
+
+    causal: ClassVar[tuple[str, ...]] = ("above",)
+    noted: ClassVar[list[np.ndarray]] = []
+
+    def decide(self, score, state, routing):
+        assert routing == "above"
+        enters_NE = score.plain_TE > 0.3
+        jax.debug.callback(lambda enters_NE: self.noted.append(np.asarray(enters_NE)), enters_NE, ordered=True)
+        return enters_NE, 2 * jax.nn.sigmoid(score.logit_TE)
+
+
+def test_whole_rows_and_cached_decoding_decide_by_the_same_rule():
+    """The same tokens enter the same experts of every layer, whether rows are read whole, at once or one by one."""
+    config = tiny(model_router=Above())
+    state = create_state(make_program(config, contiguous(MODALITIES)), first_routing_state(config))
+    model, token_BS = (config, state.params, state.routing_state), rows_of(5, 4)
+
+    def noted(run):
+        Above.noted.clear()
+        result = run()
+        jax.effects_barrier()
+        calls = len(config.routed) * config.model.layers
+        steps = [Above.noted[start : start + calls] for start in range(0, len(Above.noted), calls)]
+        pieces = [np.stack(step).reshape(calls, len(token_BS), -1, 2) for step in steps]
+        return result, np.concatenate(pieces, axis=2)
+
+    (expected_BSD, taken_3), enters_XBSE = noted(lambda: forced(model, "above", token_BS))
+    assert np.all(taken_3 > 0)
+    for splits in ([SEQUENCE], [1] * SEQUENCE):
+        found_BSD, same_XBSE = noted(lambda splits=splits: cached(model, "above", list(token_BS), splits))
+        np.testing.assert_array_equal(same_XBSE, enters_XBSE)
+        np.testing.assert_allclose(found_BSD, expected_BSD, atol=TOLERANCE)
 
 
 def test_pre_norm_and_blocks_of_many_tokens():
