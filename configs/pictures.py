@@ -23,13 +23,21 @@ from moma_jax.config import (
     StoreConfig,
     TrainConfig,
 )
+from moma_jax.routers.choice import Choice
 
 
 def config() -> Config:
     """The recipe."""
     return Config(
         model=ModelConfig(
-            ffn="4t4i", layers=4, width=128, heads=4, ffn_width=512, norm="pre", attention_chunk=564, auxiliary=True
+            ffn="4t4i",
+            layers=4,
+            width=128,
+            heads=4,
+            ffn_width=512,
+            norm="pre",
+            attention_chunk=564,
+            router=Choice(auxiliary=True),
         ),
         data=DataConfig(
             modalities=(

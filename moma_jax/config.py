@@ -194,7 +194,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class RoutersConfig:
-    """The second stage, `moma fit-routers`: auxiliary routers are fitted to a trained model (paper Table 6)."""
+    """The second stage, `moma routers fit`: auxiliary routers are fitted to a trained model (paper Table 6)."""
 
     steps: int = setting(5000, above=0, unit="updates")
     """Updates."""

@@ -29,6 +29,8 @@ from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup, parse_ffn
 from moma_jax.fields import differences, may_change
 from moma_jax.recipes import load
+from moma_jax.routers.choice import Choice
+from moma_jax.routers.threshold import Threshold
 
 TEXT = Modality("text", "t", 100, quota=0.5)
 IMAGE = Modality("image", "i", 20, span=16, quota=0.5)
@@ -59,9 +61,9 @@ def valid(**sections) -> Config:
         ({"model": {"capacity": 1.5}}, "model.capacity"),
         ({"model": {"capacity": 1e-5}}, "model.capacity: must be at least 0.0001"),
         ({"model": {"layers": 0}}, "model.layers: must be positive"),
-        ({"model": {"threshold_decay": 1.0}}, "model.threshold_decay: must be at least 0 and below 1, such as 0.98"),
-        ({"model": {"routing_slack": 0.9}}, "model.routing_slack: must be 1 or more, such as 1.25; is 0.9"),
-        ({"model": {"routing_warmup": 0}}, "model.routing_warmup: must be 1 or more"),
+        ({"model": {"router": Choice(decay=1.0)}}, "model.router.decay: must be at least 0 and below 1, such as 0.98"),
+        ({"model": {"router": Threshold(slack=0.9)}}, "model.router.slack: must be 1 or more, such as 1.25; is 0.9"),
+        ({"model": {"router": Threshold(warmup=0)}}, "model.router.warmup: must be 1 or more"),
         ({"routers": {"steps": 0}}, "routers.steps: must be positive"),
         ({"routers": {"peak_lr": -1.0}}, "routers.peak_lr: must be positive"),
         ({"routers": {"end_lr": -1.0}}, "routers.end_lr: must be 0 or more"),

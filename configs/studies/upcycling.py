@@ -19,9 +19,9 @@ from moma_jax.studies import Study, Upcycled, Variant
 def study() -> Study:
     """The study."""
     base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
-    grown = {"model.ffn": "4t4i", "model.gumbel": True}
-    quiet = {"model.ffn": "4t4i", "model.gumbel": False}
-    seed = {"model.ffn": "1t1i", "model.gumbel": False}
+    grown = {"model.ffn": "4t4i", "model.router.gumbel": True}
+    quiet = {"model.ffn": "4t4i", "model.router.gumbel": False}
+    seed = {"model.ffn": "1t1i", "model.router.gumbel": False}
     return Study(
         base=base,
         variants=(

@@ -4,7 +4,7 @@ Kinds of records: `train` (every `train.log_every` steps; losses and norms are m
 record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
 in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out; all are those of all
 processes but `epoch_<store>`, passes over a store, which are those of the lanes that process 0 reads. The journal of
-`moma fit-routers`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (router_step.py).
+`moma routers fit`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (router_step.py).
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
 `metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that

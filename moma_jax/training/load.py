@@ -113,7 +113,7 @@ def load(
       run: run directory. step: which checkpoint; None: the newest.
       router: the run's own routing rule, where it was trained with one: a Router, its class, a select function, or a
         name "file.py:attribute"; the code that a run names is never run for that alone.
-      fitted: take the auxiliary routers that `moma fit-routers` left there.
+      fitted: take the auxiliary routers that `moma routers fit` left there.
       mesh: devices to lay the parameters on, which need not be those of training; None: whole on every device.
 
     Raises:
@@ -171,7 +171,7 @@ def joined(params: Any, routers: Any) -> Any:
 
 
 def _with_fitted_routers(model: Loaded) -> Loaded:
-    """The model with the routers of `moma fit-routers`, where they lie in the run's directory and belong to it."""
+    """The model with the routers of `moma routers fit`, where they lie in the run's directory and belong to it."""
     where = RunDir(f"{model.run.rstrip('/')}/{ROUTERS}")
     if where.read_json("config.json") is None:
         return model
@@ -181,15 +181,15 @@ def _with_fitted_routers(model: Loaded) -> Loaded:
         meta = checkpoints.saved(latest).meta
         if meta["model_step"] != model.step:
             reason = f"the auxiliary routers of {model.run} were fitted at step {meta['model_step']}, not {model.step}"
-            remedy = f"use that step, or remove {where.path} and fit them again: moma fit-routers {model.run}"
+            remedy = f"use that step, or remove {where.path} and fit them again: moma routers fit {model.run}"
             return dataclasses.replace(model, refused=f"{reason}; {remedy}")
         if meta.get("model") != fingerprint(model.params):
             reason = f"the auxiliary routers in {where.path} were fitted to another model"
-            remedy = f"remove them and fit again: moma fit-routers {model.run}"
+            remedy = f"remove them and fit again: moma routers fit {model.run}"
             return dataclasses.replace(model, refused=f"{reason}; {remedy}")
         if where.read_json("summary.json") is None:
             reason = f"the auxiliary routers of {model.run} are fitted in part, up to step {latest}"
-            return dataclasses.replace(model, refused=f"{reason}; go on with: moma fit-routers {model.run}")
+            return dataclasses.replace(model, refused=f"{reason}; go on with: moma routers fit {model.run}")
         config = with_auxiliary(model.config)
         program = make_program(config, model.vocabulary)
         with sharding.use_mesh(program.mesh):

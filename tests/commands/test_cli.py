@@ -128,15 +128,15 @@ def test_overrides_by_dictionary_and_by_words():
         "1t1i",
         "--train.tokens",
         "1e6",
-        "--model.gumbel",
+        "--model.router.gumbel",
         "True",
         "--data.modalities.1.quota",
         "0.957",
     ]
-    named = {"model.ffn": "1t1i", "train.tokens": 1e6, "model.gumbel": True, "data.modalities.1.quota": 0.957}
+    named = {"model.ffn": "1t1i", "train.tokens": 1e6, "model.router.gumbel": True, "data.modalities.1.quota": 0.957}
     quickstart = CONFIGS / "quickstart.py"
     assert moma_jax.recipe(quickstart, words) == moma_jax.recipe(quickstart, named)
-    assert moma_jax.recipe(quickstart, named).model.gumbel is True
+    assert moma_jax.recipe(quickstart, named).model.router.gumbel is True
 
 
 def test_one_training_length_takes_the_place_of_another():

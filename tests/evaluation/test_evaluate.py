@@ -20,8 +20,7 @@ from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.evaluation import evaluate as evaluate_lib
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, held_out, scheduled, unigram
-from moma_jax.model.causal import first_thresholds
-from moma_jax.model.decoder import causal_decoder
+from moma_jax.model.decoder import causal_decoder, first_routing_state
 from moma_jax.training.pretrain import train
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
@@ -88,9 +87,9 @@ def test_a_run_with_a_select_function_of_its_own_has_choice_alone(tmp_path):
     config = tiny(tmp_path / "a", train_steps=1)
     summary = train(config, select=my_choice, routing_state=state, quiet=True)
     assert list(summary["eval"]["heldout"]) == ["choice", "gap_percent", "unigram"]
-    assert "perplexity" not in evaluate(config, select=my_choice)["choice"]
+    assert "perplexity" not in evaluate(config, router=my_choice)["choice"]
     with pytest.raises(InputError, match="no thresholds"):
-        evaluate(config, select=my_choice, routing=("threshold",))
+        evaluate(config, router=my_choice, routing=("threshold",))
     with pytest.raises(InputError, match=r"train.eval_routings: threshold needs .* leave it out"):
         train(tiny(tmp_path / "b", train_eval_routings=("threshold",)), select=my_choice, routing_state=state)
     assert not (tmp_path / "b" / "metrics.jsonl").exists()
@@ -100,10 +99,10 @@ def test_a_run_is_evaluated_under_the_routings_that_it_names():
     def names(state=True, **fields):
         config = tiny(**fields)
         program = make_program(config, contiguous(config.data.modalities))
-        return list(scheduled(program, first_thresholds(config) if state else {}))
+        return list(scheduled(program, first_routing_state(config) if state else {}))
 
     assert names() == ["choice", "threshold"] and names(state=False) == ["choice"]
-    assert names(model_auxiliary=True) == ["choice", "causal", "threshold"]
+    assert names(router_auxiliary=True) == ["choice", "causal", "threshold"]
     assert names(train_eval_routings=("threshold",)) == ["threshold"]
     assert names(model_ffn="dense") == ["choice"] == names(model_ffn="1t1i")
     assert names(model_ffn="dense", train_eval_routings=("causal", "choice")) == ["causal", "choice"]
@@ -127,11 +126,11 @@ def test_a_loaded_model_is_ready_to_use(run):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"routing": ("choice", "causal")}, "routing: .* has no auxiliary routers; fit them with: moma fit-routers"),
+        ({"routing": ("choice", "causal")}, "routing: .* has no auxiliary routers; fit them with: moma routers fit"),
         ({"routing": ("future",)}, "routing: 'future' is none of choice, causal, threshold"),
         ({"eval_set": "other"}, "other.*heldout"),
         ({"step": 1}, "no checkpoint of step 1; it has: 2"),
-        ({"select": lambda *a: None}, "trained with the select function expert_choice"),
+        ({"router": lambda *a: None}, "trained with choice, not "),
     ],
 )
 def test_wrong_questions_are_input_errors(run, arguments, message):
@@ -189,7 +188,7 @@ DOCUMENTS = [
     [["<tt[cccc]>", "<tttt>"], ["<[cccc]tt>", "t[cccc|c"]],
     [["<t[cccc]t[cccc]>"], ["<tt[cccc]|t"]],
 ]
-CONFIG = tiny(model_ffn="2t2i+1x", model_auxiliary=True, train_batch_rows=8)
+CONFIG = tiny(model_ffn="2t2i+1x", router_auxiliary=True, train_batch_rows=8)
 VOCABULARY = contiguous(CONFIG.data.modalities)
 
 
@@ -208,7 +207,7 @@ def batch_of(rows):
 
 def random_model():
     """Parameters and thresholds, away from their first values."""
-    program, state = make_program(CONFIG, VOCABULARY), first_thresholds(CONFIG)
+    program, state = make_program(CONFIG, VOCABULARY), first_routing_state(CONFIG)
     with sharding.use_mesh(program.mesh):
         params = jax.device_get(create_state(program, state).params)
     rng = np.random.default_rng(3)

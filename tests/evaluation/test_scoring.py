@@ -19,7 +19,7 @@ ROUTINGS = ("causal", "threshold")
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A model with experts, auxiliary routers and thresholds, of strong opinions, so that a wrong position shows."""
-    config = tiny(tmp_path_factory.mktemp("run"), model_auxiliary=True, train_steps=2)
+    config = tiny(tmp_path_factory.mktemp("run"), router_auxiliary=True, train_steps=2)
     train(config, quiet=True)
     model = load(config.run.dir)
     kernel_DV = model.params["unembedding"]["kernel_DV"] * 3
@@ -105,5 +105,5 @@ def test_what_gives_no_likelihoods_is_refused(loaded, tmp_path):
     with pytest.raises(InputError, match="batch_size: 0"):
         Scorer(loaded, "causal", batch_rows=0)
     train(tiny(tmp_path, train_steps=1), quiet=True)
-    with pytest.raises(InputError, match="fit-routers"):
+    with pytest.raises(InputError, match="routers fit"):
         Scorer(load(str(tmp_path)), "causal")

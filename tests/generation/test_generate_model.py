@@ -19,7 +19,7 @@ PROMPTS = [[0], [0, 9, 30, 12], [0, 4, 41, 50, 63, 40, 5, 20], [0, 17]]
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    config = tiny(tmp_path_factory.mktemp("run"), train_steps=2, model_auxiliary=True)
+    config = tiny(tmp_path_factory.mktemp("run"), train_steps=2, router_auxiliary=True)
     train(config, quiet=True)
     return load(config.run.dir)
 
@@ -98,7 +98,7 @@ def test_routings_that_a_run_lacks(tmp_path):
     config = tiny(tmp_path, train_steps=1)
     train(config, quiet=True)
     model = load(config.run.dir)
-    with pytest.raises(InputError, match="moma fit-routers"):
+    with pytest.raises(InputError, match="moma routers fit"):
         generate_ids(model, [[0]], routing="causal")
     assert causal_routing(model) == "threshold", "what it has is taken where none is named"
     own, named = (generate_ids(model, PROMPTS, seed=1, **routing) for routing in ({}, {"routing": "threshold"}))

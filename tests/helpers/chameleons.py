@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moma_jax.config_json import to_json
 from moma_jax.model.decoder import first_routing_state
+from moma_jax.rules import rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.resume import select_name
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
 
@@ -119,7 +119,7 @@ def untrained_run(config, hashes=None):
     vocabulary, run = contiguous(config.data.modalities), RunDir(config.run.dir)
     state = create_state(make_program(config, vocabulary), first_routing_state(config))
     hashes = {"vocabulary": vocabulary.hash} if hashes is None else hashes
-    meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "select": select_name(None)}
+    meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "router": rule_name(config.model.router)}
     with Checkpoints(run, write=True) as checkpoints:
         checkpoints.save(state, Saved(0, None, meta))
     run.write_json("config.json", to_json(config))

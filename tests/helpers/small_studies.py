@@ -8,7 +8,7 @@ from moma_jax.studies import Study, Upcycled, Variant
 
 DENSE, MOMA = Variant("dense", {"model.ffn": "dense"}), Variant("2t2i", {"model.ffn": "2t2i"}, match="model.hidden")
 GROWN = Variant(
-    "grown", {"model.ffn": "2t2i", "model.gumbel": True}, "model.hidden", Upcycled({"model.ffn": "1t1i"}, 0.3)
+    "grown", {"model.ffn": "2t2i", "model.router.gumbel": True}, "model.hidden", Upcycled({"model.ffn": "1t1i"}, 0.3)
 )
 TOKENS = 1280
 """Ten updates of the tiny run."""

@@ -17,9 +17,10 @@ from moma_jax.batch import Batch
 from moma_jax.config import MeshConfig
 from moma_jax.cost import cost
 from moma_jax.errors import InputError
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.plan import arithmetic_plan, memory, memory_use, plan, plan_search, search
 from moma_jax.plan.topology import KINDS, topology_of
-from moma_jax.training.step import abstract_state, first_routing_state, make_program, make_train_step
+from moma_jax.training.step import abstract_state, make_program, make_train_step
 from moma_jax.vocab import contiguous
 
 CONFIGS = ROOT / "configs"
@@ -251,7 +252,7 @@ def test_the_command_prints_json_and_tables(capsys):
 def test_the_loop_over_the_layers_is_known_by_its_name(ffn):
     config = dataclasses.replace(small(ffn, MeshConfig(), batch_rows=8), mesh=MeshConfig())
     program = make_program(config, contiguous(config.data.modalities))
-    state = abstract_state(program, first_routing_state(config, None))
+    state = abstract_state(program, first_routing_state(config))
     batch = Batch(*(jax.ShapeDtypeStruct((8, 384), kind) for kind in ("int32",) * 4 + ("float32", "int8", "int8")))
     with sharding.use_mesh(program.mesh):
         text = jax.jit(make_train_step(program)).lower(state, batch).as_text(debug_info=True)

@@ -10,7 +10,8 @@ import pytest
 from planned import small
 
 from moma_jax.config import MeshConfig
-from moma_jax.cost import cost, group_slots
+from moma_jax.cost import cost
+from moma_jax.geometry import layer_of
 from moma_jax.plan import memory
 
 pytestmark = pytest.mark.slow  # compiles for TPUs
@@ -81,7 +82,7 @@ def test_all_to_all_bytes_match_a_hand_formula(programs, name):
     their gradients: four times slots x D in bfloat16, of which all but one part of `expert` leaves the device."""
     config, result, _ = programs[name]
     groups = ROWS // 2 // 2 // memory.row_parts(config)
-    slots = groups * sum(g.experts * group_slots(config, g) for g in config.experts.groups)
+    slots = groups * sum(own.group.experts * own.slots for own in layer_of(config).groups)
     expert = config.mesh.expert
     expected = 4 * 2 * 4 * slots * 256 * 2 * (expert - 1) / expert
     assert result["collective_bytes"]["all-to-all"]["expert"] == pytest.approx(expected, rel=0.05)

@@ -45,7 +45,7 @@ def target_of(state, place=None):
 
 
 def saved_at(step):
-    return Saved(step, CURSOR, {"select": "expert_choice", "counters": {"total": {"tokens": [1, 2]}}})
+    return Saved(step, CURSOR, {"router": "choice", "counters": {"total": {"tokens": [1, 2]}}})
 
 
 def test_cursor_keeps_types_shapes_and_values():

@@ -16,10 +16,11 @@ from moma_jax import hosts, sharding
 from moma_jax.config import MeshConfig
 from moma_jax.config_json import from_json
 from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.training.loop import whole_cursor
-from moma_jax.training.step import abstract_state, compile_step, first_routing_state, make_program, put
+from moma_jax.training.step import abstract_state, compile_step, make_program, put
 
 pytestmark = pytest.mark.slow  # processes over loopback
 
@@ -37,7 +38,7 @@ def one_mesh(config):
     """
     program = make_program(config, vocabulary_of(config))
     with sharding.use_mesh(program.mesh), contextlib.closing(Checkpoints(RunDir(config.run.dir))) as checkpoints:
-        state = checkpoints.restore(SAVED_AT, abstract_state(program, first_routing_state(config, None)))
+        state = checkpoints.restore(SAVED_AT, abstract_state(program, first_routing_state(config)))
         cursor = checkpoints.saved(SAVED_AT).cursor
         for leaf, whole in zip(jax.tree.leaves(state), _whole(config), strict=True):
             for shard in leaf.addressable_shards:

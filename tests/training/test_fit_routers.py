@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from processes import spawn
-from runs import changed_batches, records
+from runs import changed_batches, my_choice, records
 from tiny import tiny
 
 import moma_jax
@@ -24,7 +24,6 @@ from moma_jax.__main__ import main as moma
 from moma_jax.config import RoutersConfig
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError, RunError
-from moma_jax.model.routing import expert_choice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.training import fit_routers as routers
@@ -249,7 +248,7 @@ def refused(capsys, *words):
     [
         ({"model_ffn": "dense"}, "nothing to fit: model.ffn dense has no router; its routing is causal already"),
         ({"model_ffn": "1t1i"}, "model.ffn 1t1i has no router; its routing is causal already"),
-        ({"model_auxiliary": True}, "nothing to fit: its auxiliary routers were trained beside the model"),
+        ({"router_auxiliary": True}, "nothing to fit: its auxiliary routers were trained beside the model"),
     ],
 )
 def test_where_there_is_nothing_to_fit(capsys, tmp_path, fields, message):
@@ -268,13 +267,9 @@ def test_wrong_questions(capsys, run, tmp_path):
         capsys, run, "--batch-rows", "3"
     )
     assert "routers.steps: must be positive" in refused(capsys, run, "--steps", "0")
-    with pytest.raises(InputError, match="expert_choice, not my_choice"):
-        moma_jax.fit_routers(str(run), SETTINGS, select=my_choice, quiet=True)
+    with pytest.raises(InputError, match="choice, not runs:my_choice"):
+        moma_jax.fit_routers(str(run), SETTINGS, router=my_choice, quiet=True)
     assert not (run / "routers").exists()
-
-
-def my_choice(score, eligible_T, quota, state, key):
-    return expert_choice(score, eligible_T, quota, state, key)
 
 
 def test_other_settings_and_another_step_are_refused_until_told(capsys, whole, tmp_path):
@@ -302,7 +297,7 @@ def test_routers_of_another_model_are_not_used(whole, capsys, tmp_path):
     moma_jax.train(tiny(path, train_seed=5), quiet=True)
     shutil.copytree(whole[0] / "routers", path / "routers")
     assert "causal" not in load(str(path)).routings
-    with pytest.raises(InputError, match="fitted to another model; remove them and fit again: moma fit-routers"):
+    with pytest.raises(InputError, match="fitted to another model; remove them and fit again: moma routers fit"):
         load(str(path)).under("causal")
     words = ["--steps", "30", "--peak-lr", "0.03", "--end-lr", "0.001", "--warmup-steps", "3"]
     assert "fitted to another model; remove" in refused(capsys, path, *words)
@@ -312,7 +307,7 @@ def test_a_stage_that_is_not_complete_is_not_used(whole, tmp_path):
     run = shutil.copytree(whole[0], tmp_path / "run")
     (run / "routers" / "summary.json").unlink()
     assert "causal" not in load(str(run)).routings
-    with pytest.raises(InputError, match="fitted in part, up to step 30; go on with: moma fit-routers"):
+    with pytest.raises(InputError, match="fitted in part, up to step 30; go on with: moma routers fit"):
         load(str(run)).under("causal")
 
 

@@ -122,8 +122,8 @@ def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
     config = tiny(tmp_path, train_steps=2)
     summary = moma_jax.train(config, select=my_choice, routing_state=state)
     assert "warning: optimizer.warmup_steps 2 is not below the run's 2 steps" in capsys.readouterr().out
-    assert summary["select"] == "my_choice" and summary["final"]["routing_pull"] > 0
-    loaded = moma_jax.load(str(tmp_path), select=my_choice)
+    assert summary["router"] == "runs:my_choice" and summary["final"]["routing_pull"] > 0
+    loaded = moma_jax.load(str(tmp_path), router=my_choice)
     assert loaded.routing_state["text"]["calls"].tolist() == [2, 2]
     with pytest.raises(InputError, match="my_choice, not expert_choice"):
         moma_jax.train(config)

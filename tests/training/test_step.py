@@ -14,7 +14,8 @@ from tiny import tiny
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.evaluation.evaluate import make_eval_step
-from moma_jax.model.routing import expert_choice
+from moma_jax.routers.choice import best_of
+from moma_jax.rules import as_rule
 from moma_jax.training.step import (
     _mean_state,
     compile_step,
@@ -49,8 +50,8 @@ def updates(config, number):
 
 def test_microbatches_change_nothing():
     ffn = "2t2i+1x"
-    whole, whole_params = updates(tiny(model_ffn=ffn, model_gumbel=True, model_dropout=0.1), 3)
-    parts, parts_params = updates(tiny(model_ffn=ffn, model_gumbel=True, model_dropout=0.1, train_accumulate=4), 3)
+    whole, whole_params = updates(tiny(model_ffn=ffn, router_gumbel=True, model_dropout=0.1), 3)
+    parts, parts_params = updates(tiny(model_ffn=ffn, router_gumbel=True, model_dropout=0.1, train_accumulate=4), 3)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), parts_params, whole_params)
 
@@ -86,8 +87,7 @@ def test_an_update_that_is_not_finite_changes_only_the_step(poison):
 
 def counting(score, eligible_T, quota, state, key):
     """Expert choice that counts its calls; from the second update on its loss is not a number, its gradient is."""
-    selection, _, _ = expert_choice(score, eligible_T, quota, (), key)
-    return selection, state + 1, {"pull": jnp.where(state > 0, jnp.nan, 0.0)}
+    return best_of(score, eligible_T, quota), state + 1, {"pull": jnp.where(state > 0, jnp.nan, 0.0)}
 
 
 def test_the_state_keeps_its_types():
@@ -100,8 +100,8 @@ def test_the_state_keeps_its_types():
 
 
 def test_a_whole_number_state_stays_one_and_a_select_loss_is_guarded():
-    config = tiny(train_accumulate=2)
-    program = make_program(config, contiguous(config.data.modalities), counting)
+    config = tiny(train_accumulate=2, model_router=as_rule(counting))
+    program = make_program(config, contiguous(config.data.modalities))
     batches = iter(open_stream(config))
     with sharding.use_mesh(program.mesh):
         state = create_state(program, {name: np.zeros(2, np.int32) for name in ("text", "image")})
@@ -154,7 +154,7 @@ def test_eight_devices_give_the_losses_of_one():
 
 
 def main(accumulate):
-    config = tiny(train_batch_rows=32, train_accumulate=accumulate, train_loss_chunk=16, model_gumbel=True)
+    config = tiny(train_batch_rows=32, train_accumulate=accumulate, train_loss_chunk=16, router_gumbel=True)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
     rows, _ = updates(config, 3)
     program, state, batches = start(config)

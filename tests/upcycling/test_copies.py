@@ -9,7 +9,8 @@ from tiny import tiny
 
 from moma_jax import sharding
 from moma_jax.errors import InputError
-from moma_jax.training.step import create_state, first_routing_state, run_decoder
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.training.step import create_state, run_decoder
 from moma_jax.upcycling.copies import Copied, copied_groups, grown_state, perturbed
 
 
@@ -17,7 +18,7 @@ def grow(before, after):
     """The first state of config `before`, and that of `after` grown from it."""
     old, new = program_of(before), program_of(after)
     with sharding.use_mesh(old.mesh):
-        state = create_state(old, first_routing_state(before, None))
+        state = create_state(old, first_routing_state(before))
         made = grown_state(new, state.params, None, copied_groups(before, after), 0.0, 0)
     return old, state, new, made
 
@@ -38,7 +39,7 @@ def grow(before, after):
 )
 def test_logits_from_other_seeds(before, after, norm, capacity, scale):
     # Without jitter copies of an expert take the same tokens.
-    same = {"model_norm": norm, "model_capacity": capacity, "model_jitter": 0.0}
+    same = {"model_norm": norm, "model_capacity": capacity, "router_jitter": 0.0}
     configs = [tiny(model_ffn=ffn, **same) for ffn in (before, after)]
     scales = [own.scale for own in copied_groups(*configs).values()]
     np.testing.assert_allclose(scales, scale)
@@ -118,7 +119,7 @@ def test_a_copys_gradient_is_as_moments_are_scaled():
     batch = batch_of(configs[0])
 
     def gradient(program, params):
-        groups, routing = np.arange(4), first_routing_state(program.config, None)
+        groups, routing = np.arange(4), first_routing_state(program.config)
 
         def total(params):
             output = run_decoder(program, params, batch, 0, groups, routing, False)

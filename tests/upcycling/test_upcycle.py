@@ -24,10 +24,11 @@ from moma_jax.data import stream as stream_lib
 from moma_jax.data.prepare import prepare
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir
 from moma_jax.training.load import fingerprint
-from moma_jax.training.step import abstract_state, create_state, first_routing_state
+from moma_jax.training.step import abstract_state, create_state
 from moma_jax.upcycling.upcycle import upcycle
 
 NORMS = ("swin", "pre")
@@ -75,7 +76,7 @@ def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
 
 @pytest.mark.parametrize("norm", slow_but("swin", of=NORMS))
 def test_the_jump_is_that_of_the_held_out_losses(seeds, tmp_path, norm):
-    ancestry = upcycle(seeds[norm].run.dir, grown(tmp_path, model_norm=norm, model_gumbel=True), quiet=True)
+    ancestry = upcycle(seeds[norm].run.dir, grown(tmp_path, model_norm=norm, router_gumbel=True), quiet=True)
     jump = ancestry["jump"]
     for run, name in ((seeds[norm].run.dir, "seed"), (str(tmp_path), "upcycled")):
         found = moma_jax.evaluate(run, routing=("choice",))["choice"]
@@ -95,17 +96,17 @@ def adam(state):
 def restored(run, step):
     program = program_of(dataclasses.replace(moma_jax.recipe(run), mesh=MeshConfig()))
     with sharding.use_mesh(program.mesh), Checkpoints(RunDir(run)) as checkpoints:
-        return checkpoints.restore(step, abstract_state(program, first_routing_state(program.config, None)))
+        return checkpoints.restore(step, abstract_state(program, first_routing_state(program.config)))
 
 
 @pytest.mark.parametrize("moments", ["reset", "tile"])
 def test_moments(seed, tmp_path, moments):
-    config = grown(tmp_path, model_auxiliary=True)
+    config = grown(tmp_path, router_auxiliary=True)
     assert upcycle(seed.run.dir, config, moments=moments, quiet=True)["moments"] == moments
     old, new = restored(seed.run.dir, 4), restored(str(tmp_path), 0)
     before, after = jax.device_get(adam(old)), jax.device_get(adam(new))
     assert int(new.step) == 0 and int(after.count) == (4 if moments == "tile" else 0)
-    jax.tree.map(np.testing.assert_array_equal, new.routing_state, first_routing_state(config, None))
+    jax.tree.map(np.testing.assert_array_equal, new.routing_state, first_routing_state(config))
     if moments == "reset":
         assert not any(np.any(x) for x in jax.tree.leaves((after.mu, after.nu)))
         return
@@ -174,7 +175,7 @@ def test_no_document_is_seen_twice(store, tmp_path, monkeypatch, rows):
 
 @pytest.fixture(scope="module")
 def undisturbed(seeds, tmp_path_factory):
-    config = grown(tmp_path_factory.mktemp("calm"), train_checkpoint_every=2, model_gumbel=True, train_eval_sets=())
+    config = grown(tmp_path_factory.mktemp("calm"), train_checkpoint_every=2, router_gumbel=True, train_eval_sets=())
     upcycle(seeds["swin"].run.dir, config, quiet=True)
     return config, moma_jax.train(config, quiet=True)
 
@@ -220,9 +221,9 @@ def test_a_converted_seed_has_no_position_in_the_data(tmp_path):
     seed = tiny(tmp_path / "seed", model_ffn="dense")
     program = program_of(seed)
     with sharding.use_mesh(program.mesh):
-        state = create_state(program, first_routing_state(seed, None))
+        state = create_state(program, first_routing_state(seed))
     vocabulary = vocabulary_of(seed)
-    meta = {"config": to_json(seed), "vocabulary": vocabulary.to_json(), "select": "expert_choice",
+    meta = {"config": to_json(seed), "vocabulary": vocabulary.to_json(), "router": "choice",
             "hashes": {"vocabulary": vocabulary.hash, "image_codec": None},
             "counters": {"total": {"tokens": [0, 0], "wall_seconds": 0.0}, "interval": {}}}  # fmt: skip
     with Checkpoints(RunDir(seed.run.dir), write=True) as checkpoints:
@@ -340,15 +341,15 @@ def test_the_command(seed, tmp_path, capsys):
     words = [seed.run.dir, "--model.ffn", "4t4i", "--run.dir", str(tmp_path / "new"), "--train.tokens", "1000"]
     ancestry = commands.run(["upcycle", *words, "--moments", "tile", "--perturb", "0.01", "--perturb-seed", "3"])
     config = moma_jax.recipe(tmp_path / "new")
-    assert (config.model.gumbel, config.train.steps, config.train.tokens) == (True, None, 1000)
+    assert (config.model.router.gumbel, config.train.steps, config.train.tokens) == (True, None, 1000)
     assert config.optimizer == seed.optimizer and config.data == seed.data
     assert ancestry["perturbation"] == {"relative": 0.01, "seed": 3}
     out = capsys.readouterr().out
     assert "4t4i from" in out and f"loss {ancestry['jump']['difference']['loss']:.4f}" in out
     assert f"moma train {tmp_path / 'new'}" in out
     words[4] = str(tmp_path / "quiet")
-    commands.run(["upcycle", *words, "--model.gumbel", "False"])
-    assert moma_jax.recipe(tmp_path / "quiet").model.gumbel is False
+    commands.run(["upcycle", *words, "--model.router.gumbel", "False"])
+    assert moma_jax.recipe(tmp_path / "quiet").model.router.gumbel is False
 
 
 @pytest.mark.parametrize(
