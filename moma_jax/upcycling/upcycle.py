@@ -1,6 +1,6 @@
 """A trained run with more experts: a new run that goes on from its weights (paper section 2.5).
 
-Every expert of the seed is copied, so that the function stays nearly the same (training/growth.py). The learning-rate
+Every expert of the seed is copied, so that the function stays nearly the same (upcycling/copies.py). The learning-rate
 schedule starts anew, the position in the data is kept, thresholds and auxiliary routers are fresh.
 """
 
