@@ -27,6 +27,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moma_jax.errors import InputError
+from moma_jax.geometry import require_shards
 
 DATA, FSDP, EXPERT, TENSOR = AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = (DATA, FSDP, EXPERT)
@@ -69,12 +70,7 @@ def make_mesh(sizes: Any, groups: int, devices: Sequence[Any] | None = None) -> 
     devices = list(jax.devices() if devices is None else devices)
     shape = _shape(sizes, groups, len(devices), alone=jax.process_count() == 1)
     shards = math.prod(shape[:3])
-    if groups % shards:
-        raise InputError(
-            f"mesh: {groups} routing groups of a microbatch do not split over the {shards} devices of data x fsdp x "
-            f"expert; use a divisor of {groups} (mesh.tensor for the rest), or raise the batch's rows or lower "
-            "train.accumulate or data.group_rows"
-        )
+    require_shards(groups, shards)
     return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

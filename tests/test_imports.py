@@ -21,12 +21,13 @@ FLOORS = [
     ["model", "data", "cost"],
     ["config_json"],
     ["checks", "batch"],
+    ["sharding"],
     ["geometry"],
     ["config"],
     ["rules"],
     ["routers"],
     ["router"],
-    ["fields", "ffn", "vocab", "sharding", "hosts"],
+    ["fields", "ffn", "vocab", "hosts"],
     ["errors", "allocator", "display", "late"],
 ]
 MODEL_FLOORS = [
