@@ -224,7 +224,7 @@ from moma_jax.bench.step import synthetic_batch
 from moma_jax.training import step
 one_row = {"data.kind": "synthetic", "data.group_rows": 1, "train.batch_rows": 1}
 config = step.with_dtype(recipes.recipe(sys.argv[1], one_row))
-program = step.make_program(config, vocab.contiguous(config.data.modalities))
+program = step.make_program(config)
 with sharding.use_mesh(program.mesh):
     state = step.create_state(program, {})
     batch = step.put(synthetic_batch(config), program.mesh)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moma_jax import sharding, vocab
+from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.bench.parts import measure_parts
 from moma_jax.bench.timing import say, summarise, timed
@@ -100,7 +100,7 @@ def _variant_of(config: Config, ffn: str) -> Config:
 
 def _compile(name: str, config: Config) -> StepVariant:
     say(f"compiling the step of {name}: {config.train.batch_rows} rows of {config.data.sequence}")
-    program = step_lib.make_program(config, vocab.contiguous(config.data.modalities))
+    program = step_lib.make_program(config)
     with sharding.use_mesh(program.mesh):
         routing_state = first_routing_state(config)
         abstract = step_lib.abstract_state(program, routing_state)

@@ -8,7 +8,6 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-from moma_jax import vocab
 from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.plan.topology import Topology
@@ -55,7 +54,7 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     from moma_jax.model.decoder import first_routing_state
     from moma_jax.training import step
 
-    program = step.make_program(config, vocab.contiguous(config.data.modalities), devices=devices)
+    program = step.make_program(config, devices=devices)
     # An abstract mesh: with these devices in the context JAX would put the few arrays that it makes on the way there.
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
         state = step.abstract_state(program, first_routing_state(config))

@@ -86,7 +86,7 @@ def fit_routers(
             saved = checkpoints.saved(loaded.step)
             hashes = hashes_of(config, loaded.vocabulary)
             require_same_stores(hashes, saved.meta["hashes"], checkpoints.where(saved.step))
-        program = make_program(config, loaded.vocabulary)
+        program = make_program(config)
         return RouterFitting(program, loaded, saved, directory.path)
 
     def check() -> None:

@@ -130,7 +130,7 @@ def load(
         meta = checkpoints.saved(step).meta
         config = with_router(config, bind(_recorded_rule(config, meta), router))
         vocabulary = Vocabulary.from_json(meta["vocabulary"])
-        program = make_program(config, vocabulary)
+        program = make_program(config)
         with sharding.use_mesh(program.mesh):
             routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
             params = checkpoints.restore_params(step, abstract_params(program, routing_state))
@@ -191,7 +191,7 @@ def _with_fitted_routers(model: Loaded) -> Loaded:
             reason = f"the auxiliary routers of {model.run} are fitted in part, up to step {latest}"
             return dataclasses.replace(model, refused=f"{reason}; go on with: moma routers fit {model.run}")
         config = with_auxiliary(model.config)
-        program = make_program(config, model.vocabulary)
+        program = make_program(config)
         with sharding.use_mesh(program.mesh):
             target = auxiliary_params(abstract_params(program, model.routing_state))
             routers = checkpoints.restore_params(latest, target)

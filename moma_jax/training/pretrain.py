@@ -81,7 +81,7 @@ def train(
         hosts.by_first(lambda: prepare_missing_stores(config, progress=not quiet))
         vocabulary = vocabulary_of(config)
         require_held_out(config)
-        program = make_program(config, vocabulary)
+        program = make_program(config)
         first = first_routing_state(config) if routing_state is None else routing_state
         return Pretraining(program, vocabulary, first)
 

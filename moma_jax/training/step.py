@@ -25,7 +25,6 @@ from moma_jax.model.precision import compute_dtype
 from moma_jax.rules import require_loaded
 from moma_jax.training import objective
 from moma_jax.training.optimizer import Optimizer, make_optimizer, norm_of, router_norm
-from moma_jax.vocab import Vocabulary
 
 
 @flax.struct.dataclass
@@ -85,8 +84,8 @@ class Program(NamedTuple):
     mesh: Mesh
 
 
-def make_program(config: Config, vocabulary: Vocabulary, devices: Sequence[Any] | None = None) -> Program:
-    """The parts of a run from its resolved config; `vocabulary` says which id is which modality.
+def make_program(config: Config, devices: Sequence[Any] | None = None) -> Program:
+    """The parts of a run from its resolved config.
 
     `devices` are those to compile for; None: the ones that are here.
 

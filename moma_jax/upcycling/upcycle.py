@@ -102,7 +102,7 @@ def upcycle(
     require_held_out(config)
     hashes = hashes_of(config, vocabulary)
     require_same_stores(hashes, seed.known_hashes, seed.where)
-    program = make_program(config, vocabulary)
+    program = make_program(config)
     with sharding.use_mesh(program.mesh):
         state, figures = _grown(seed, program, vocabulary, copied, moments, (perturb, perturb_seed))
         ancestry = finite(_ancestry(seed, config) | {"moments": moments} | figures)

@@ -98,7 +98,7 @@ def test_a_run_with_a_select_function_of_its_own_has_choice_alone(tmp_path):
 def test_a_run_is_evaluated_under_the_routings_that_it_names():
     def names(state=True, **fields):
         config = tiny(**fields)
-        program = make_program(config, contiguous(config.data.modalities))
+        program = make_program(config)
         return list(scheduled(program, first_routing_state(config) if state else {}))
 
     assert names() == ["choice", "threshold"] and names(state=False) == ["choice"]
@@ -207,7 +207,7 @@ def batch_of(rows):
 
 def random_model():
     """Parameters and thresholds, away from their first values."""
-    program, state = make_program(CONFIG, VOCABULARY), first_routing_state(CONFIG)
+    program, state = make_program(CONFIG), first_routing_state(CONFIG)
     with sharding.use_mesh(program.mesh):
         params = jax.device_get(create_state(program, state).params)
     rng = np.random.default_rng(3)

@@ -117,7 +117,7 @@ def everything_below(folder):
 def untrained_run(config, hashes=None):
     """What training begins with, saved as a run."""
     vocabulary, run = contiguous(config.data.modalities), RunDir(config.run.dir)
-    state = create_state(make_program(config, vocabulary), first_routing_state(config))
+    state = create_state(make_program(config), first_routing_state(config))
     hashes = {"vocabulary": vocabulary.hash} if hashes is None else hashes
     meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "router": rule_name(config.model.router)}
     with Checkpoints(run, write=True) as checkpoints:

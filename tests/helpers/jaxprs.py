@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moma_jax import sharding, vocab
+from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.checks import resolve
 from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig
@@ -33,7 +33,7 @@ def tiny(ffn="4t4i", *, width=32, layers=2, sequence=64, group_rows=2, quotas=(0
 
 def program_of(config):
     """What training compiles its step from."""
-    return step_lib.make_program(config, vocab.contiguous(config.data.modalities))
+    return step_lib.make_program(config)
 
 
 def step_jaxpr(config):

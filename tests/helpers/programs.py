@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from moma_jax import sharding
-from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.data.stream import open_stream
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.training.step import make_program, run_decoder
 
@@ -24,4 +24,4 @@ def logits(program, params, batch):
 
 
 def program_of(config):
-    return make_program(config, vocabulary_of(config))
+    return make_program(config)

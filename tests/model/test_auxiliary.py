@@ -20,12 +20,11 @@ from moma_jax.routers.choice import Choice
 from moma_jax.routers.threshold import Threshold
 from moma_jax.training.load import auxiliary_params
 from moma_jax.training.step import abstract_params, compile_step, create_state, make_program, put
-from moma_jax.vocab import contiguous
 
 
 def updates(config, number, repeat=False):
     """Reports and the state after some updates; the same batch every time if `repeat`."""
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     reports, batches = [], iter(open_stream(config))
     with sharding.use_mesh(program.mesh):
         state = create_state(program, first_routing_state(config))
@@ -152,5 +151,5 @@ def test_a_run_with_auxiliary_routers_records_them_and_is_causal(tmp_path):
 @pytest.mark.parametrize("ffn", ["dense", "1t1i"])
 def test_without_routers_there_is_nothing_to_predict(ffn):
     config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True))
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     assert not auxiliary_params(abstract_params(program, first_routing_state(config)))

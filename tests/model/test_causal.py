@@ -25,7 +25,6 @@ from moma_jax.router import Quota, Score, take_entering
 from moma_jax.routers.choice import Choice, best_of, follow, passes_threshold
 from moma_jax.routers.threshold import Threshold
 from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
-from moma_jax.vocab import contiguous
 
 ROWS, SEQUENCE, EXPERTS = 3, 8, 2
 TOKENS = ROWS * SEQUENCE
@@ -219,7 +218,7 @@ THRESHOLD = Threshold(warmup=2, decay=0.8)
 @pytest.mark.slow
 def test_a_starved_expert_recovers_in_the_whole_model():
     config = tiny(train_steps=60, model_router=THRESHOLD)
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     batches, loads = iter(open_stream(config)), []
     with sharding.use_mesh(program.mesh):
         state = create_state(program, first_routing_state(config))
@@ -277,7 +276,7 @@ def test_eight_devices_select_as_one():
 
 def main():
     config = tiny(train_batch_rows=16, train_loss_chunk=16, model_router=THRESHOLD)
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     batches, losses = iter(open_stream(config)), []
     with sharding.use_mesh(program.mesh):
         state = create_state(program, first_routing_state(config))

@@ -24,7 +24,7 @@ VARIANTS = ("dense", "8x", "1t1i", "4t4i", "4t4i+1x", "4t4i+1t1i", "mod+dense", 
 def model_of(ffn, norm="swin"):
     """Config, random parameters and thresholds near the middle of the logits."""
     config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True), model_norm=norm)
-    state = create_state(make_program(config, contiguous(MODALITIES)), first_routing_state(config))
+    state = create_state(make_program(config), first_routing_state(config))
     key = jax.random.key(7)
 
     def drawn(path, leaf):
@@ -110,7 +110,7 @@ class Above(Choice):
 def test_whole_rows_and_cached_decoding_decide_by_the_same_rule():
     """The same tokens enter the same experts of every layer, whether rows are read whole, at once or one by one."""
     config = tiny(model_router=Above())
-    state = create_state(make_program(config, contiguous(MODALITIES)), first_routing_state(config))
+    state = create_state(make_program(config), first_routing_state(config))
     model, token_BS = (config, state.params, state.routing_state), rows_of(5, 4)
 
     def noted(run):

@@ -26,7 +26,6 @@ from moma_jax.router import Quota, Selection
 from moma_jax.routers.choice import Choice
 from moma_jax.routers.threshold import Threshold
 from moma_jax.training.step import compile_step, create_state, make_program, put
-from moma_jax.vocab import contiguous
 
 SHARE = 0.5
 BLIND = {"depth_by": "all"}
@@ -204,7 +203,7 @@ def test_remat_changes_nothing(remat):
 @pytest.mark.slow
 def test_the_state_of_routing_is_by_layer_and_router():
     config = tiny(model_ffn="mod+2t2i", model_layers=4, model_router=Choice(auxiliary=True))
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     batch = next(iter(open_stream(config))).batch
     with sharding.use_mesh(program.mesh):
         state = create_state(program, first_routing_state(config))
@@ -251,7 +250,7 @@ def test_ranking_all_modalities_together_costs_slots():
 )
 def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
     config = tiny(model_ffn=ffn, model_layers=4, model_router=Choice(auxiliary=auxiliary))
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     params = jax.eval_shape(lambda: create_state(program, first_routing_state(config)).params)
     counted = cost(config)["parameters"]
     assert counted["total"] + counted["auxiliary"] == sum(x.size for x in jax.tree.leaves(params))

@@ -21,7 +21,6 @@ from moma_jax.data.stream import open_stream
 from moma_jax.model import dispatch
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.training.step import compile_step, create_state, make_program, put, run_decoder
-from moma_jax.vocab import contiguous
 
 LAYOUTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "4t4i+1x", "mod+2t2i"]
 MESHES = {
@@ -56,7 +55,7 @@ def config(ffn: str, sizes: dict[str, int]) -> Config:
 
 def curve(config: Config) -> dict:
     """Losses by modality and gradient norms of some updates, who was taken in each, and the first selections."""
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     records, taken = [], []
     with sharding.use_mesh(program.mesh), open_stream(config) as batches:
         state = create_state(program, first_routing_state(config))

@@ -69,7 +69,7 @@ def random_model(ffn):
     """Program, vocabulary, parameters whose auxiliary routers say something, a batch, thresholds of one update."""
     config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True), data_modalities=MODELS[ffn])
     vocabulary = contiguous(config.data.modalities)
-    program, first = make_program(config, vocabulary), first_routing_state(config)
+    program, first = make_program(config), first_routing_state(config)
     params = create_state(program, first).params
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: 0.5 * jax.random.normal(jax.random.key(2), x.shape) if "out_AE" in str(path) else x, params

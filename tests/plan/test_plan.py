@@ -21,7 +21,6 @@ from moma_jax.model.decoder import first_routing_state
 from moma_jax.plan import arithmetic_plan, memory, memory_use, plan, plan_search, search
 from moma_jax.plan.topology import KINDS, topology_of
 from moma_jax.training.step import abstract_state, make_program, make_train_step
-from moma_jax.vocab import contiguous
 
 CONFIGS = ROOT / "configs"
 
@@ -209,7 +208,7 @@ def test_a_mesh_that_does_not_divide_is_refused(mesh, topology, complaint):
 def test_the_training_step_refuses_such_a_mesh_before_it_is_traced():
     config = small("4t4i", MeshConfig(1, 1, 1, 4), batch_rows=32)
     with pytest.raises(InputError, match="mesh.tensor: 4 devices do not divide model.heads 2"):
-        make_program(config, contiguous(config.data.modalities), devices=jax.devices() * 4)
+        make_program(config, devices=jax.devices() * 4)
 
 
 def test_what_does_not_fit_anywhere_is_said(capsys):
@@ -251,7 +250,7 @@ def test_the_command_prints_json_and_tables(capsys):
 @pytest.mark.parametrize("ffn", ["4t4i", "mod+4t4i"])
 def test_the_loop_over_the_layers_is_known_by_its_name(ffn):
     config = dataclasses.replace(small(ffn, MeshConfig(), batch_rows=8), mesh=MeshConfig())
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     state = abstract_state(program, first_routing_state(config))
     batch = Batch(*(jax.ShapeDtypeStruct((8, 384), kind) for kind in ("int32",) * 4 + ("float32", "int8", "int8")))
     with sharding.use_mesh(program.mesh):

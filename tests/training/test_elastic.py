@@ -15,7 +15,7 @@ import moma_jax
 from moma_jax import hosts, sharding
 from moma_jax.config import MeshConfig
 from moma_jax.config_json import from_json
-from moma_jax.data.stream import open_stream, vocabulary_of
+from moma_jax.data.stream import open_stream
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
@@ -36,7 +36,7 @@ def one_mesh(config):
     Returns:
       {"losses": of the next steps, "cursors": after reading the checkpoint and after these steps}, as JSON.
     """
-    program = make_program(config, vocabulary_of(config))
+    program = make_program(config)
     with sharding.use_mesh(program.mesh), contextlib.closing(Checkpoints(RunDir(config.run.dir))) as checkpoints:
         state = checkpoints.restore(SAVED_AT, abstract_state(program, first_routing_state(config)))
         cursor = checkpoints.saved(SAVED_AT).cursor

@@ -213,7 +213,7 @@ def test_microbatches_change_nothing(trained):
     parts = dataclasses.replace(stage, train=dataclasses.replace(stage.train, accumulate=4))
     results = []
     for config in (stage, parts):
-        program = make_program(config, model.vocabulary)
+        program = make_program(config)
         with sharding.use_mesh(program.mesh):
             state = first_state(program, model.routing_state)
             step = compile_routers_step(program, state, model.params, model.routing_state)

@@ -24,12 +24,11 @@ from moma_jax.training.step import (
     put,
     replicate,
 )
-from moma_jax.vocab import contiguous
 
 
 def start(config):
     """Program, state and batches of a config."""
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     with sharding.use_mesh(program.mesh):
         state = create_state(program, {})
     return program, state, iter(open_stream(config))
@@ -101,7 +100,7 @@ def test_the_state_keeps_its_types():
 
 def test_a_whole_number_state_stays_one_and_a_select_loss_is_guarded():
     config = tiny(train_accumulate=2, model_router=as_rule(counting))
-    program = make_program(config, contiguous(config.data.modalities))
+    program = make_program(config)
     batches = iter(open_stream(config))
     with sharding.use_mesh(program.mesh):
         state = create_state(program, {name: np.zeros(2, np.int32) for name in ("text", "image")})
@@ -121,7 +120,7 @@ def test_report_counts_real_tokens_and_routers():
     batch = batch._replace(segment_BS=segment_BS, weight_BS=batch.weight_BS * (segment_BS > 0))
     with sharding.use_mesh(program.mesh):
         _, report = compile_step(program, state)(state, put(batch, program.mesh))
-    modality_BS = program.modality_V[batch.token_BS]
+    modality_BS = batch.modality_BS
     tokens_M = [int(np.sum((modality_BS == m) & (segment_BS > 0))) for m in range(2)]
     assert report.tokens_M.tolist() == tokens_M
     assert report.taken_M3.sum(-1).tolist() == [2 * n for n in tokens_M]  # two layers
@@ -136,7 +135,7 @@ def test_evaluation_does_not_depend_on_batches():
 
         def sums(rows, first_group):
             part = type(batch)(*(np.asarray(x)[rows] for x in batch))
-            kind_BS = put(program.modality_V[part.target_BS], program.mesh)
+            kind_BS = put(part.target_modality_BS, program.mesh)
             report = step(state.params, {}, put(part, program.mesh), kind_BS, replicate(first_group, program.mesh))
             return report.sums.cross_entropy_J
 
@@ -162,7 +161,7 @@ def main(accumulate):
     batch = type(batch)(*(np.asarray(x)[:16] for x in batch))
     with sharding.use_mesh(program.mesh):
         step = make_eval_step(program, 2)
-        kind_BS = put(program.modality_V[batch.target_BS], program.mesh)
+        kind_BS = put(batch.target_modality_BS, program.mesh)
         report = step(state.params, {}, put(batch, program.mesh), kind_BS, replicate(0, program.mesh))
         evaluation = [*report.sums.cross_entropy_J.tolist(), int(report.entered)]
     rows = [list(map(float, row)) for row in rows]
