@@ -9,8 +9,10 @@ decisions differ from the true ones.
 """
 
 import argparse
+import dataclasses
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,11 @@ import numpy as np
 from moma_jax import load, sharding
 from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import held_out
-from moma_jax.model import causal
 from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.decoder import Decoder
-from moma_jax.model.routing import expert_choice
+from moma_jax.router import Routed, take_entering
+from moma_jax.routers.choice import Choice, best_of
+from moma_jax.rules import options_of
 from moma_jax.training import objective
 from moma_jax.training.step import put, replicate, run_decoder
 
@@ -30,24 +33,50 @@ WRONG, ALL = "wrong", "all"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A rule of who enters, whose decisions are held against the true ones.
+class Judged(Choice):
+    """The rule of who enters a layer, whose decisions are held against the true ones.
 
-    Attributes: rule: a select function; None: the true selection. rate: share of its decisions that are turned over.
+    Attributes: routing: a causal one; None: the true selection. rate: share of its decisions that are turned over.
     """
 
-    rule: object = None
+    routing: str | None = None
     rate: float = 0.0
+    exact: ClassVar[bool] = False
 
-    def __call__(self, score, eligible_T, quota, state, key):
-        tokens = len(eligible_T)
-        true_TE = taken_pairs(expert_choice(score, eligible_T, quota, None, None)[0], tokens)
-        mine_TE = true_TE
-        if self.rule is not None:
-            mine_TE = taken_pairs(self.rule(score, eligible_T, quota, state, key)[0], tokens)
+    def select(self, score, eligible_T, quota, state, key):
+        true_TE = taken_pairs(best_of(score, eligible_T, quota), len(eligible_T))
+        mine_TE, gate_TE = true_TE, jax.nn.sigmoid(score.logit_TE)
+        if self.routing is not None:
+            mine_TE, gate_TE = self.decide(score, state, self.routing)
+            mine_TE &= eligible_T[:, None]
         mine_TE ^= jax.random.bernoulli(key, self.rate, mine_TE.shape) & eligible_T[:, None]
         said = {WRONG: jnp.sum(mine_TE != true_TE) * 1.0, ALL: jnp.sum(eligible_T) * 1.0}
-        return causal.take_passing(mine_TE, score.logit_TE, 1, tokens), state, said
+        return Routed(take_entering(mine_TE, gate_TE, score.order_T, len(eligible_T)), state, said)
+
+    def slots(self, quota, tokens):
+        return tokens
+
+
+@dataclass(frozen=True)
+class Experts(Choice):
+    """The rule of experts. Attributes: routing: a causal one; None: expert choice. depth: who enters layers."""
+
+    routing: str | None = None
+    depth: Judged = Judged()
+    exact: ClassVar[bool] = False
+
+    def select(self, score, eligible_T, quota, state, key):
+        if self.routing is None:
+            return super().select(score, eligible_T, quota, state, key)
+        enters_TE, gate_TE = self.decide(score, state, self.routing)
+        enters_TE &= eligible_T[:, None]
+        return Routed(take_entering(enters_TE, gate_TE, score.order_T, len(eligible_T)), state)
+
+    def slots(self, quota, tokens):
+        return quota.slots if self.routing is None else tokens
+
+    def for_depth(self):
+        return self.depth
 
 
 def held_out_loss(model, decoder, eval_set):
@@ -89,15 +118,17 @@ def main():
         raise InputError(f"{given.run}: its model has no mixture of depths; give a run of mod+...")
     everyone = (config.group_tokens,) * len(config.data.modalities)
 
-    def decoder(select, select_depth):
-        rows = config.data.group_rows
-        return Decoder(config.model, config.data.modalities, everyone, rows, select, True, select_depth)
+    options = options_of(config.model.router.for_evaluation())
 
-    rows = {f"{rate:.1%} turned over": decoder(expert_choice, Judged(rate=rate)) for rate in given.rates}
-    for routing in [name for name in model.routings if name != "choice"]:
-        mine = Judged(causal.inference_select(routing, 1))
-        rows[f"{routing}, depth alone"] = decoder(expert_choice, mine)
-        rows[f"{routing}, experts too"] = decoder(causal.inference_select(routing, config.data.group_rows), mine)
+    def decoder(experts=None, depth=None, rate=0.0):
+        rule = Experts(**options, routing=experts, depth=Judged(**options, routing=depth, rate=rate))
+        own = dataclasses.replace(config.model, router=rule)
+        return Decoder(own, config.data.modalities, everyone, config.data.group_rows)
+
+    rows = {f"{rate:.1%} turned over": decoder(rate=rate) for rate in given.rates}
+    for name in [name for name in model.routings if name != config.model.router.training_name]:
+        rows[f"{name}, depth alone"] = decoder(None, name)
+        rows[f"{name}, experts too"] = decoder(name, name)
     table, names = {}, ["loss", *(f"loss_{m.name}" for m in config.data.modalities), "wrong"]
     print(f"| decisions | {' | '.join(names)} | above the first row |\n|{'---|' * (len(names) + 2)}")
     for name, own in rows.items():

@@ -32,7 +32,7 @@ def test_the_readmes_routing_function_trains_the_quickstart(tmp_path, monkeypatc
     summary = moma_jax.train(config, select=scope["random_choice"], quiet=True)
     losses = [r["loss"] for r in moma_jax.read_metrics(tmp_path / "run") if r["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.5
-    assert "random_choice" in summary["select"]
+    assert "random_choice" in summary["router"]
 
 
 @pytest.mark.slow
