@@ -13,7 +13,7 @@ from moma_jax.config import Config, with_router
 from moma_jax.errors import InputError, require
 from moma_jax.ffn import parse_ffn
 from moma_jax.fields import read
-from moma_jax.router import CAUSAL, Router
+from moma_jax.router import CAUSAL, THRESHOLD, Router
 from moma_jax.rules import as_rule
 from moma_jax.vocab import SPECIAL_NAMES
 
@@ -163,11 +163,14 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_eval_routings(config: Config) -> None:
-    names, lacks = config.train.eval_routings, config.model.router.lacks(CAUSAL, None)
+    names, rule = config.train.eval_routings, config.model.router
+    known = dict.fromkeys((rule.training_name, CAUSAL, THRESHOLD, *rule.causal))
+    for name in names:
+        require(name in known, f"train.eval_routings: {name!r} is not one of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")
+    lacks = rule.lacks(CAUSAL, None) if CAUSAL in names and config.routed else None
     require(
-        "causal" not in names or lacks is None or not config.routed,
-        f"train.eval_routings: causal cannot be, as the run has {lacks}; set model.router.auxiliary, or leave it out",
+        lacks is None, f"train.eval_routings: causal cannot be, as the run has {lacks}; or set model.router.auxiliary"
     )
 
 

@@ -140,7 +140,8 @@ def _dispatch(x_GTD, index):
 
 
 def _experts(weights: dict[str, ExpertWeights], inputs, gate, always, x_GTD, _):
-    return {n: dispatch.swiglu(inputs[n], weights[n], gate[n]) for n in weights}, _everywhere(always, x_GTD, _)
+    outputs = {name: dispatch.swiglu(inputs[name], weights[name], gate[name]) for name in weights}
+    return (outputs, _everywhere(always, x_GTD, _)) if always else outputs
 
 
 def _everywhere(always: list[ExpertWeights], x_GTD, _):

@@ -105,8 +105,7 @@ def _compile(name: str, config: Config) -> StepVariant:
         routing_state = first_routing_state(config)
         abstract = step_lib.abstract_state(program, routing_state)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        create = jax.jit(lambda: step_lib.create_state(program, routing_state), out_shardings=shardings)
-        fresh = create.lower().compile()
+        fresh = jax.jit(lambda: step_lib.create_state(program, routing_state), out_shardings=shardings)
         return StepVariant(name, program, fresh, step_lib.compile_step(program, abstract))
 
 

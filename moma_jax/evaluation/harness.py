@@ -104,18 +104,26 @@ def wish_of(settings: dict[str, Any], sequence: int) -> Wish:
 class MomaLM(LM):
     """A trained run as a model of the harness."""
 
-    def __init__(self, run: str | Loaded, routing: str = "causal", batch_size: int = 8, step: int | None = None):
+    def __init__(
+        self,
+        run: str | Loaded,
+        routing: str = "causal",
+        batch_size: int = 8,
+        step: int | None = None,
+        router: Any = None,
+    ):
         """Loads the run and its tokenizer.
 
         Args:
           run: run directory, or what `moma_jax.load` gave. step: which checkpoint; None: the newest.
           routing: "causal" or "threshold". batch_size: documents at a time.
+          router: the run's own routing rule, where it was trained with one (`moma_jax.load`).
 
         Raises:
           InputError: no such run, checkpoint or routing; or the stores, which hold the tokenizer, are not there.
         """
         super().__init__()
-        self.loaded = run if isinstance(run, Loaded) else load(run, step=step)
+        self.loaded = run if isinstance(run, Loaded) else load(run, step=step, router=router)
         self.routing, self.batch_size = routing, int(batch_size)
         self._text = language_of(self.loaded).text
         self._scorer = Scorer(self.loaded, routing, batch_rows=self.batch_size)
@@ -290,7 +298,7 @@ def run_tasks(
         _require_free(path)
     names = [name for task in tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
     try:
-        model = MomaLM(load(run, step=step, router=router), routing, batch_size)
+        model = MomaLM(run, routing, batch_size, step, router)
         results = evaluate_tasks(model, names, num_fewshot=num_fewshot, limit=limit, log_samples=samples)
     except (InputError, RunError):
         raise

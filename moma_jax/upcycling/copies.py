@@ -64,7 +64,7 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
             )
         gate = config.model.router.first_gate(group.experts) if source.experts == 1 < group.experts else 1
         share = group_capacity(config.model, group) * times * gate
-        copied[group.name] = Copied(source.name, times, float(source.capacity(seed.model.capacity) / share))
+        copied[group.name] = Copied(source.name, times, float(group_capacity(seed.model, source) / share))
     return copied
 
 

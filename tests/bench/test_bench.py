@@ -17,6 +17,8 @@ from moma_jax.bench.timing import differentiated, in_turns, summarise
 from moma_jax.config import StoreConfig
 from moma_jax.cost import cost
 from moma_jax.errors import InputError
+from moma_jax.model import moe
+from moma_jax.model.parameters import weights_of
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,8 @@ def test_pieces_make_up_the_layer(ffn):
     assert ("router" in values) == (ffn != "1t1i")
     outputs, shared = values["experts"] if "+" in ffn else (values["experts"], 0)
     y_ND = jnp.zeros((32, 8))
-    selections = case.module.apply({"params": case.params}, x_BSD, case.place, case.drawn, {}).selections
+    arguments = (x_BSD, case.tokens, case.keys, {}, weights_of(case.params))
+    selections = moe.moe(*arguments, routing=case.routing, model=case.model)[1].selections
     for name, selection in selections.items():
         y_ND = y_ND.at[selection.index_EC[0]].add(outputs[name])
     np.testing.assert_allclose(y_ND[None] + shared, y_GTD, rtol=1e-4, atol=1e-5)

@@ -41,9 +41,12 @@ def _once(function):
     @functools.wraps(function)
     def once(*arguments):
         key = tuple(map(_key, arguments))
-        if key not in made:
-            made[key] = function(*arguments)
-        return made[key]
+        if key in made:
+            return made[key]
+        result = function(*arguments)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(result)):
+            made[key] = result
+        return result
 
     return once
 
