@@ -35,6 +35,7 @@ def measured(slack_config):
     return bench.bench_step(slack_config, ("dense", "4t4i"), repeats=2)
 
 
+@pytest.mark.slow
 def test_step_reports_every_variant(measured, slack_config):
     assert list(measured["variants"]) == ["dense", "4t4i"]
     assert measured["update"]["tokens"] == slack_config.batch_tokens and measured["update"]["accumulate"] == 2
@@ -45,6 +46,7 @@ def test_step_reports_every_variant(measured, slack_config):
     json.dumps(measured)
 
 
+@pytest.mark.slow
 def test_step_compares_with_dense(measured):
     dense, routed = measured["variants"]["dense"], measured["variants"]["4t4i"]
     assert dense["relative_to_dense"] == 1
@@ -59,6 +61,7 @@ def test_step_reports_the_flops_of_dense_and_warns(capsys):
     assert "warning: 1t1i+1x has 1." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_dense_nothing_is_relative_to_it(measured, slack_config):
     assert measured["variants"]["dense"]["relative_flops"] == 1
     alone = bench.bench_step(slack_config, ("4t4i",), repeats=1, parts=False)
@@ -68,6 +71,7 @@ def test_without_dense_nothing_is_relative_to_it(measured, slack_config):
     assert "FLOPs of dense" in bench.format_bench(alone)
 
 
+@pytest.mark.slow
 def test_parts_and_the_rest_are_the_whole_step(measured):
     for name, figures in measured["variants"].items():
         parts = figures["parts"]
@@ -78,6 +82,7 @@ def test_parts_and_the_rest_are_the_whole_step(measured):
         assert all(parts[part] > 0 for part in PARTS if part not in routed)
 
 
+@pytest.mark.slow
 def test_quota_slack_is_the_share_of_empty_slots(measured, slack_config):
     assert measured["variants"]["dense"]["quota_slack"] == 0
     # Quotas of 20 and 20 of a routing group's 32 positions, 16 tokens of each modality: 4 of 5 slots are filled.
@@ -86,6 +91,7 @@ def test_quota_slack_is_the_share_of_empty_slots(measured, slack_config):
     assert flops["flops_per_token"]["executed"] > flops["flops_per_token"]["train"]
 
 
+@pytest.mark.slow
 def test_the_text_shows_the_variants_and_parts(measured):
     text = bench.format_bench(measured)
     assert all(word in text for word in ("dense", "4t4i", "tokens/s", "of dense", "router", "optimizer", "unknown"))
