@@ -107,7 +107,8 @@ def scheduled(program: Program, routing_state: Any) -> dict[str, Any]:
     """
     config, rule = program.config, program.config.model.router
     rules = [(group, depth_rule(config.model) if group.gated else rule) for group in config.routed]
-    states = [None if routing_state.get(group.name) else {} for group, _ in rules]  # None: still to be trained
+    # None: still to be trained.
+    states = [None if jax.tree.leaves(routing_state.get(group.name)) else {} for group, _ in rules]
 
     def lacks(name: str) -> str | None:
         asked = zip(rules, states, strict=True) if name != rule.training_name else ()
