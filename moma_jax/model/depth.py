@@ -75,9 +75,10 @@ class Pair(nn.Module):
         )
         routing = depth_routing(model, self.depth.routers, len(self.shape.quotas), self.causal)
         arguments = (x_BSD, context, keys, own, weights, routing, self.depth, model)
-        x_BCD, inside, entered, of_routers = enter(*arguments)
+        with jax.named_scope("depth_router"):
+            x_BCD, inside, entered, of_routers = gather_entering(*arguments)
         y_BCD, of_even = self._layer("even", self.depth.inside)(x_BCD, (even, _part(state_2, 0)), inside)
-        x_BSD = leave(x_BSD, x_BCD, y_BCD, entered)
+        x_BSD = scatter_back(x_BSD, x_BCD, y_BCD, entered)
         x_BSD, of_odd = self._layer("odd", self.shape)(x_BSD, (odd, _part(state_2, 1)), context)
         return x_BSD, self._joined(of_even, of_odd, of_routers, entered)
 
@@ -127,7 +128,9 @@ def of_layers(tree_P2):
 # On whole rows --------------------------------------------------------------------------------------------------------
 
 
-def enter(x_BSD, context: Context, keys, state, weights, routing: Routing, depth: DepthShape, model: ModelConfig):
+def gather_entering(
+    x_BSD, context: Context, keys, state, weights, routing: Routing, depth: DepthShape, model: ModelConfig
+):
     """Who enters, by row, on each device's own rows.
 
     Returns:
@@ -215,7 +218,7 @@ def take(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, entered: Entered
     return x_BCD, picked(segment_BS, 0), picked(position_BS, 0), inner
 
 
-def leave(x_BSD, x_BCD, y_BCD, entered: Entered):
+def scatter_back(x_BSD, x_BCD, y_BCD, entered: Entered):
     """All tokens behind the layer: x + gate * (y - x) where y is the layer's output for x, else x."""
 
     def local(x_BSD, x_BCD, y_BCD, entered):

@@ -199,16 +199,17 @@ def _forward(program: Program, params, batch: Batch, step, group_G, routing_stat
     """(total nats with z-loss, Sums by modality, DecoderOutput) of a microbatch."""
     config = program.config
     output = run_decoder(program, params, batch, step, group_G, routing_state, True)
-    total, sums = objective.cross_entropy(
-        output.hidden_BSD,
-        params["unembedding"]["kernel_DV"],
-        batch.target_BS,
-        batch.weight_BS,
-        batch.target_modality_BS,
-        kinds=len(config.data.modalities),
-        chunk=config.train.loss_chunk,
-        z_loss=config.train.z_loss,
-    )
+    with jax.named_scope("loss"):
+        total, sums = objective.cross_entropy(
+            output.hidden_BSD,
+            params["unembedding"]["kernel_DV"],
+            batch.target_BS,
+            batch.weight_BS,
+            batch.target_modality_BS,
+            kinds=len(config.data.modalities),
+            chunk=config.train.loss_chunk,
+            z_loss=config.train.z_loss,
+        )
     return total, sums, output
 
 
@@ -363,9 +364,10 @@ def _microbatches(program: Program, tree):
 def update(program: Program, state: TrainState, grads, routing_state, finite) -> TrainState:
     """The next state; where the gradient is not finite, all but the step stays as it is."""
     optimizer = program.optimizer
-    direction, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
-    rate = optimizer.learning_rate(state.step + 1)
-    params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+    with jax.named_scope("optimizer"):
+        direction, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
+        rate = optimizer.learning_rate(state.step + 1)
+        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
     old = (state.params, state.opt_state, state.routing_state)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state, routing_state), old)
     return TrainState(state.step + 1, *new)
