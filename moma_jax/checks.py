@@ -13,8 +13,8 @@ from moma_jax.config import Config, with_router
 from moma_jax.errors import InputError, require
 from moma_jax.ffn import parse_ffn
 from moma_jax.fields import read
-from moma_jax.router import CAUSAL, THRESHOLD, Router
-from moma_jax.rules import as_rule
+from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.rules import Unloaded, as_rule
 from moma_jax.vocab import SPECIAL_NAMES
 
 
@@ -44,9 +44,7 @@ def resolve(config: Config) -> Config:
 
 def read_config(config: Config) -> Config:
     """A config of Python with every field read, by its own type and bounds; a named routing rule is loaded."""
-    if not isinstance(config.model.router, Router):
-        config = with_router(config, as_rule(config.model.router))
-    return read(Config, config)
+    return read(Config, with_router(config, as_rule(config.model.router)))
 
 
 def _check_mesh(config: Config) -> None:
@@ -165,10 +163,10 @@ def _check_batches(config: Config) -> None:
 def _check_eval_routings(config: Config) -> None:
     names, rule = config.train.eval_routings, config.model.router
     known = dict.fromkeys((rule.training_name, CAUSAL, THRESHOLD, *rule.causal))
-    for name in names:
+    for name in names if not isinstance(rule, Unloaded) else ():
         require(name in known, f"train.eval_routings: {name!r} is not one of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")
-    lacks = rule.lacks(CAUSAL, None) if CAUSAL in names and config.routed else None
+    lacks = rule.lacks(CAUSAL, None) if CAUSAL in names and config.routed and not isinstance(rule, Unloaded) else None
     require(
         lacks is None, f"train.eval_routings: causal cannot be, as the run has {lacks}; or set model.router.auxiliary"
     )

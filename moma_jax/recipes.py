@@ -124,6 +124,7 @@ def called(path: Path, function: str, returns: str) -> Any:
     if spec is None:
         raise InputError(f"{path}: not a Python file; give a .py file with {wanted}")
     module = importlib.util.module_from_spec(spec)
+    module.__moma_file__ = str(path)  # how routing rules that it defines are called in records
     beside = str(path.resolve().parent)
     sys.modules[name] = module  # dataclasses look their module up there
     sys.path.append(beside)
@@ -190,8 +191,8 @@ def _json_value(option: str, text: str) -> Any:
         return text  # the name of a rule
     try:
         return json.loads("null" if text == "None" else text)
-    except ValueError as error:
-        raise InputError(f"{option}: {text!r} is not JSON; give the whole field, such as '[]'") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{option}: {text[:60]!r} is not JSON; give the whole field, such as '[]'") from error
 
 
 def _given_whole(config: Config, option: str, value: str) -> bool:
@@ -236,7 +237,11 @@ def _assigned(value: Any, kind: Any, names: Sequence[str], new: Any, path: tuple
             return (*value[: int(names[0])], part, *value[int(names[0]) + 1 :])
         return dataclasses.replace(value, **{names[0].replace("-", "_"): part})
     if isinstance(value, Router) and not isinstance(new, Mapping):
-        return rules.switched(value, rules.as_rule(new))
+        whole = isinstance(new, Router) and not isinstance(value, rules.Unloaded)  # with its options
+        return rules.as_rule(new) if whole else rules.switched(value, rules.as_rule(new))
+    if isinstance(value, Router) and rules.NAME in new:
+        value = rules.switched(value, rules.as_rule(new[rules.NAME]))
+        new = {name: item for name, item in new.items() if name != rules.NAME}
     if dataclasses.is_dataclass(value) and isinstance(new, Mapping):
         for name, item in new.items():
             value = _assigned(value, kind, str(name).split("."), item, path)

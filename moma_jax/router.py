@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -228,6 +229,10 @@ class Function(Router):
     causally."""
 
     function: Callable | None = setting(None, opaque=True)
+    jitter: float = setting(1e-3, least=0)
+    """As of `Choice`."""
+    gumbel: bool = False
+    """As of `Choice`."""
     training_name: ClassVar[str] = "choice"
 
     def select(self, score, eligible_T, quota, state, key) -> Routed:
@@ -237,12 +242,15 @@ class Function(Router):
 
 
 def name_of(router: Router) -> str:
-    """How a rule is called in records: a built-in one by its file, another as it was named, or MODULE:CLASS."""
+    """How a rule is called in records: a built-in one by its file, another as it was named, or by where it is defined,
+    FILE.py:CLASS or MODULE:CLASS."""
     own = router.function if isinstance(router, Function) else type(router)
     package, _, file = own.__module__.rpartition(".")
     if package == "moma_jax.routers":
         return file
-    return getattr(own, "__moma_name__", f"{own.__module__}:{own.__qualname__}")
+    where = getattr(sys.modules.get(own.__module__), "__moma_file__", own.__module__)
+    defined = f"{where}:{getattr(own, '__qualname__', type(own).__qualname__)}"
+    return getattr(own, "__dict__", {}).get("__moma_name__", defined)  # no attribute: a subclass has another name
 
 
 def take_entering(enters_TE, gate_TE, order_T, slots: int) -> Selection:

@@ -68,9 +68,9 @@ def loaded_rule(name: str) -> Router:
             "PACKAGE.MODULE:ATTRIBUTE"
         )
     try:
-        module = _of_file(str(Path(where).resolve())) if where.endswith(".py") else importlib.import_module(where)
+        module = _of_file(where) if where.endswith(".py") else importlib.import_module(where)
         rule = getattr(module, attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"model.router: {name}: {type(error).__name__}: {error}") from error
     return as_rule(rule, name)
 
@@ -85,8 +85,10 @@ def as_rule(rule: Any, name: str | None = None) -> Router:
         case str():
             return loaded_rule(rule)
         case Router():
+            _require_contract(type(rule))
             return rule
         case type() if issubclass(rule, Router):
+            _require_contract(rule)
             if name is not None and ":" in name:
                 rule.__moma_name__ = name
             return rule()
@@ -97,18 +99,36 @@ def as_rule(rule: Any, name: str | None = None) -> Router:
     raise InputError(f"model.router: {name or rule!r} is neither a Router nor a function; see moma_jax/router.py")
 
 
-@functools.cache
-def _of_file(path: str) -> Any:
-    """The module of a file, once per process; it can import its neighbours' names by their paths alone."""
+def _require_contract(rule: type[Router]) -> None:
+    """InputError where a class could not be used or written down as a rule."""
+    about = f"model.router: {rule.__qualname__}"
+    if rule not in (Function, Unloaded) and rule.select is Router.select:
+        raise InputError(f"{about} has no select; see moma_jax/router.py")
+    for field in dataclasses.fields(rule):
+        if field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{about}: its option {field.name} needs a default")
+        if field.name == NAME:
+            raise InputError(f"{about}: the option {NAME} has the name that stands for the rule's own; rename it")
+
+
+def _of_file(where: str) -> Any:
+    """The module of a file, which runs once per process; it may import those that lie beside it."""
+    path = str(Path(where).resolve())
     name = f"moma_rule_{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    module, beside = importlib.util.module_from_spec(spec), str(Path(path).parent)
+    module.__moma_file__ = where  # how its rules are called in records
     sys.modules[name] = module  # dataclasses look their module up
+    sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        sys.path.remove(beside)
     return module
 
 
@@ -116,12 +136,17 @@ def switched(before: Router, rule: Router) -> Router:
     """The rule in the place of another, whose options of the same names it takes over."""
     if isinstance(before, Unloaded) and _named_as(before.name, rule):
         return bind(before, rule)
-    if type(before) is type(rule):
-        return before if rule == type(rule)() else rule
-    if isinstance(rule, (Function, Unloaded)) or rule != type(rule)():
-        return rule
     own = options_of(rule)
+    if isinstance(rule, Unloaded) or own != options_of(type(rule)()):
+        return rule
     return dataclasses.replace(rule, **{name: value for name, value in options_of(before).items() if name in own})
+
+
+def with_gumbel(router: Router) -> Router:
+    """The rule with Gumbel noise, where it has that option."""
+    if isinstance(router, Unloaded) and "gumbel" in router.options:
+        return dataclasses.replace(router, options={**router.options, "gumbel": True})
+    return dataclasses.replace(router, gumbel=True) if "gumbel" in options_of(router) else router
 
 
 # Rules in config.json -------------------------------------------------------------------------------------------------
@@ -131,9 +156,7 @@ def options_of(router: Router) -> dict[str, Any]:
     """A rule's options by name."""
     if isinstance(router, Unloaded):
         return dict(router.options)
-    if isinstance(router, Function):
-        return {}
-    return {field.name: getattr(router, field.name) for field in dataclasses.fields(router)}
+    return {f.name: getattr(router, f.name) for f in dataclasses.fields(router) if f.name != "function"}
 
 
 def rule_name(router: Router) -> str:
@@ -176,8 +199,6 @@ def bind(router: Router, named: Any) -> Router:
         return router
     if not _named_as(router.name, chosen):
         raise InputError(f"router: the run was trained with {router.name}, not {rule_name(chosen)}; name that one")
-    if isinstance(chosen, Function):
-        return chosen
     try:
         return dataclasses.replace(chosen, **router.options)
     except TypeError as error:
@@ -185,8 +206,32 @@ def bind(router: Router, named: Any) -> Router:
 
 
 def _named_as(recorded: str, rule: Router) -> bool:
-    """Whether a rule is the one of a record; before format 2 those were names of functions alone."""
-    return rule_name(rule) == recorded or rule_name(rule).endswith(f":{recorded}")
+    """Whether a rule is the one of a record, wherever its file lies now; before format 2 those were names of functions
+    alone."""
+    (home, own), (other, name) = _home_and_name(recorded), _home_and_name(rule_name(rule))
+    return own == name and home in ("", other)
+
+
+def _home_and_name(name: str) -> tuple[str, str]:
+    """The last part of a rule's file or module, and its name there."""
+    where, _, own = name.rpartition(":")
+    return Path(where).stem if where.endswith(".py") else where.rpartition(".")[2], own
+
+
+def recorded_rule(router: Router, meta: Mapping[str, Any]) -> Router:
+    """The routing rule of a checkpoint or summary, whose config has `router`; before rules were part of the config, a
+    function's name stood beside it."""
+    own, options = meta.get("select", "expert_choice"), options_of(router)
+    if own == "expert_choice":
+        return router
+    return Unloaded(own, {name: options[name] for name in ("jitter", "gumbel")})
+
+
+def as_named(recorded: Router, rule: Router) -> Router:
+    """A recorded rule under the name that `rule` has today, where it is the same."""
+    if isinstance(recorded, Unloaded) and _named_as(recorded.name, rule):
+        return dataclasses.replace(recorded, name=rule_name(rule))
+    return recorded
 
 
 def require_loaded(router: Router) -> Router:

@@ -11,7 +11,7 @@ import tyro
 from moma_jax.checks import resolve
 from moma_jax.config import Config, with_router
 from moma_jax.recipes import ConfigOptions
-from moma_jax.rules import options_of
+from moma_jax.rules import with_gumbel
 from moma_jax.training.load import config_of
 from moma_jax.upcycling.upcycle import upcycle as grow
 
@@ -29,9 +29,7 @@ class SeedOptions(ConfigOptions):
         """The seed run's config with Gumbel noise, for a directory that is yet to be named."""
         config = config_of(run) if run else Config()
         home = dataclasses.replace(config.run, dir=None, init_from=None)
-        router = config.model.router
-        if "gumbel" in options_of(router):
-            router = dataclasses.replace(router, gumbel=True)
+        router = with_gumbel(config.model.router)
         return cls(with_router(dataclasses.replace(config, run=home), router), run=run or "")
 
 
@@ -49,7 +47,7 @@ def upcycle(
     Args:
       moments: Optimizer moments: anew, or those of the seed, copied with the experts.
       perturb: Standard deviation of noise on copied experts, over that of each of their matrices.
-      perturb_seed: SeedOptions of that noise.
+      perturb_seed: Seed of that noise.
     """
     asked = {"moments": moments, "perturb": perturb, "perturb_seed": perturb_seed}
     return grow(run.run, resolve(run.config), **asked)

@@ -147,8 +147,8 @@ def generator_of(loaded: Loaded) -> Generator:
 
 def causal_routing(loaded: Loaded) -> str:
     """The first causal routing that the run has; InputError where it has none."""
-    for name in ("causal", "threshold"):
-        if name in loaded.routings:
+    for name in loaded.routings:
+        if name != loaded.config.model.router.training_name:
             return name
     loaded.under("causal")  # says what is lacking
     raise AssertionError("a model that lacks a routing says so")

@@ -81,6 +81,8 @@ def checked(answer: Any, rule: Router, shape: tuple[int, int], state: Any) -> Ro
     if not (isinstance(answer, Routed) and isinstance(answer.selection, Selection)):
         raise InputError(f"{name} must return Routed(selection, state, ...), returned {type(answer).__name__}")
     (index_EC, gate_EC, filled_EC), after, losses, metrics = answer
+    if not (isinstance(losses, dict) and isinstance(metrics, dict)):
+        raise InputError(f"{name} must return losses and metrics as dictionaries of scalars by name; {{}} for none")
     tokens, experts = shape
     for field, value, kind in (
         ("index", index_EC, jnp.integer),

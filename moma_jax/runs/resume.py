@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from moma_jax.config import Config
+from moma_jax.config import Config, with_router
 from moma_jax.config_json import as_recorded, from_json
 from moma_jax.cost import total_steps
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
 from moma_jax.fields import differences
+from moma_jax.rules import as_named, recorded_rule
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, records_of
@@ -33,14 +34,15 @@ def require_resumable(config: Config) -> None:
         meta = None if latest is None else checkpoints.saved(latest).meta
     summary = _complete_summary(run)
     if meta is not None:
-        began = from_json(meta["config"])
+        began, beside = from_json(meta["config"]), meta
     elif written is not None and summary is not None:
-        began = written
+        began, beside = written, summary
     elif written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
         raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
     else:
         return  # nothing to go on from: the run starts anew
-    changed = differences(as_recorded(began), as_recorded(config))
+    rule = as_named(recorded_rule(began.model.router, beside), config.model.router)
+    changed = differences(as_recorded(with_router(began, rule)), as_recorded(config))
     if changed:
         raise InputError(
             f"run.dir: {run.path} holds a run with another config ({'; '.join(changed)}); change it back, or "

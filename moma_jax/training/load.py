@@ -19,8 +19,8 @@ from moma_jax.errors import InputError
 from moma_jax.geometry import depth_rule
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.decoder import Decoder, causal_decoder, evaluation_decoder
-from moma_jax.router import CAUSAL, THRESHOLD, Router
-from moma_jax.rules import Unloaded, bind
+from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.rules import bind, recorded_rule
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.training.step import Program, abstract_params, make_program
@@ -128,7 +128,7 @@ def load(
                 raise InputError(f"{run}: no checkpoint yet; train it to its first one (train.checkpoint_every)")
             raise InputError(f"{run}: no checkpoint of step {step}; it has: {', '.join(map(str, steps))}")
         meta = checkpoints.saved(step).meta
-        config = with_router(config, bind(_recorded_rule(config, meta), router))
+        config = with_router(config, bind(recorded_rule(config.model.router, meta), router))
         vocabulary = Vocabulary.from_json(meta["vocabulary"])
         program = make_program(config)
         with sharding.use_mesh(program.mesh):
@@ -137,12 +137,6 @@ def load(
     hashes = meta["hashes"]
     model = Loaded(str(run), config, vocabulary, params, program.decoder, routing_state, step, program, hashes)
     return _with_fitted_routers(model) if fitted and not config.model.router.auxiliary else model
-
-
-def _recorded_rule(config: Config, meta: dict[str, Any]) -> Router:
-    """The routing rule of a checkpoint; before rules were part of the config, a function's name was in its meta."""
-    own = meta.get("select", "expert_choice")
-    return config.model.router if own == "expert_choice" else Unloaded(own)
 
 
 def with_auxiliary(config: Config) -> Config:

@@ -11,7 +11,7 @@ import jax
 
 from moma_jax import hosts
 from moma_jax.checks import resolve
-from moma_jax.config import Config, EvalSet, HostsConfig
+from moma_jax.config import Config, EvalSet, HostsConfig, with_router
 from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.stream import require_held_out, vocabulary_of
@@ -19,7 +19,7 @@ from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, scheduled, unigram
 from moma_jax.evaluation.tables import held_out_lines
 from moma_jax.model.decoder import first_routing_state
-from moma_jax.rules import as_rule, rule_name
+from moma_jax.rules import as_rule, rule_name, switched
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
@@ -72,7 +72,7 @@ def train(
     sinks = user_sinks(sink)
     hosts.join(config.hosts)
     if select is not None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, router=as_rule(select)))
+        config = with_router(config, switched(config.model.router, as_rule(select)))
     config = with_dtype(resolve(dataclasses.replace(config, hosts=HostsConfig())))  # who is who is no part of a run
     if config.run.dir is None:
         raise InputError("run.dir: name the directory of the run, such as runs/first")
