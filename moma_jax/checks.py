@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from moma_jax.config import Config, with_router
+from moma_jax.config import Config, ModelConfig, with_router
 from moma_jax.errors import InputError, require
 from moma_jax.ffn import parse_ffn
 from moma_jax.fields import read
@@ -44,7 +44,9 @@ def resolve(config: Config) -> Config:
 
 def read_config(config: Config) -> Config:
     """A config of Python with every field read, by its own type and bounds; a named routing rule is loaded."""
-    return read(Config, with_router(config, as_rule(config.model.router)))
+    if isinstance(config, Config) and isinstance(config.model, ModelConfig):
+        config = with_router(config, as_rule(config.model.router))
+    return read(Config, config)
 
 
 def _check_mesh(config: Config) -> None:

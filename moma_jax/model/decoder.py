@@ -14,6 +14,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moma_jax import sharding
 from moma_jax.config import Config, Modality, ModelConfig
@@ -216,7 +217,7 @@ def first_routing_state(config: Config) -> dict[str, Any]:
     rules += [(group, depth_rule(model), layers // 2) for group in config.depth]
     states = {group.name: (rule.state(group.experts), number) for group, rule, number in rules}
     return {
-        name: jax.tree.map(lambda x, number=number: jnp.broadcast_to(x, (number, *jnp.shape(x))), state)
+        name: jax.tree.map(lambda x, number=number: np.broadcast_to(x, (number, *np.shape(x))), state)
         for name, (state, number) in states.items()
         if state
     }

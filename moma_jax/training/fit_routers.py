@@ -23,13 +23,13 @@ from moma_jax.errors import InputError
 from moma_jax.fields import differences
 from moma_jax.geometry import micro_groups
 from moma_jax.router import CAUSAL
-from moma_jax.rules import options_of, rule_name
+from moma_jax.rules import Unloaded, options_of, rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.progress import predictions
 from moma_jax.runs.resume import hashes_of, require_same_stores
-from moma_jax.training.load import ROUTERS, Loaded, fingerprint, load, with_auxiliary
+from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Meter
 from moma_jax.training.router_step import (
@@ -76,6 +76,7 @@ def fit_routers(
     """
     sinks = user_sinks(sink)
     hosts.join(HostsConfig())
+    _require_routers(run, config_of(run))
     loaded = load(run, router=router, fitted=False, mesh=mesh)
     _require_routers(run, loaded.config)
     config = stage_of(loaded.config, loaded.config.routers if settings is None else settings)
@@ -133,6 +134,8 @@ def _require_routers(run: str, config: Config) -> None:
             f"{run}: nothing to fit: model.ffn {config.model.ffn} has no router; its routing is causal already"
         )
     rule = config.model.router
+    if isinstance(rule, Unloaded):
+        return
     if rule.auxiliary:
         raise InputError(
             f"{run}: nothing to fit: its auxiliary routers were trained beside the model (model.router.auxiliary); use "

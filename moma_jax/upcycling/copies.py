@@ -46,7 +46,8 @@ class Copied:
 def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
     """By name of the new model's groups of experts; InputError naming a group that cannot be made of the seed's."""
     before, after, names = seed.experts, config.experts, f"{seed.model.ffn} -> {config.model.ffn}"
-    for what, one, other in (("shared experts", before.shared, after.shared), ("mod+", before.depth, after.depth)):
+    shared = [{group.name: group.width for group in layout.shared} for layout in (before, after)]
+    for what, one, other in (("shared experts", *shared), ("mod+", before.depth, after.depth)):
         if one != other:
             raise InputError(f"model.ffn: {names}: {what} must be the seed's ({one} -> {other})")
     if before == after:

@@ -203,10 +203,10 @@ def test_a_field_of_several_parts_is_given_whole():
 
 def test_a_file_of_options_says_what_a_recipe_can(tmp_path):
     file = tmp_path / "options.json"
-    fields = {"train.steps": 9, "model": {"ffn": "1t1i", "gumbel": True}, "data": {"stores": [], "kind": "synthetic"}}
+    fields = {"train.steps": 9, "model": {"ffn": "1t1i", "dropout": 0.1}, "data": {"stores": [], "kind": "synthetic"}}
     file.write_text(json.dumps(fields))
     config = moma_jax.recipe(QUICKSTART, ["--model.ffn", "dense", "--options", str(file)])
-    assert config == moma_jax.recipe(QUICKSTART, {**fields, "model": {"ffn": "dense", "gumbel": True}})
+    assert config == moma_jax.recipe(QUICKSTART, {**fields, "model": {"ffn": "dense", "dropout": 0.1}})
     assert (config.train.steps, config.train.tokens, config.model.ffn) == (9, None, "dense")
 
 
@@ -215,7 +215,7 @@ def test_a_file_of_options_says_what_a_recipe_can(tmp_path):
     [
         (["--data.stores", "["], "--data.stores: '[' is not JSON"),
         (["--data.stores"], "--data.stores: a value is missing"),
-        (["--data.stores", '[{"nam": "a"}]'], "data.stores.0: "),
+        (["--data.stores", '[{"nam": "a"}]'], "data.stores.0.nam: no such field"),
         (["--options", "{}"], "{}: not JSON"),
         (["--options", "list.json"], "list.json: not a JSON object"),
         (["--options", "typo.json"], "model.fnn: no such field; did you mean model.ffn?"),

@@ -88,7 +88,7 @@ def test_a_run_with_a_select_function_of_its_own_has_choice_alone(tmp_path):
     summary = train(config, select=my_choice, routing_state=state, quiet=True)
     assert list(summary["eval"]["heldout"]) == ["choice", "gap_percent", "unigram"]
     assert "perplexity" not in evaluate(config, router=my_choice)["choice"]
-    with pytest.raises(InputError, match="no thresholds"):
+    with pytest.raises(InputError, match="no causal decision"):
         evaluate(config, router=my_choice, routing=("threshold",))
     with pytest.raises(InputError, match=r"train.eval_routings: threshold needs .* leave it out"):
         train(tiny(tmp_path / "b", train_eval_routings=("threshold",)), select=my_choice, routing_state=state)
@@ -251,7 +251,7 @@ def naive(params, state, batch, routing):
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     nats_BS, entered, modality_V = np.zeros(batch.token_BS.shape), 0, VOCABULARY.modality_V
     for b, row in enumerate(zip(*batch, strict=True)):
-        token_S, target_S, segment_S, position_S, _ = row
+        token_S, target_S, segment_S, position_S, *_ = row
         modality_S = np.where(segment_S > 0, modality_V[token_S], -1)
         x_SD = params["embedding"]["kernel_VD"][token_S]
         for layer in range(CONFIG.model.layers):

@@ -24,7 +24,7 @@ from moma_jax.generation.prompts import language_of
 def moma(loaded, monkeypatch, tmp_path):
     """Runs the words after `moma generate RUN`, in an empty directory; returns the record."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "load", lambda run, step=None: loaded)
+    monkeypatch.setattr(command, "load", lambda run, step=None, router=None: loaded)
 
     def words(*rest):
         return commands.run(["generate", "runs/r", *map(str, rest)])
@@ -191,7 +191,7 @@ def test_directories_that_cannot_be_renamed_are_written_into(moma, tmp_path, mon
 
 
 def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_path, monkeypatch):
-    def intrude(run, step=None):
+    def intrude(run, step=None, router=None):
         assert (tmp_path / "out" / ".writing").exists()
         with pytest.raises(InputError, match="out is being written, or was left unfinished"), command._held("out"):
             pass

@@ -273,7 +273,7 @@ OTHER_TEXT = (dataclasses.replace(MODALITIES[0], quota=0.75), MODALITIES[1])
         ({"train_batch_rows": 16}, "train.batch_rows: 8 -> 16"),
         ({"model_ffn": "1t1i"}, "1t1i -> 1t1i makes no experts"),
         ({"model_ffn": "8x"}, "1t1i -> 8x: the seed keeps modalities apart"),
-        ({"model_ffn": "4t4i+1x"}, r"shared experts must be the seed's \(0 -> 1\)"),
+        ({"model_ffn": "4t4i+1x"}, r"shared experts must be the seed's \({} -> {'shared': 1}\)"),
         ({"moments": "keep"}, "moments: 'keep' is none of reset, tile"),
         ({"perturb": -0.1}, "perturb: must be 0 or more"),
         ({"perturb": float("nan")}, "perturb: must be 0 or more"),
