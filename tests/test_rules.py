@@ -47,10 +47,10 @@ def file(tmp_path):
     return tmp_path / "my rule.py"
 
 
-@pytest.mark.parametrize(
-    "name, said",
-    [("NoDefault", "needs a default"), ("NoSelect", "no select"), ("Rule", "rename it"), ("nothing", "nothing")],
-)
+BROKEN = {"NoDefault": "needs a default", "NoSelect": "no select", "Rule": "rename it", "nothing": "nothing"}
+
+
+@pytest.mark.parametrize("name, said", BROKEN.items())
 def test_a_class_that_breaks_the_contract_is_refused(file, name, said):
     with pytest.raises(InputError, match=said):
         as_rule(f"{file}:{name}")
