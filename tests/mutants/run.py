@@ -147,7 +147,7 @@ def main():
     survived = 0
     with tempfile.TemporaryDirectory() as home:
         copy = Path(home) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs", "*.egg-info"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.egg-info"))
         print(f"| mutant | caught by the {given.tier} tests | seconds |\n|---|---|---|", flush=True)
         for mutant, text in zip(chosen, texts, strict=True):
             path, start = copy / "moma_jax" / mutant.file, time.monotonic()
