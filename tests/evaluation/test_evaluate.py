@@ -90,7 +90,7 @@ def test_a_run_with_a_select_function_of_its_own_has_choice_alone(tmp_path):
     assert "perplexity" not in evaluate(config, router=my_choice)["choice"]
     with pytest.raises(InputError, match="no causal decision"):
         evaluate(config, router=my_choice, routing=("threshold",))
-    with pytest.raises(InputError, match=r"train.eval_routings: threshold needs .* leave it out"):
+    with pytest.raises(InputError, match=r"train.eval_routings: threshold cannot be, .* leave it out"):
         train(tiny(tmp_path / "b", train_eval_routings=("threshold",)), select=my_choice, routing_state=state)
     assert not (tmp_path / "b" / "metrics.jsonl").exists()
 

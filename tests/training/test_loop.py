@@ -125,9 +125,9 @@ def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
     assert summary["router"] == "runs:my_choice" and summary["final"]["routing_pull"] > 0
     loaded = moma_jax.load(str(tmp_path), router=my_choice)
     assert loaded.routing_state["text"]["calls"].tolist() == [2, 2]
-    with pytest.raises(InputError, match="my_choice.* choice"):
+    with pytest.raises(InputError, match="my_choice.*-> .*choice"):
         moma_jax.train(config)
-    with pytest.raises(InputError, match="choice.*my_choice"):
+    with pytest.raises(InputError, match="choice.*-> .*my_choice"):
         moma_jax.train(whole[0], select=my_choice)
 
 
