@@ -31,6 +31,9 @@ class Mine(Router):
 
     reach: int = 3
 
+    def select(self, score, eligible_T, quota, state, key):
+        raise NotImplementedError
+
 
 def written(config):
     return json.loads(json.dumps(to_json(config)))
