@@ -11,7 +11,7 @@ from moma_jax.cost import FLOAT32
 from moma_jax.plan.compile import Compiled, needed_bytes
 from moma_jax.plan.hlo import Module
 
-LAYERS = re.compile(r"/jvp\(\w+\)/(?:\w+\.in_(?:layers|pairs)/)?while$")
+LAYERS = re.compile(r"/jvp\(Decoder\)/(?:\w+\.in_(?:layers|pairs)/)?while$")
 """How the loop of the forward pass over the layers, or pairs of them, is called: by the decoder and its method."""
 
 
