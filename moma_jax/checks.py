@@ -164,7 +164,7 @@ def _check_batches(config: Config) -> None:
 
 def _check_eval_routings(config: Config) -> None:
     names, rule = config.train.eval_routings, config.model.router
-    known = dict.fromkeys((rule.training_name, CAUSAL, THRESHOLD, *rule.causal))
+    known = (rule.training_name, CAUSAL, THRESHOLD)
     for name in names if not isinstance(rule, Unloaded) else ():
         require(name in known, f"train.eval_routings: {name!r} is not one of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")

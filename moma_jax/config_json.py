@@ -43,13 +43,18 @@ def from_json(data: dict[str, Any]) -> Config:
     version = data.get("format_version")
     known = version in (1, FORMAT_VERSION)
     require(known, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION} and 1")
-    fields = {name: value for name, value in data.items() if name != "format_version"}
-    if isinstance(model := fields.get("model"), dict):
-        model = _model_of_format_1(model) if version == 1 else dict(model)
-        if isinstance(router := model.get("router"), dict):
-            model["router"] = rules.from_json(router, lambda rule, options: read(rule, options, "model.router"))
-        fields["model"] = model
+    fields = {name: value for name, value in of_this_format(data).items() if name != "format_version"}
+    if isinstance(model := fields.get("model"), dict) and isinstance(router := model.get("router"), dict):
+        router = rules.from_json(router, lambda rule, options: read(rule, options, "model.router"))
+        fields["model"] = model | {"router": router}
     return read(Config, fields)
+
+
+def of_this_format(data: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json as this version would have written it; unread, so it may still be wrong."""
+    if data.get("format_version") != 1 or not isinstance(data.get("model"), dict):
+        return data
+    return data | {"format_version": FORMAT_VERSION, "model": _model_of_format_1(data["model"])}
 
 
 def _model_of_format_1(model: dict[str, Any]) -> dict[str, Any]:

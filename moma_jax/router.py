@@ -130,7 +130,7 @@ class Router:
       jitter: size of the fixed tie-breaking term of `Score.rank_TE`.
       gumbel: Gumbel-Sigmoid noise on logits in training (paper Eq. 5).
       auxiliary: auxiliary routers (paper section 2.4) train beside the model, on stopped gradients.
-      causal: names of the causal routings that `decide` knows.
+      causal: which of the causal routings, `CAUSAL` and `THRESHOLD`, `decide` knows.
       exact: `select` takes `quota.take(count)` of every `count` eligible tokens, never more.
       training_name: what the routing of training is called in evaluations.
     """

@@ -33,6 +33,9 @@ class NoDefault(Router):
 class NoSelect(Router):
     pass
 @dataclass(frozen=True)
+class Greedy(Choice):
+    causal = ("greedy",)
+@dataclass(frozen=True)
 class Rule(Choice):
     rule: str = ""
 def function(score, eligible_T, quota, state, key): ...
@@ -47,7 +50,13 @@ def file(tmp_path):
     return tmp_path / "my rule.py"
 
 
-BROKEN = {"NoDefault": "needs a default", "NoSelect": "no select", "Rule": "rename it", "nothing": "nothing"}
+BROKEN = {
+    "NoDefault": "needs a default",
+    "NoSelect": "no select",
+    "Rule": "rename it",
+    "Greedy": "'greedy'; a causal routing is 'causal' or 'threshold'",
+    "nothing": "nothing",
+}
 
 
 @pytest.mark.parametrize("name, said", BROKEN.items())

@@ -25,9 +25,9 @@ from moma_jax.model import decode
 from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.decoder import Decoder, first_routing_state
 from moma_jax.model.depth import SELECTED
-from moma_jax.router import THRESHOLD
-from moma_jax.routers.choice import Choice
+from moma_jax.router import CAUSAL, THRESHOLD
 from moma_jax.training import step as step_lib
+from moma_jax.training.load import lacks
 
 BANDWIDTH_BYTES = 256 << 20
 """Bytes that the memory's speed is measured on."""
@@ -39,6 +39,7 @@ class DecodeVariant(NamedTuple):
     config: Config
     params: Any
     routing_state: Any
+    routing: str
     writer: Writer
     weights: Any
 
@@ -52,7 +53,8 @@ def bench_generate(
     tokens: int = 64,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Prefill and decode speed of FFN variants with random weights under threshold routing.
+    """Prefill and decode speed of FFN variants with random weights under threshold routing, or as a rule without
+    thresholds decides.
 
     Half of the rows write text and half of them codes (a single row writes text). Thresholds are set on random tokens
     so that a token enters, on average, as many experts as expert choice gives it: equal active FLOPs.
@@ -112,7 +114,7 @@ def variant_of(config: Config, ffn: str) -> DecodeVariant:
     spans = [m for m in config.data.modalities[1:] if m.span]
     if len(config.data.modalities) != 2 or not spans:
         raise InputError("data.modalities: bench generate writes text and one modality with spans; give such a recipe")
-    model = dataclasses.replace(config.model, ffn=ffn, router=Choice(decay=0.5))
+    model = dataclasses.replace(config.model, ffn=ffn)
     data = dataclasses.replace(config.data, kind="synthetic", stores=())
     train = dataclasses.replace(config.train, eval_sets=())
     config = step_lib.with_dtype(resolve(dataclasses.replace(config, model=model, data=data, train=train)))
@@ -122,10 +124,10 @@ def variant_of(config: Config, ffn: str) -> DecodeVariant:
     boxed = jax.jit(lambda key: nn.unbox(decoder.init(key, *_arguments(config, token_BS), **_state(config, None))))
     params = boxed(jax.random.key(0))["params"]
     routing_state = _apply(config, decoder, params, token_BS, first_routing_state(config)).routing_state
-    modality_V = vocab.contiguous(config.data.modalities).modality_V
+    modality_V, routing = vocab.contiguous(config.data.modalities).modality_V, _causal_routing(config, routing_state)
 
     def extend(weights, cache, token_BQ, count_B):
-        options = {"config": config, "vocabulary_modality_V": modality_V, "routing": "threshold"}
+        options = {"config": config, "vocabulary_modality_V": modality_V, "routing": routing}
         return decode.extend(weights[0], cache, token_BQ, count_B, routing_state=weights[1], **options)
 
     def logits(weights, hidden):
@@ -133,7 +135,15 @@ def variant_of(config: Config, ffn: str) -> DecodeVariant:
 
     weights = (jax.jit(lambda params: decode.unstack(params, config))(params), routing_state)
     writes = Model(weights, lambda rows, positions: decode.new_cache(config, rows, positions), extend, logits)
-    return DecodeVariant(config, params, routing_state, Writer(writes), weights[0])
+    return DecodeVariant(config, params, routing_state, routing, Writer(writes), weights[0])
+
+
+def _causal_routing(config: Config, routing_state) -> str:
+    """How tokens are written: by thresholds, which random tokens have set, or else as the rule decides by itself."""
+    lacking = {routing: lacks(config, routing, routing_state) for routing in (THRESHOLD, CAUSAL)}
+    if all(lacking.values()):
+        raise InputError(f"model.router: the model has {lacking[CAUSAL]}")
+    return next(routing for routing, reason in lacking.items() if reason is None)
 
 
 def _random_rows(config: Config, rows: int, length: int, seed: int) -> np.ndarray:
@@ -241,7 +251,7 @@ def _use(variant: DecodeVariant, rows: int, prompt: int, tokens: int) -> Use:
     config = variant.config
     written, _ = _written(variant, rows, prompt, tokens)
     token_BS = np.concatenate([_random_rows(config, rows, prompt, seed=2), written], axis=1)
-    decoder = _decoder(config, token_BS.shape).clone(causal=THRESHOLD)
+    decoder = _decoder(config, token_BS.shape).clone(causal=variant.routing)
     output = _apply(config, decoder, variant.params, token_BS, variant.routing_state, return_selections=True)
     taken = {
         name: np.asarray(

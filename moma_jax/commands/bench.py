@@ -32,7 +32,7 @@ def generate(
     repeats: int = 5,
     json: bool = False,
 ) -> None:
-    """Speed of prefill and cached decoding of FFN variants at equal active FLOPs, random weights, threshold routing.
+    """Speed of prefill and cached decoding of FFN variants at equal active FLOPs, random weights, causal routing.
 
     Args:
       ffn: Variants to compare; with dense among them, the others' speed is also given relative to it.

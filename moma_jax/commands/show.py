@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moma_jax.commands import Run, print_result
+from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost
 from moma_jax.errors import InputError
+from moma_jax.rules import Unloaded
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import records_of
 
@@ -49,7 +51,7 @@ def glance(path: str) -> dict[str, Any]:
         **{name: status.get(name) for name in ("state", "step", "total", "updated")},
         "config": {
             **{name: getattr(config.model, name) for name in ("ffn", "layers", "width", "hidden")},
-            "parameters": cost(config)["parameters"]["total"],
+            "parameters": _parameters(config),
             "batch_rows": config.train.batch_rows,
             "sequence": config.data.sequence,
             "stores": [store.path for store in config.data.stores],
@@ -60,15 +62,21 @@ def glance(path: str) -> dict[str, Any]:
     }
 
 
+def _parameters(config: Config) -> int | None:
+    """How many there are; None where a rule whose code is not run for this has some of its own."""
+    return None if isinstance(config.model.router, Unloaded) else cost(config)["parameters"]["total"]
+
+
 def format_glance(found: dict[str, Any]) -> str:
     """What `glance` returned, for the terminal."""
     config, train = found["config"], found["train"]
     when = "" if found["updated"] is None else time.strftime(", %Y-%m-%d %H:%M", time.localtime(found["updated"]))
     state = "not begun" if found["state"] is None else f"{found['state']}, step {found['step']:,} of {found['total']:,}"
+    parameters = "unknown" if config["parameters"] is None else f"{config['parameters']:,}"
     lines = [
         f"{found['run']}: {state}{when}",
         f"{config['ffn']}, {config['layers']} layers, width {config['width']}, hidden {config['hidden']}, "
-        f"{config['parameters']:,} parameters; {config['batch_rows']} rows of {config['sequence']:,} an update",
+        f"{parameters} parameters; {config['batch_rows']} rows of {config['sequence']:,} an update",
         f"checkpoints: {', '.join(map(str, found['checkpoints'])) or 'none'}",
     ]
     records = [("train", "", train)] * (train is not None)

@@ -28,10 +28,9 @@ from moma_jax.geometry import DepthShape, GroupSlots, LayerShape, depth_rule
 from moma_jax.model import moe
 from moma_jax.model.attention import rotary_angles
 from moma_jax.model.block import Context, rematerialised
-from moma_jax.model.moe import Routing, RoutingKeys, RoutingTokens, as_before, routing_tokens
+from moma_jax.model.moe import Routing, RoutingKeys, RoutingTokens, over_shards, routing_tokens
 from moma_jax.model.parameters import DepthParameters, ExpertWeights, router_axes
 from moma_jax.router import Selection
-from moma_jax.sharding import BATCH
 
 SELECTED = "depth"
 """Name of a layer's Entered among the selections."""
@@ -149,13 +148,7 @@ def gather_entering(
         }
         entered, result = choose(x_BSD, tokens, keys, state, weights, routing, depth)
         taken = take(x_BSD, segment_BS, position_BS, tokens, entered, depth.inside.groups)
-        result = result._replace(
-            state=jax.tree.map(as_before, sharding.pmean(result.state, *BATCH), state),
-            losses=sharding.pmean(result.losses, *BATCH),
-            metrics=sharding.pmean(result.metrics, *BATCH),
-            predicted_M4=sharding.psum(result.predicted_M4, *BATCH),
-        )
-        return (*taken, entered, result)
+        return (*taken, entered, over_shards(result, state))
 
     split, same = sharding.spec("batch"), sharding.spec()
     specs = jax.tree.map(lambda _, own: sharding.spec(*own), weights, axes)

@@ -120,20 +120,22 @@ def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, rout
     def local(x_GTD, tokens, keys, state, weights):
         weights = {name: _gathered(own, axes[name], x_GTD.dtype, everyone) for name, own in weights.items()}
         y_GTD, result = _on_groups(x_GTD, tokens, keys, state, weights, routing)
-        result = result._replace(
-            state=jax.tree.map(as_before, sharding.pmean(result.state, *BATCH), state),
-            losses=sharding.pmean(result.losses, *BATCH),
-            metrics=sharding.pmean(result.metrics, *BATCH),
-            taken_M3=sharding.psum(result.taken_M3, *BATCH),
-            predicted_M4=sharding.psum(result.predicted_M4, *BATCH),
-        )
-        return checkpoint_name(sharding.psum(y_GTD, TENSOR), KEPT), result
+        return checkpoint_name(sharding.psum(y_GTD, TENSOR), KEPT), over_shards(result, state)
 
     split, same = sharding.spec("batch"), sharding.spec()
     specs = jax.tree.map(lambda _, own: sharding.spec(*own), weights, axes)
     out_specs = (split, RoutingResult(same, same, same, same, same, split))
     run = sharding.shard_map(local, (split, split, same, same, specs), out_specs)
     return run(x_GTD, tokens, keys, state, weights)
+
+
+def over_shards(result: RoutingResult, before) -> RoutingResult:
+    """What routing left behind on all shards of the batch; selections stay where they are. `before`: the old state."""
+    state, losses, metrics = sharding.pmean((result.state, result.losses, result.metrics), *BATCH)
+    taken_M3, predicted_M4 = sharding.psum((result.taken_M3, result.predicted_M4), *BATCH)
+    return RoutingResult(
+        jax.tree.map(as_before, state, before), losses, metrics, taken_M3, predicted_M4, result.selections
+    )
 
 
 def _axes(own: GroupSlots, weights: ExpertWeights, rule: Router, model: ModelConfig) -> ExpertWeights:

@@ -11,11 +11,12 @@ from moma_jax.config import Config
 from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
 from moma_jax.fields import may_change
+from moma_jax.router import CAUSAL, THRESHOLD
 from moma_jax.studies.curves import OVERALL, Curve, Run, smoothed
 from moma_jax.studies.speedup import PowerLaw, Speedup, power_law, speedup
 
 MAY_CHANGE = may_change(Config)
-CAUSAL = ("threshold", "causal")
+CAUSAL_ROUTINGS = (THRESHOLD, CAUSAL)
 """Routings under which a loss is a likelihood: running thresholds, auxiliary routers."""
 SIZES_FOR_A_LAW = 3
 
@@ -174,20 +175,22 @@ def losses(finished: Finished) -> list[Loss]:
     found = [Loss("training", False, _training)]
     recorded = {m.routing for run in finished.runs for m in run.curves if m.kind == "eval"}
     for name in eval_sets(finished):
-        for routing in [*sorted(recorded - set(CAUSAL)), *(r for r in CAUSAL if r in recorded)]:
+        for routing in [*sorted(recorded - set(CAUSAL_ROUTINGS)), *(r for r in CAUSAL_ROUTINGS if r in recorded)]:
             title = f"{name}, {routing}"
-            found.append(Loss(title, routing in CAUSAL, lambda run, m, n=name, r=routing: run.held_out(n, r, m)))
+            found.append(
+                Loss(title, routing in CAUSAL_ROUTINGS, lambda run, m, n=name, r=routing: run.held_out(n, r, m))
+            )
     return found
 
 
 def measured(finished: Finished) -> list[Loss]:
     """Those of `losses` that eta is stated for: training, and held out under causal routings.
 
-    Where no variant has routers every routing is the same, and "choice" is causal.
+    Where no variant has routers every routing is the same, and so causal.
     """
     every = losses(finished)
     causal = [loss for loss in every if loss.causal]
-    if not causal and all(run.causal_choice for run in finished.runs):
+    if not causal and all(run.unrouted for run in finished.runs):
         causal = every[1:]
     return [every[0], *causal]
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moma_jax.config_json import of_this_format
 from moma_jax.errors import InputError
+from moma_jax.router import CAUSAL, THRESHOLD
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, SCHEMA, records_of
 from moma_jax.studies.jobs import read_status, trained_elsewhere
@@ -70,7 +72,8 @@ class Run:
       start: what an upcycled run's seed had spent when the run began; zero for others.
       end: what was spent by the last train record, `start` included.
       curves: by measure, as recorded; empty without records.
-      causal_choice: no expert has to choose, so losses under "choice" are those under every routing.
+      unrouted: the routing under which a run whose experts need not choose was evaluated: its losses are those under
+        every routing. None where they choose.
       tokens_per_second: median over the train records; None without any.
     """
 
@@ -86,7 +89,7 @@ class Run:
     start: Spent
     end: Spent
     curves: dict[Measure, Curve]
-    causal_choice: bool
+    unrouted: str | None
     tokens_per_second: float | None
 
     @property
@@ -112,15 +115,20 @@ class Run:
     def held_out(self, eval_set: str, routing: str, modality: str = OVERALL) -> Curve | None:
         """The loss on an evaluation set; where no expert has to choose it is the same under every routing."""
         found = self.curves.get(Measure("eval", eval_set, routing, modality))
-        if found is None and self.causal_choice:
-            found = self.curves.get(Measure("eval", eval_set, "choice", modality))
+        if found is None and self.unrouted:
+            found = self.curves.get(Measure("eval", eval_set, self.unrouted, modality))
         return found
 
 
+def _unrouted(records: list[dict[str, Any]]) -> str | None:
+    """The routing of training, where losses under it are recorded as causal ones: with their perplexity."""
+    causal = (r["routing"] for r in records if r["kind"] == "eval" and "perplexity" in r)
+    return next((routing for routing in causal if routing not in (CAUSAL, THRESHOLD)), None)
+
+
 def _training_routing(config: dict[str, Any]) -> str:
-    """The routing of training by its name; configs of format 1 had a field for it."""
-    model = config.get("model", {})
-    return model.get("router", {}).get("rule") or model.get("routing", "choice")
+    """The routing rule of training by its name."""
+    return config.get("model", {}).get("router", {}).get("rule", "choice")
 
 
 def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
@@ -134,6 +142,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
     """
     home = RunDir(path)
     status, config, summary = read_status(path), *(_of_objects(home, *n) for n in OBJECTS.items())
+    config = of_this_format(config)
     start, records = _start(home), _records(home)
     train = [r for r in records if r["kind"] == "train"]
     curves = _curves(records, start, _training_routing(config))
@@ -160,7 +169,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
         start=start,
         end=_end(start, train),
         curves=curves,
-        causal_choice=any(r["kind"] == "eval" and r["routing"] == "choice" and "perplexity" in r for r in records),
+        unrouted=_unrouted(records),
         tokens_per_second=float(np.median(speeds)) if speeds else None,
     )
 

@@ -78,17 +78,23 @@ class Loaded:
     def _lacks(self, routing: str) -> str | None:
         """Why this model cannot be used under a routing, and the remedy."""
         rule, config = self.config.model.router, self.config
-        known = (rule.training_name, *dict.fromkeys((CAUSAL, THRESHOLD, *rule.causal)))
+        known = (rule.training_name, CAUSAL, THRESHOLD)
         if routing not in known:
             return f"{routing!r} is none of {', '.join(known)}"
         if routing == rule.training_name:
             return None
-        rules = [(group.name, depth_rule(config.model) if group.gated else rule) for group in config.routed]
-        lacking = (own.lacks(routing, self.routing_state.get(name, {})) for name, own in rules)
-        reason = next((reason for reason in lacking if reason is not None), None)
+        reason = lacks(config, routing, self.routing_state)
         if reason is not None and routing == CAUSAL and self.refused is not None:
             return self.refused
         return reason and f"{self.run} has {reason}".replace("RUN", self.run)
+
+
+def lacks(config: Config, routing: str, routing_state: Any) -> str | None:
+    """What a model lacks to be used under a causal routing, to stand behind "RUN has "; None where nothing."""
+    model = config.model
+    rules = [(group.name, depth_rule(model) if group.gated else model.router) for group in config.routed]
+    lacking = (rule.lacks(routing, routing_state.get(name, {})) for name, rule in rules)
+    return next((reason for reason in lacking if reason is not None), None)
 
 
 def config_of(run: str) -> Config:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny
+from top_two import TopTwo, first_come
 
 from moma_jax import bench
 from moma_jax.bench import step as step_bench
@@ -19,6 +20,7 @@ from moma_jax.cost import cost
 from moma_jax.errors import InputError
 from moma_jax.model import moe
 from moma_jax.model.parameters import weights_of
+from moma_jax.recipes import override
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +227,20 @@ def test_generate_measures_mixture_of_depths():
     layer, whole = 4 * d * d + 4 * d + 2 * d + 3 * d * hidden, 2 * (8 + 6 // 2) * 2 * d
     least = 4 * (d + d * config.vocabulary_size + 2 * (layer + whole + 2 * d))
     assert least < dense["bytes_per_step"] < least + 4 * 2 * (layer + whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule, per_token", [("threshold", None), (TopTwo(), 2.0)])
+def test_generate_writes_as_the_routing_rule_decides(rule, per_token):
+    config = override(tiny(), {"model.router": rule})
+    figures = bench.bench_generate(config, ("2t2i",), batch=(2,), prompt=8, tokens=6, repeats=1)
+    assert per_token in (None, figures["rows"][2]["2t2i"]["experts_per_token"])
+
+
+@pytest.mark.slow
+def test_generate_refuses_a_rule_that_decides_nothing_by_itself():
+    with pytest.raises(InputError, match="model.router: the model has no causal decision"):
+        bench.bench_generate(override(tiny(), {"model.router": first_come}), ("2t2i",), batch=(2,), prompt=8, tokens=6)
 
 
 @pytest.mark.parametrize("name", ["prompt", "tokens", "repeats", "batch"])

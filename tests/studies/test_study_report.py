@@ -412,6 +412,17 @@ def test_a_run_of_another_config_in_the_study(fast, tmp_path, fields):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_in_format_1_is_the_studys_where_its_routing_is(fast, tmp_path):
+    path = Path(jobs(fast)[1].config.run.dir) / "config.json"
+    config = json.loads(path.read_text()) | {"format_version": 1}
+    del config["model"]["router"]
+    write_json(path, config)
+    assert write_report(fast, str(tmp_path / "out"), {})["finished"] == 2
+    change("config.json", model__routing="threshold")(path.parent)
+    with pytest.raises(InputError, match="model.router.rule is threshold and choice in the study"):
+        write_report(fast, str(tmp_path / "again"), {})
+
+
 def test_settings_that_change_no_data_may_differ(fast, tmp_path):
     path = Path(jobs(fast)[1].config.run.dir)
     change("config.json", data__prefetch=9, data__cache_bytes=5, train__log_every=7)(path)

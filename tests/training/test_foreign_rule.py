@@ -125,6 +125,8 @@ def test_its_code_runs_only_where_it_is_named(home, capsys):
         assert code == 2 and err.count("\n") == 1 and "my_rule.py:TopTwo" in err, err
     with pytest.raises(InputError, match="my_rule.py:TopTwo"):
         moma_jax.load("runs/whole", router="choice")
+    code, out, _ = moma(capsys, "show", "runs/whole")
+    assert code == 0 and "unknown parameters" in out  # its score network is its own
     code, out, _ = moma(capsys, "cost", "runs/whole", "--model.router", "my_rule.py:TopTwo", "--json")
     assert code == 0 and json.loads(out)
 
