@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow_but
 from tiny import tiny
 from top_two import TopTwo, first_come
 
@@ -119,6 +120,7 @@ def test_an_update_that_does_not_fit_is_measured_in_fewer_groups(monkeypatch):
     assert step_bench._with_rows(config, rows).train.batch_rows == rows
 
 
+@pytest.mark.slow
 def test_ffn_is_compared_with_dense():
     result = bench.bench_ffn("2t2i+1x", width=8, hidden=16, tokens=32, repeats=2)
     assert result["time_over_dense"] == pytest.approx(result["ffn_seconds"] / result["dense_seconds"])
@@ -130,7 +132,7 @@ def test_ffn_is_compared_with_dense():
         bench.bench_ffn("9z", tokens=32)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "1t1i", "2t2i+1x"])
+@pytest.mark.parametrize("ffn", slow_but("2t2i+1x", of=["dense", "1t1i", "2t2i+1x"]))
 def test_pieces_make_up_the_layer(ffn):
     """Dispatch, experts and combination, one after the other, give the layer's output."""
     case = _half_and_half(ffn, 8, 16, 32)
@@ -196,6 +198,7 @@ def generated():
     return bench.bench_generate(tiny(), ("dense", "2t2i+1x"), batch=(1, 4), prompt=8, tokens=6, repeats=2)
 
 
+@pytest.mark.slow
 def test_generate_compares_with_dense(generated):
     assert list(generated["rows"]) == [1, 4] and generated["bandwidth"] > 0
     for variants in generated["rows"].values():
@@ -210,6 +213,7 @@ def test_generate_compares_with_dense(generated):
     assert "experts/token" in text and text.count("dense") >= 2
 
 
+@pytest.mark.slow
 def test_generate_counts_the_bytes_of_a_step(generated):
     config, rows, position = tiny(model_ffn="dense"), 4, 8 + 6 // 2
     d, hidden, layers = config.model.width, config.model.hidden, config.model.layers
@@ -218,6 +222,7 @@ def test_generate_counts_the_bytes_of_a_step(generated):
     assert generated["rows"][4]["dense"]["bytes_per_step"] == 4 * (weights + cache)
 
 
+@pytest.mark.slow
 def test_generate_measures_mixture_of_depths():
     config = tiny(model_layers=4)
     figures = bench.bench_generate(config, ("mod+dense", "mod+2t2i"), batch=(2,), prompt=8, tokens=6, repeats=1)

@@ -163,6 +163,7 @@ def documents(path):
     return path
 
 
+@pytest.mark.slow
 def test_a_converted_run_is_upcycled_and_begun_from(run, tmp_path):
     store = str(tmp_path / "store")
     lines = documents(tmp_path / "documents.jsonl")

@@ -71,6 +71,7 @@ def test_the_gap_is_the_share_by_which_causal_losses_lie_higher(run):
     assert evaluate(run[0].run.dir, routing=("threshold",))["gap_percent"] == {}
 
 
+@pytest.mark.slow
 def test_what_cannot_see_the_future_has_a_perplexity_and_no_gap(tmp_path):
     config = tiny(tmp_path, train_steps=1, model_ffn="1t1i")
     assert list(train(config, quiet=True)["eval"]["heldout"]) == ["choice", "gap_percent", "unigram"]
@@ -82,6 +83,7 @@ def test_what_cannot_see_the_future_has_a_perplexity_and_no_gap(tmp_path):
         assert result[routing]["experts_per_token"] == result["choice"]["experts_per_token"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_a_select_function_of_its_own_has_choice_alone(tmp_path):
     state = {name: {"calls": np.zeros(2, np.float32)} for name in ("text", "image")}
     config = tiny(tmp_path / "a", train_steps=1)

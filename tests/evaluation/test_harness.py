@@ -192,6 +192,7 @@ def test_contexts_are_cut_to_leave_room_and_alike_requests_go_together(model, mo
     assert seen[0][0][0][0] == 0 and np.array_equal(seen[1][0][0], [0, *model._text.encode(LONG * 3)[-23:]])
 
 
+@pytest.mark.slow
 def test_written_text_is_the_models_likeliest(model, peaky):
     """Greedy, token by token from full logits over ids that have letters; a string or the number of tokens stops it."""
     context, tokens = "a red circle", 6
@@ -247,6 +248,7 @@ def tasks(tmp_path_factory):
     return folder, documents
 
 
+@pytest.mark.slow
 def test_the_harness_gets_the_numbers_that_plain_sums_give(model, peaky, tasks):
     folder, documents = tasks
     results = evaluate_tasks(model, [str(folder)], bootstrap_iters=0)["results"]
@@ -267,6 +269,7 @@ def test_the_harness_gets_the_numbers_that_plain_sums_give(model, peaky, tasks):
     assert results["tiny_generate_until"]["exact_match,none"] == 0.0  # two updates teach nothing
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(run, tasks, tmp_path, capsys):
     out = tmp_path / "results.json"
     folder = tmp_path / "tasks"
@@ -327,8 +330,8 @@ def test_what_goes_wrong_later_is_one_line_too(tmp_path, monkeypatch, capsys, er
     [
         (["nowhere", "--tasks", "piqa"], "nowhere: no config.json"),
         (["RUN", "--tasks", "piquant"], "piquant: the lm-evaluation-harness has no such task"),
-        (["RUN", "--tasks", "."], "no task files there"),
-        (["RUN", "--tasks", "piqa"], "the data of piqa cannot be had"),
+        pytest.param(["RUN", "--tasks", "."], "no task files there", marks=pytest.mark.slow),
+        pytest.param(["RUN", "--tasks", "piqa"], "the data of piqa cannot be had", marks=pytest.mark.slow),
         (["RUN", "--tasks", "piqa", "--out", "no/where.json"], "no such folder"),
         (["RUN", "--tasks", "piqa", "--batch-size", "0"], "batch_size: 0"),
     ],
@@ -347,6 +350,7 @@ def test_a_run_without_a_tokenizer_is_refused(tmp_path):
         MomaLM(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_harness_knows_the_papers_tasks():
     from lm_eval.tasks import TaskManager
 

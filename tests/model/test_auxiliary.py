@@ -140,6 +140,7 @@ def test_routers_begin_undecided_and_learn():
     assert (right_M > 0.8 * taken_M).all() and (right_M > 0.8 * predicted_M).all()
 
 
+@pytest.mark.slow
 def test_a_run_with_auxiliary_routers_records_them_and_is_causal(tmp_path):
     moma_jax.train(tiny(tmp_path, train_steps=2, model_router=Choice(auxiliary=True)), quiet=True)
     record = next(r for r in moma_jax.read_metrics(tmp_path) if r["kind"] == "train")

@@ -12,6 +12,7 @@ from tiny import MODALITIES, tiny
 
 from moma_jax.model import decode
 from moma_jax.model.decoder import causal_decoder, first_routing_state
+from moma_jax.router import CAUSAL
 from moma_jax.routers.choice import Choice
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
@@ -80,7 +81,7 @@ def cached(model, routing, rows, splits, positions=SEQUENCE):
     return [np.concatenate(pieces) for pieces in hidden]
 
 
-@pytest.mark.parametrize("routing", ["causal", "threshold"])
+@pytest.mark.parametrize("routing", slow_but("threshold", of=["causal", "threshold"]))
 @pytest.mark.parametrize("ffn", slow_but("4t4i+1x", of=VARIANTS))
 def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
     model = model_of(ffn)
@@ -97,11 +98,11 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
 class Above(Choice):
     """A rule with a causal decision of its own, which notes who enters."""
 
-    causal: ClassVar[tuple[str, ...]] = ("above",)
+    causal: ClassVar[tuple[str, ...]] = (CAUSAL,)
     noted: ClassVar[list[np.ndarray]] = []
 
     def decide(self, score, state, routing):
-        assert routing == "above"
+        assert routing == CAUSAL
         enters_NE = score.plain_TE > 0.3
         jax.debug.callback(lambda enters_NE: self.noted.append(np.asarray(enters_NE)), enters_NE, ordered=True)
         return enters_NE, 2 * jax.nn.sigmoid(score.logit_TE)
@@ -122,14 +123,15 @@ def test_whole_rows_and_cached_decoding_decide_by_the_same_rule():
         pieces = [np.stack(step).reshape(calls, len(token_BS), -1, 2) for step in steps]
         return result, np.concatenate(pieces, axis=2)
 
-    (expected_BSD, taken_3), enters_XBSE = noted(lambda: forced(model, "above", token_BS))
+    (expected_BSD, taken_3), enters_XBSE = noted(lambda: forced(model, CAUSAL, token_BS))
     assert np.all(taken_3 > 0)
     for splits in ([SEQUENCE], [1] * SEQUENCE):
-        found_BSD, same_XBSE = noted(lambda splits=splits: cached(model, "above", list(token_BS), splits))
+        found_BSD, same_XBSE = noted(lambda splits=splits: cached(model, CAUSAL, list(token_BS), splits))
         np.testing.assert_array_equal(same_XBSE, enters_XBSE)
         np.testing.assert_allclose(found_BSD, expected_BSD, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_pre_norm_and_blocks_of_many_tokens():
     for norm in ("pre", "swin"):
         model = model_of("2t2i+1x", norm)
@@ -154,6 +156,7 @@ def test_a_rewound_row_forgets():
     assert cache.length_B.tolist() == [7]
 
 
+@pytest.mark.slow
 def test_a_rewound_row_forgets_layers_that_it_does_not_enter():
     """Images alone enter the even layers; behind the place to which the row goes back text comes first."""
     config, params, state = model_of("mod+2t2i")

@@ -132,7 +132,7 @@ def test_jitter_does_not_change_with_the_step_but_with_the_run():
     assert (index[0] != index[2]).any() and (index[0][0] != index[0][1]).any()
 
 
-@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("norm", slow_but("pre", of=["swin", "pre"]))
 def test_gradients_are_finite_with_padded_rows_and_equal_under_every_remat(norm):
     inputs = list(rows())
     inputs[1][2:4] = 0  # a routing group of padding

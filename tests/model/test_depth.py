@@ -121,8 +121,9 @@ class OfDepth(Choice):
         return routed._replace(selection=chosen._replace(gate_EC=chosen.filled_EC.astype(jnp.float32)))
 
 
-@pytest.mark.parametrize("by", slow_but(AWARE, of=[AWARE, BLIND]))
-@pytest.mark.parametrize("ffn", slow_but("3t2i+1x", of=["3t2i+1x", "dense"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [AWARE, BLIND])
+@pytest.mark.parametrize("ffn", ["3t2i+1x", "dense"])
 def test_everyone_at_gate_one_is_the_plain_model(ffn, by):
     with jax.enable_x64(True):
         plain = make(ffn=ffn, norm="pre", dtype="float64", layers=4)
@@ -173,6 +174,7 @@ def test_modalities_keep_their_share_of_the_quotas():
     assert depth_shape(blind, MODALITIES, (160, 20), number, sequence).inside.quotas == (48, 20)
 
 
+@pytest.mark.slow
 def test_more_padding_and_other_microbatches_change_nothing():
     decoder = decoder_with("mod+2t2i")
     params, real = random_params(decoder), rows()[1] > 0
@@ -185,7 +187,7 @@ def test_more_padding_and_other_microbatches_change_nothing():
     jax.tree.map(np.testing.assert_array_equal, longer.report, before.report)
 
 
-@pytest.mark.parametrize("remat", slow_but("dots", of=["dots", "full"]))
+@pytest.mark.parametrize("remat", slow_but("full", of=["dots", "full"]))
 def test_remat_changes_nothing(remat):
     params = None
     grads = []

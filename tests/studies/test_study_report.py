@@ -483,6 +483,7 @@ def test_the_command_writes_beside_the_runs_and_asks_for_no_device(fast, tmp_pat
     assert len(capsys.readouterr().err.splitlines()) == 1 and (made / "report.md").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_trained(tmp_path):
     study = Study(tiny(), (Variant("2t2i", {}),), "2t2i", tokens=8 * PER_UPDATE, dir=str(tmp_path / "runs"))
     train(jobs(study)[0].config, quiet=True)

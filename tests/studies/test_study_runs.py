@@ -51,6 +51,7 @@ def copy(complete, tmp_path):
     return dataclasses.replace(complete[0], dir=str(tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_a_study_leaves_ordinary_runs(complete):
     study, outcomes = complete
     assert outcomes == {"dense-0": "complete", "grown-0": "complete"} and states(study) == ["complete"] * 2
@@ -65,6 +66,7 @@ def test_a_study_leaves_ordinary_runs(complete):
     assert ancestry["seed_tokens"] == 3 * 128
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_not_made_again(complete):
     study, outcomes = complete
     before = files(study.dir)
@@ -73,6 +75,7 @@ def test_what_is_complete_is_not_made_again(complete):
     assert states(more) == ["complete", "complete", "new"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,6 +95,7 @@ def test_another_config_is_refused_before_the_first_run(copy, change, message):
     assert files(copy.dir) == before and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_files_that_are_no_run_of_the_study_are_left_alone(copy):
     (Path(copy.dir) / "2t2i-0").mkdir()
     (Path(copy.dir) / "2t2i-0" / "metrics.jsonl").write_text("step,loss")
@@ -118,6 +122,7 @@ def test_a_seed_that_cannot_grow_is_refused_before_it_is_trained(tmp_path, seed,
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_that_another_process_made_meanwhile(copy, monkeypatch):
     """Both saw a finished seed run; the slower one goes on with what the faster one made."""
     run_dir = Path(copy.dir) / "grown-0"
@@ -131,6 +136,7 @@ def test_an_upcycled_run_that_another_process_made_meanwhile(copy, monkeypatch):
     assert say_nothing(copy, index=1) == {"grown-0": "complete"}
 
 
+@pytest.mark.slow
 def test_a_run_of_another_process_is_left_to_it(copy, capsys):
     shutil.rmtree(f"{copy.dir}/dense-0")
     with RunDir(f"{copy.dir}/dense-0").locked():
@@ -140,6 +146,7 @@ def test_a_run_of_another_process_is_left_to_it(copy, capsys):
     assert not (Path(copy.dir) / "dense-0" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_whose_seed_another_process_trains_is_left_to_it(copy):
     shutil.rmtree(f"{copy.dir}/grown-0")
     shutil.rmtree(f"{copy.dir}/grown-0-seed")
@@ -148,6 +155,7 @@ def test_an_upcycled_run_whose_seed_another_process_trains_is_left_to_it(copy):
     assert not (Path(copy.dir) / "grown-0").exists()
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_that_was_half_begun_is_begun_again(copy):
     """Killed before `upcycle` had written everything: the seed run is there, and must not be replaced by noise."""
     run_dir = Path(copy.dir) / "grown-0"
@@ -177,6 +185,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch, error
     assert trained == [f"{tmp_path}/2t2i-0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "left"), [(2, "stopped"), (6, "complete")])
 def test_a_signal_ends_the_study_even_where_it_comes_at_a_runs_last_step(tmp_path, monkeypatch, batch, left):
     def send(number, content):

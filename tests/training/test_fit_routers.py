@@ -113,6 +113,7 @@ def test_routers_learn_and_say_how_well_they_predict(whole):
     assert settings == dataclasses.asdict(dataclasses.replace(SETTINGS, batch_rows=8))
 
 
+@pytest.mark.slow
 def test_the_data_go_on_where_training_ended(whole, run, monkeypatch):
     config, seen = moma_jax.recipe(run), []
 
@@ -181,6 +182,7 @@ def _broken(params):
     return params | {"embedding": jax.tree.map(lambda x: x * np.nan, params["embedding"])}
 
 
+@pytest.mark.slow
 def test_or_the_update_is_skipped(run, monkeypatch):
     config, numbers, received = json.loads((run / "config.json").read_text()), itertools.count(1), []
     config["train"]["on_nan"] = "skip"
@@ -292,6 +294,7 @@ def test_other_settings_and_another_step_are_refused_until_told(capsys, whole, t
     assert "causal" in load(str(run)).routings
 
 
+@pytest.mark.slow
 def test_routers_of_another_model_are_not_used(whole, capsys, tmp_path):
     path = tmp_path / "run"
     moma_jax.train(tiny(path, train_seed=5), quiet=True)

@@ -95,6 +95,7 @@ def test_killed_and_resumed_it_is_bit_for_bit_the_same(home):
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
 
 
+@pytest.mark.slow
 def test_eight_devices_do_the_same(home):
     code = (
         "import moma_jax\nmesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.expert': 2, 'run.dir': 'runs/mesh'}\n"
@@ -139,6 +140,7 @@ def test_cost_counts_what_it_takes(home):
     assert experts[0] == 2 * experts[1]  # every token enters two of its group's experts instead of one
 
 
+@pytest.mark.slow
 def test_a_study_compares_it_from_the_command_line(home, capsys):
     (home / "routers.py").write_text(
         "from moma_jax import recipes\nfrom moma_jax.studies import Study, Variant\n\n\ndef study():\n"
@@ -156,6 +158,7 @@ def test_a_study_compares_it_from_the_command_line(home, capsys):
     assert rules == {"choice", "my_rule.py:TopTwo"}
 
 
+@pytest.mark.slow
 def test_the_short_form_is_named_too_and_says_that_it_is_not_causal(home, capsys):
     shutil.copy(ROOT / "tests" / "helpers" / "top_two.py", home / "short.py")
     words = ("--model.router", "short.py:first_come", "--run.dir", "runs/short", "--train.steps", "2")

@@ -131,6 +131,7 @@ def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
         moma_jax.train(whole[0], select=my_choice)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_anothers_weights(whole, tmp_path):
     config = tiny(tmp_path, run_init_from=whole[0].run.dir, train_steps=1, optimizer_peak_lr=1e-12, optimizer_end_lr=0)
     moma_jax.train(config, quiet=True)
@@ -193,6 +194,7 @@ def profiled_steps(run):
     return sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train")
 
 
+@pytest.mark.slow
 def test_steps_are_profiled_also_where_a_run_ends_or_goes_on_among_them(tmp_path, monkeypatch):
     def send(batch_number, batch):
         if batch_number == 3:

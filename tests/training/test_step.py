@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import output, spawn
+from tiers import slow_but
 from tiny import tiny
 
 from moma_jax import sharding
@@ -74,7 +75,7 @@ def test_an_update_lowers_the_loss_of_its_own_batch():
     assert losses[-1] < 0.8 * losses[0] and int(state.step) == 20
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", slow_but(np.inf, of=[np.nan, np.inf]))
 def test_an_update_that_is_not_finite_changes_only_the_step(poison):
     program, state, batches = start(tiny())
     batch = next(batches).batch
@@ -105,6 +106,7 @@ def test_the_state_keeps_its_types():
         assert (state["count"], bool(state["flag"]), state["mean"]) == (count, True, mean)
 
 
+@pytest.mark.slow
 def test_a_whole_number_state_stays_one_and_a_select_loss_is_guarded():
     config = tiny(train_accumulate=2, model_router=as_rule(counting))
     program = make_program(config)

@@ -34,7 +34,7 @@ def grow(before, after):
         pytest.param("2t2i", "4t4i", "pre", 0.5, 1 / 2, marks=pytest.mark.slow),
         ("2t2i", "2t4i", "pre", 0.5, (1, 1 / 2)),
         pytest.param("1t1i+2x", "2t2i+2x", "pre", 1.0, 1, marks=pytest.mark.slow),
-        ("mod+1t1i", "mod+4t4i", "pre", 1.0, 1 / 2),
+        pytest.param("mod+1t1i", "mod+4t4i", "pre", 1.0, 1 / 2, marks=pytest.mark.slow),
     ],
 )
 def test_logits_from_other_seeds(before, after, norm, capacity, scale):
@@ -95,6 +95,7 @@ def test_experts_lie_side_by_side_and_routers_go_with_them():
         np.testing.assert_array_equal(new[name], np.repeat(old[name], 2, axis=axis))
 
 
+@pytest.mark.slow
 def test_noise_on_copied_experts():
     before, after = tiny(model_ffn="1t2i", model_hidden=64), tiny(model_ffn="4t2i", model_hidden=64)
     plain, copied = jax.device_get(grow(before, after)[3].params), copied_groups(before, after)
@@ -112,6 +113,7 @@ def test_noise_on_copied_experts():
     assert perturbed(plain, {}, 0.0, 0) is plain
 
 
+@pytest.mark.slow
 def test_a_copys_gradient_is_as_moments_are_scaled():
     """Where all copies take all tokens the factors are exact: 1/k, and 1/(k scale) of the down-projection."""
     configs = [tiny(model_ffn=ffn, model_capacity=1.0, model_norm="pre") for ffn in ("1t1i", "4t4i")]

@@ -136,7 +136,8 @@ def store(tmp_path_factory):
     return path, tuple(dataclasses.replace(m, size=size) for m, size in zip(modalities, sizes, strict=True))
 
 
-@pytest.mark.parametrize("rows", slow_but(6, of=[4, 6]))
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 6])
 def test_no_document_is_seen_twice(store, tmp_path, monkeypatch, rows):
     """Neither where the new run's batches are larger."""
     path, modalities = store
@@ -180,6 +181,7 @@ def undisturbed(seeds, tmp_path_factory):
     return config, moma_jax.train(config, quiet=True)
 
 
+@pytest.mark.slow
 def test_training_goes_on_afresh(seed, undisturbed):
     config, summary = undisturbed
     assert summary["steps"] == 4 and summary["final"]["tokens"] == 4 * 128  # counters begin anew
@@ -194,6 +196,7 @@ def test_training_goes_on_afresh(seed, undisturbed):
     assert moma_jax.train(config, quiet=True) == json.loads(json.dumps(summary))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", slow_but(3, of=[1, 3]))
 def test_a_run_that_is_killed_goes_on(seed, undisturbed, tmp_path, monkeypatch, at):
     """Before its first own checkpoint, and after it."""
@@ -216,6 +219,7 @@ def test_a_run_that_is_killed_goes_on(seed, undisturbed, tmp_path, monkeypatch, 
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path), parameters(calm.run.dir))
 
 
+@pytest.mark.slow
 def test_a_converted_seed_has_no_position_in_the_data(tmp_path):
     """Parameters alone: any data of the same ids will do."""
     seed = tiny(tmp_path / "seed", model_ffn="dense")
@@ -295,6 +299,7 @@ def test_a_seed_that_is_none(seed, tmp_path):
     assert not (tmp_path / "new").exists() and not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.slow
 def test_the_directory_must_be_free(seed, undisturbed, tmp_path):
     for taken in (seed, undisturbed[0]):
         before = {name: RunDir(taken.run.dir).read(name) for name in ("config.json", "metrics.jsonl")}
