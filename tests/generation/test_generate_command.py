@@ -17,7 +17,9 @@ from moma_jax.commands.generate import Generate, arranged
 from moma_jax.data.directory import Directory
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
+from moma_jax.generation.files import held
 from moma_jax.generation.prompts import language_of
+from moma_jax.generation.terminal import Terminal
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_directories_that_cannot_be_renamed_are_written_into(moma, tmp_path, mon
 def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_path, monkeypatch):
     def intrude(run, step=None, router=None):
         assert (tmp_path / "out" / ".writing").exists()
-        with pytest.raises(InputError, match="out is being written, or was left unfinished"), command._held("out"):
+        with pytest.raises(InputError, match="out is being written, or was left unfinished"), held("out"):
             pass
         (tmp_path / "out" / "000-0.png").write_bytes(b"mine")
         return loaded
@@ -226,7 +228,7 @@ def test_options_given_again_add_up(moma, tmp_path):
 
 
 def test_a_pipe_has_a_new_line_where_a_picture_stood(monkeypatch, capsys):
-    terminal = command._Terminal(stream=True)
+    terminal = Terminal(stream=True)
     for show in ("a red", Image.new("RGB", (4, 4)), "and", Codes("sound", np.arange(3)), "blue"):
         terminal.text(show) if isinstance(show, str) else terminal.picture(show)
     terminal.finish([])
