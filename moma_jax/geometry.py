@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import NamedTuple
 
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.errors import InputError
@@ -28,6 +28,17 @@ class GroupSlots:
     slots: int
     everywhere: bool = False
     """Every token simply passes the one expert: nothing is dispatched."""
+
+
+class GroupRows(NamedTuple):
+    """A routing group as a layer sees it: `rows` rows of `sequence` positions, with at most `quotas` tokens of each
+    modality. `everyone`: experts have a slot for every token, as under causal routings, whatever the quotas."""
+
+    modalities: tuple[Modality, ...]
+    quotas: tuple[int, ...]
+    rows: int
+    sequence: int
+    everyone: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,18 +67,9 @@ def depth_rule(model: ModelConfig) -> Router:
     return model.router.for_depth() or Choice()
 
 
-def layer_shape(
-    model: ModelConfig,
-    modalities: tuple[Modality, ...],
-    quotas: tuple[int, ...],
-    rows: int,
-    sequence: int,
-    everyone: bool = False,
-) -> LayerShape:
-    """The layer that all tokens enter, in routing groups of `rows` rows of `sequence` positions.
-
-    `everyone`: experts have a slot for every token, as under causal routings, whatever the quotas.
-    """
+def layer_shape(model: ModelConfig, own: GroupRows) -> LayerShape:
+    """The layer that all tokens enter."""
+    modalities, quotas, rows, sequence, everyone = own
     layout, tokens = parse_ffn(model.ffn, modalities), rows * sequence
     groups = []
     for group in layout.groups + layout.shared:
@@ -79,33 +81,26 @@ def layer_shape(
     return LayerShape(sequence, tokens, quotas, tuple(groups))
 
 
-def depth_shape(
-    model: ModelConfig,
-    modalities: tuple[Modality, ...],
-    quotas: tuple[int, ...],
-    rows: int,
-    sequence: int,
-    everyone: bool = False,
-) -> DepthShape:
+def depth_shape(model: ModelConfig, own: GroupRows) -> DepthShape:
     """A layer of mixture of depths in a model of such routing groups. floor(share * S) tokens of a row enter, more
     where the rule has slack.
 
     Where tokens of all modalities are ranked together, or a rule lets tokens in one by one, all that enter may be of
     one modality; where each is ranked by itself, what enters keeps that share of the quotas.
     """
+    modalities, quotas, rows, sequence, everyone = own
     rule, share = depth_rule(model), Fraction(model.depth_capacity).limit_denominator(10000)
     routers = []
     for group in depth_groups(model.depth_by, modalities):
         quota = Quota(min(sequence, sum(quotas[m] for m in group.modalities)), share, down=True)
         routers.append(GroupSlots(group, quota, sequence if everyone else rule.slots(quota, sequence)))
     if everyone:
-        inside = layer_shape(model, modalities, quotas, rows, sequence, everyone)
-        return DepthShape(share, tuple(routers), inside)
+        return DepthShape(share, tuple(routers), layer_shape(model, own))
     full = Quota(sequence, share, down=True)
     slots = rule.slots(full, sequence)
     exact = model.depth_by == "modality" and rule.exact
     entering = tuple(min(rows * slots, math.floor(share * q) if exact else q) for q in quotas)
-    return DepthShape(share, tuple(routers), layer_shape(model, modalities, entering, rows, slots))
+    return DepthShape(share, tuple(routers), layer_shape(model, own._replace(quotas=entering, sequence=slots)))
 
 
 def group_capacity(model: ModelConfig, group: ExpertGroup) -> Fraction:
@@ -118,16 +113,16 @@ def group_capacity(model: ModelConfig, group: ExpertGroup) -> Fraction:
 
 def layer_of(config: Config) -> LayerShape:
     """The layer of a config that all tokens enter."""
-    return layer_shape(config.model, *_rows_of(config))
+    return layer_shape(config.model, _rows_of(config))
 
 
 def depth_of(config: Config) -> DepthShape | None:
     """The layer of a config that some tokens enter; None where there is none."""
-    return depth_shape(config.model, *_rows_of(config)) if config.experts.depth else None
+    return depth_shape(config.model, _rows_of(config)) if config.experts.depth else None
 
 
-def _rows_of(config: Config) -> tuple[Any, ...]:
-    return config.data.modalities, config.quotas, config.data.group_rows, config.data.sequence
+def _rows_of(config: Config) -> GroupRows:
+    return GroupRows(config.data.modalities, config.quotas, config.data.group_rows, config.data.sequence)
 
 
 # Microbatches and shards ----------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from moma_jax.config import MeshConfig
 from moma_jax.generation.generate import generate
 from moma_jax.generation.output import Output
 from moma_jax.training.load import Loaded
@@ -21,14 +21,7 @@ class GenerativeModel(Loaded):
         return generate(self, prompts, **settings)
 
 
-def load(
-    run: str,
-    *,
-    step: int | None = None,
-    router: Any = None,
-    fitted: bool = True,
-    mesh: MeshConfig | None = None,
-) -> GenerativeModel:
-    """The model of a run; arguments and errors are those of `moma_jax.training.load.load`."""
-    loaded = load_model(run, step=step, router=router, fitted=fitted, mesh=mesh)
+@functools.wraps(load_model)
+def load(run: str, **settings: Any) -> GenerativeModel:
+    loaded = load_model(run, **settings)
     return GenerativeModel(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})

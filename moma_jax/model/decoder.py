@@ -19,7 +19,7 @@ import numpy as np
 from moma_jax import sharding
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.ffn import parse_ffn
-from moma_jax.geometry import DepthShape, LayerShape, depth_rule, depth_shape, layer_shape, require_shards
+from moma_jax.geometry import DepthShape, GroupRows, LayerShape, depth_rule, depth_shape, layer_shape, require_shards
 from moma_jax.model.attention import rotary_angles
 from moma_jax.model.block import Context, rematerialised, rms_norm
 from moma_jax.model.depth import Pair, of_layers, of_pairs
@@ -143,11 +143,14 @@ class Decoder(nn.Module):
 
     def shape(self, sequence: int) -> LayerShape:
         """Quotas and slots for rows of `sequence` positions."""
-        return layer_shape(self.model, self.modalities, self.quotas, self.group_rows, sequence, self.causal is not None)
+        return layer_shape(self.model, self._rows(sequence))
 
     def depth(self, sequence: int) -> DepthShape:
         """The same of a layer of mixture of depths."""
-        return depth_shape(self.model, self.modalities, self.quotas, self.group_rows, sequence, self.causal is not None)
+        return depth_shape(self.model, self._rows(sequence))
+
+    def _rows(self, sequence: int) -> GroupRows:
+        return GroupRows(self.modalities, self.quotas, self.group_rows, sequence, everyone=self.causal is not None)
 
     def tokens(self, segment_BS, modality_BS, group_G) -> RoutingTokens:
         """What routing knows about each token, the same in every layer that all tokens enter."""

@@ -19,7 +19,7 @@ from moma_jax import cost, sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.ffn import parse_ffn
-from moma_jax.geometry import depth_shape
+from moma_jax.geometry import GroupRows, depth_shape
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.model.depth import by_token, ordered
 from moma_jax.router import Quota, Selection
@@ -163,7 +163,7 @@ def test_modalities_keep_their_share_of_the_quotas():
         text = rng.integers(0, number * sequence + 1)
         modality_BS = rng.permutation(np.arange(number * sequence) >= text).reshape(number, sequence)
         quotas = (text, number * sequence - text)
-        shape = depth_shape(model, MODALITIES, quotas, number, sequence)
+        shape = depth_shape(model, GroupRows(MODALITIES, quotas, number, sequence))
         inside = shape.inside.quotas
         assert shape.inside.sequence == 12
         row = Quota(sequence, share, down=True)
@@ -171,7 +171,7 @@ def test_modalities_keep_their_share_of_the_quotas():
             assert sum(row.take(int(c)) for c in (modality_BS == m).sum(axis=1)) <= inside[m]
         assert all(sum(row.take(int((own == m).sum())) for m in range(2)) <= 12 for own in modality_BS)
     blind = dataclasses.replace(model, depth_by="all")
-    assert depth_shape(blind, MODALITIES, (160, 20), number, sequence).inside.quotas == (48, 20)
+    assert depth_shape(blind, GroupRows(MODALITIES, (160, 20), number, sequence)).inside.quotas == (48, 20)
 
 
 @pytest.mark.slow
