@@ -37,8 +37,8 @@ MESHES = {
 WHOLE = "4t4i"
 """The layout that is tried on every mesh; the others are on `SOME`."""
 SOME = ("data_fsdp_expert", "fsdp_expert_tensor", "data_expert")
-FAST = ("mod+2t2i", "data_fsdp_expert")
-"""The layout and mesh of the fast tier: each axis but tensor, microbatches, mixture of depths."""
+FAST = ("4t4i", "data_fsdp_expert")
+"""The layout and mesh of the fast tier: each axis but tensor, and microbatches."""
 STEPS = 20
 
 

@@ -35,6 +35,7 @@ def files(path):
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_input_that_fails_while_training_leaves_the_run(tmp_path, monkeypatch):
     def lose(number, batch):
         if number == 5:

@@ -117,6 +117,7 @@ def test_a_changed_config_is_refused_with_the_list(whole):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
     state = {name: {"calls": np.zeros(2, np.float32)} for name in ("text", "image")}
     config = tiny(tmp_path, train_steps=2)

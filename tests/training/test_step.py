@@ -63,6 +63,7 @@ def test_microbatches_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), parts_params, whole_params)
 
 
+@pytest.mark.slow
 def test_an_update_lowers_the_loss_of_its_own_batch():
     config = tiny(train_steps=100, optimizer_warmup_steps=0)
     program, state, batches = start(config)

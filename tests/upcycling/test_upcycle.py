@@ -1,6 +1,7 @@
 """A run with more experts goes on where its seed stopped: the same function, the next data, a record of where from."""
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -36,17 +37,21 @@ NORMS = ("swin", "pre")
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """Complete seed runs by norm placement."""
+    """Complete seed runs by norm placement, each trained when it is first asked for."""
     home = tmp_path_factory.mktemp("seeds")
-    configs = {norm: tiny(home / norm, model_ffn="1t1i", model_norm=norm, train_steps=4) for norm in NORMS}
-    for config in configs.values():
+
+    @functools.cache
+    def seed(norm):
+        config = tiny(home / norm, model_ffn="1t1i", model_norm=norm, train_steps=4)
         moma_jax.train(config, quiet=True)
-    return configs
+        return config
+
+    return seed
 
 
 @pytest.fixture
 def seed(seeds):
-    return seeds["swin"]
+    return seeds("swin")
 
 
 class Killed(BaseException):
@@ -60,11 +65,11 @@ def grown(directory, **fields):
 # The function ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", slow_but("pre", of=NORMS))
+@pytest.mark.parametrize("norm", slow_but("swin", of=NORMS))
 def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
     config = grown(tmp_path, model_capacity=1.0, model_norm=norm)
-    upcycle(seeds[norm].run.dir, config, quiet=True)
-    before, after = (moma_jax.load(str(path)) for path in (seeds[norm].run.dir, tmp_path))
+    upcycle(seeds(norm).run.dir, config, quiet=True)
+    before, after = (moma_jax.load(str(path)) for path in (seeds(norm).run.dir, tmp_path))
     assert (after.step, after.config.model.ffn) == (0, "4t4i")
     for name in ("text", "image"):
         assert not np.any(after.params["layers"]["ffn"][name]["router_DE"])
@@ -76,9 +81,9 @@ def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
 
 @pytest.mark.parametrize("norm", slow_but("swin", of=NORMS))
 def test_the_jump_is_that_of_the_held_out_losses(seeds, tmp_path, norm):
-    ancestry = upcycle(seeds[norm].run.dir, grown(tmp_path, model_norm=norm, router_gumbel=True), quiet=True)
+    ancestry = upcycle(seeds(norm).run.dir, grown(tmp_path, model_norm=norm, router_gumbel=True), quiet=True)
     jump = ancestry["jump"]
-    for run, name in ((seeds[norm].run.dir, "seed"), (str(tmp_path), "upcycled")):
+    for run, name in ((seeds(norm).run.dir, "seed"), (str(tmp_path), "upcycled")):
         found = moma_jax.evaluate(run, routing=("choice",))["choice"]
         for measure, value in jump[name].items():
             assert value == (None if found[measure] is None else pytest.approx(found[measure], rel=1e-5))
@@ -177,7 +182,7 @@ def test_no_document_is_seen_twice(store, tmp_path, monkeypatch, rows):
 @pytest.fixture(scope="module")
 def undisturbed(seeds, tmp_path_factory):
     config = grown(tmp_path_factory.mktemp("calm"), train_checkpoint_every=2, router_gumbel=True, train_eval_sets=())
-    upcycle(seeds["swin"].run.dir, config, quiet=True)
+    upcycle(seeds("swin").run.dir, config, quiet=True)
     return config, moma_jax.train(config, quiet=True)
 
 
