@@ -170,6 +170,7 @@ def test_out_must_be_new(folder, run, tmp_path):
     assert everything_below(tmp_path) == ["there"]
 
 
+@pytest.mark.slow
 def test_runs_that_are_no_chameleon_are_refused(folder, run, tmp_path):
     untrained_run(tiny(tmp_path / "routed"))
     text, image = tiny().data.modalities

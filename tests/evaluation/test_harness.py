@@ -93,6 +93,7 @@ def expected(loaded, ids, count):
     return sum(known_SV[np.arange(count), targets]), bool((known_SV.argmax(-1) == targets).all())
 
 
+@pytest.mark.slow
 def test_loglikelihoods_are_sums_over_the_continuation(model, peaky):
     pairs = [
         ("a red", " circle"),
@@ -114,6 +115,7 @@ def test_loglikelihoods_are_sums_over_the_continuation(model, peaky):
     assert answers[0] == answers[1] and answers[-1] == (0.0, True)
 
 
+@pytest.mark.slow
 def test_the_likeliest_continuation_is_greedy(model, peaky):
     ids = model._text.encode("a red circle").tolist()
     best = int(log_probabilities(peaky, [0, *ids])[-1].argmax())
@@ -122,6 +124,7 @@ def test_the_likeliest_continuation_is_greedy(model, peaky):
     assert [bool(scored.greedy_N[-1]) for scored in model._scorer(rows)] == [True, best == other]
 
 
+@pytest.mark.slow
 def test_a_token_across_the_boundary_counts_as_the_continuations(model, peaky):
     """Where one token joins both, the probability of that token is taken, given what is before it."""
     words = ["circle", "square", "star", "above", "below", "green", "left"]
@@ -136,6 +139,7 @@ def test_a_token_across_the_boundary_counts_as_the_continuations(model, peaky):
     np.testing.assert_allclose(value, expected(peaky, [0, *whole], len(whole) - common)[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_context_too_long_loses_its_beginning(model, peaky):
     continuation = " a red star"
     whole = [0, *model._text.encode(LONG * 3 + continuation).tolist()]
@@ -147,6 +151,7 @@ def test_a_context_too_long_loses_its_beginning(model, peaky):
         model.loglikelihood(requests("loglikelihood", ("a", LONG * 3)), disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_rolling_windows_predict_every_token_once(model, peaky):
     texts = ["a red circle", LONG * 3, ""]
     answers = model.loglikelihood_rolling(requests("loglikelihood_rolling", *((t,) for t in texts)), disable_tqdm=True)
@@ -176,6 +181,7 @@ def test_what_tasks_want_generated():
             wish_of(settings, 32)
 
 
+@pytest.mark.slow
 def test_contexts_are_cut_to_leave_room_and_alike_requests_go_together(model, monkeypatch):
     seen = []
 
@@ -325,13 +331,14 @@ def test_what_goes_wrong_later_is_one_line_too(tmp_path, monkeypatch, capsys, er
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nowhere", "--tasks", "piqa"], "nowhere: no config.json"),
         (["RUN", "--tasks", "piquant"], "piquant: the lm-evaluation-harness has no such task"),
-        pytest.param(["RUN", "--tasks", "."], "no task files there", marks=pytest.mark.slow),
-        pytest.param(["RUN", "--tasks", "piqa"], "the data of piqa cannot be had", marks=pytest.mark.slow),
+        (["RUN", "--tasks", "."], "no task files there"),
+        (["RUN", "--tasks", "piqa"], "the data of piqa cannot be had"),
         (["RUN", "--tasks", "piqa", "--out", "no/where.json"], "no such folder"),
         (["RUN", "--tasks", "piqa", "--batch-size", "0"], "batch_size: 0"),
     ],
@@ -344,6 +351,7 @@ def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, capsys, wo
     assert stopped.value.code == 2 and message in err.splitlines()[-1] and err.splitlines()[-1].startswith("moma: ")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_tokenizer_is_refused(tmp_path):
     train(tiny(tmp_path, model_ffn="dense", train_steps=1), quiet=True)
     with pytest.raises(InputError, match="random tokens, so it has no tokenizer"):

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiers import slow_but
 from tiny import tiny
 
 from moma_jax import load
@@ -43,7 +44,7 @@ def whole_logits(loaded, routing, ids):
     return np.asarray(output.hidden_BSD[0] @ loaded.params["unembedding"]["kernel_DV"])
 
 
-@pytest.mark.parametrize("routing", ["causal", "threshold"])
+@pytest.mark.parametrize("routing", slow_but("threshold", of=["causal", "threshold"]))
 def test_greedy_tokens_are_the_best_of_whole_forward_passes(loaded, routing):
     outputs = generate_ids(loaded, PROMPTS, routing=routing, text=GREEDY, image=GREEDY)
     vocabulary, codes = loaded.vocabulary, 0
@@ -62,7 +63,7 @@ def test_greedy_tokens_are_the_best_of_whole_forward_passes(loaded, routing):
             assert logit_V[token] >= logit_V[rivals].max() - 1e-4
 
 
-@pytest.mark.parametrize("routing", ["causal", "threshold"])
+@pytest.mark.parametrize("routing", slow_but("threshold", of=["causal", "threshold"]))
 def test_guided_codes_are_the_best_of_three_forward_passes(loaded, routing):
     guidance, image = Guidance(2.0, 1.5), loaded.vocabulary.modalities[1]
     outputs = generate_ids(loaded, PROMPTS, routing=routing, mode="image", image=GREEDY, guidance=guidance)
@@ -80,6 +81,7 @@ def test_guided_codes_are_the_best_of_three_forward_passes(loaded, routing):
     assert any(a.ids.tolist() != b.ids.tolist() for a, b in zip(plain, outputs, strict=True)), "guidance does something"
 
 
+@pytest.mark.slow
 def test_both_routings_read_the_same_weights(loaded):
     for routing in ("causal", "threshold"):
         generate_ids(loaded, [[0]], routing=routing, max_tokens=2)
@@ -94,6 +96,7 @@ def test_a_row_alone_writes_the_same(loaded):
         assert alone.ids.tolist() == output.ids.tolist()
 
 
+@pytest.mark.slow
 def test_routings_that_a_run_lacks(tmp_path):
     config = tiny(tmp_path, train_steps=1)
     train(config, quiet=True)

@@ -51,6 +51,7 @@ def test_input_that_fails_while_training_leaves_the_run(tmp_path, monkeypatch):
     assert Checkpoints(RunDir(run)).steps() == [3] and len(moma_jax.read_metrics(run)) == 4
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     save = ocp.CheckpointManager.save
 

@@ -467,6 +467,7 @@ def study():
 """
 
 
+@pytest.mark.slow
 def test_the_command_writes_beside_the_runs_and_asks_for_no_device(fast, tmp_path, capsys):
     file = tmp_path / "first.py"
     file.write_text(STUDY_FILE.format(runs=fast.dir, tokens=fast.tokens))
