@@ -1,24 +1,27 @@
 """Which tensor of a public checkpoint is which parameter of the VQGAN.
 
-Three ways of naming the same network: taming-transformers' (Chameleon's vqgan.ckpt, LlamaGen, transformers' Chameleon,
-which lacks the decoder), transformers' Janus (the decoder's levels numbered as they run), and diffusers' (aMUSEd).
-Convolutions are stored (out, in, height, width), ours (height, width, in, out).
+Four ways of naming the same network: taming-transformers' (Chameleon's vqgan.ckpt, and transformers' Chameleon, which
+lacks the decoder), transformers' Janus (the decoder's levels numbered as they run), LlamaGen's (and Janus' own), and
+diffusers' (aMUSEd). Convolutions are stored (out, in, height, width),
+ours (height, width, in, out).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moma_jax.codec.network import Vqgan, VqganConfig
+from moma_jax.errors import require
 
 
 class Naming(NamedTuple):
-    """How a family of checkpoints calls the parts of the network; `{n}` level, `{b}` block of it, `{m}` block in the
-    middle.
+    """How a family of checkpoints calls the parts of the network; `{n}` level, `{b}` block of it or in the middle,
+    the latter also as `{m}`, from 1, or `{e}`, by twos.
 
     Attributes:
       down, up: block of a level of the encoder, of the decoder. down_attention, up_attention: what follows it.
@@ -77,7 +80,18 @@ DIFFUSERS = Naming(
     reversed_up=True,
     linear=True,
 )
-NAMINGS = {"taming": TAMING, "janus": JANUS, "diffusers": DIFFUSERS}
+LLAMAGEN = Naming(
+    down="conv_blocks.{n}.res.{b}",
+    down_attention="conv_blocks.{n}.attn.{b}",
+    halve="conv_blocks.{n}.downsample.conv",
+    middle="mid.{e}",
+    middle_attention="mid.1",
+    up="conv_blocks.{n}.res.{b}",
+    up_attention="conv_blocks.{n}.attn.{b}",
+    double="conv_blocks.{n}.upsample.conv",
+    reversed_up=True,
+)
+NAMINGS = {"taming": TAMING, "janus": JANUS, "llamagen": LLAMAGEN, "diffusers": DIFFUSERS}
 
 
 class Place(NamedTuple):
@@ -165,7 +179,7 @@ def _parts(half: str, parts: list[str], config: VqganConfig, naming: Naming) -> 
             if inner == "attention":
                 yield naming.middle_attention
             else:
-                yield naming.middle.format(b=block, m=int(block) + 1)
+                yield naming.middle.format(b=block, m=int(block) + 1, e=2 * int(block))
             yield from _inside(inner, rest[1:], naming)
         case "norm":
             yield naming.norm_out
@@ -183,3 +197,53 @@ def _inside(block: str, rest: list[str], naming: Naming) -> Iterator[str]:
         yield getattr(naming, rest[0]) if rest else naming.norm
     else:
         yield naming.shortcut if rest[0] == "shortcut" else rest[0]
+
+
+# What a checkpoint holds ----------------------------------------------------------------------------------------------
+
+
+def naming_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """How a checkpoint calls its tensors, a key of NAMINGS; None where it is no VQGAN."""
+    for name, naming in NAMINGS.items():
+        if f"encoder.{naming.down.format(n=0, b=0)}.conv1.weight" in shapes:
+            # taming's first level of the decoder is the full picture, behind which nothing is doubled; Janus' the last.
+            return "janus" if name == "taming" and "decoder.up.0.upsample.conv.weight" in shapes else name
+    return None
+
+
+def inferred(shapes: Mapping[str, tuple[int, ...]], naming: Naming, side: int, **known: Any) -> VqganConfig:
+    """The network that tensors of these names and shapes are of.
+
+    Args:
+      side: pixels of its pictures, which no tensor tells. known: other fields that none does.
+
+    Raises:
+      InputError: a tensor that says how large the network is is missing.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        require(name in shapes, f"tensor {name} is missing")
+        return shapes[name]
+
+    def numbers(template: str) -> list[tuple[int, int]]:
+        """(level, block) of all tensors below a template."""
+        pattern = re.escape(f"encoder.{template}.").replace(r"\{n\}", "([0-9]+)").replace(r"\{b\}", "([0-9]+)")
+        return [tuple(map(int, found.groups())) for name in shapes if (found := re.match(pattern, name))]
+
+    blocks, attention = numbers(naming.down), numbers(naming.down_attention)
+    channels = shape("encoder.conv_in.weight")[0]
+    first = [f"encoder.{naming.down.format(n=n, b=0)}.conv1.weight" for n in range(1 + max(n for n, _ in blocks))]
+    codebook, width = shape("quantize.embedding.weight")
+    return VqganConfig(
+        side=side,
+        channels=channels,
+        multipliers=tuple(max(1, shape(name)[0] // channels) for name in first),
+        blocks=1 + max(block for _, block in blocks),
+        attention_levels=tuple(sorted({level for level, _ in attention})),
+        middle_attention=any(name.startswith(f"encoder.{naming.middle_attention}.") for name in shapes),
+        latent=shape("encoder.conv_out.weight")[0],
+        codebook=codebook,
+        code_width=width,
+        decoder=any(name.startswith("decoder.") for name in shapes),
+        **known,
+    )

@@ -68,7 +68,9 @@ class VqganConfig:
         require(self.side % halved == 0, f"codec.side: {self.side} pixels cannot be halved {levels - 1} times; use a "
                 f"multiple of {halved}")  # fmt: skip
         wrong = [level for level in self.attention_levels if level >= levels]
-        require(not wrong, f"codec.attention_levels: there is no level {wrong and wrong[0]}; they are 0 to {levels - 1}")
+        require(
+            not wrong, f"codec.attention_levels: there is no level {wrong and wrong[0]}; they are 0 to {levels - 1}"
+        )
         for factor in self.multipliers:
             require(
                 self.channels * factor % self.norm_groups == 0,
