@@ -102,6 +102,8 @@ class PrepareConfig:
     """Side N of the N x N palette picture, in pixels: N*N codes."""
     colours: int = setting(512, least=1, most=1 << 16)
     """Colours K of the palette."""
+    codec: str | None = None
+    """Folder of an image tokenizer (`moma codec import`) to use instead of a palette."""
     vocabulary: str | None = None
     """Another store whose tokenizer, palette and id layout are used as they are."""
     codebook: int | None = setting(None, above=0, unit="codes")

@@ -18,7 +18,7 @@ FLOORS = [
     ["training", "evaluation", "runs", "generation"],
     ["recipes"],
     ["command_line"],
-    ["model", "data", "cost"],
+    ["model", "data", "codec", "cost"],
     ["config_json"],
     ["checks", "batch"],
     ["sharding"],

@@ -19,7 +19,7 @@ from tyro.extras import SubcommandApp
 from moma_jax import command_line
 
 COMMANDS = (
-    *("prepare", "train", "eval", "generate", "routers", "upcycle", "study"),
+    *("codec", "prepare", "train", "eval", "generate", "routers", "upcycle", "study"),
     *("convert", "cost", "plan", "bench", "show", "recipes"),
 )
 """In the order of the help page."""

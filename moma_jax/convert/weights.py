@@ -110,6 +110,11 @@ def open_weights(folder: Path) -> Weights:
     return Weights(folder, tensors)
 
 
+def open_file(path: Path) -> Weights:
+    """Reads the headers of one safetensors file; InputError where it is damaged."""
+    return Weights(path.parent, _headers(path.parent, path.name, None))
+
+
 def _refuse_pickles(folder: Path, files: list[str]) -> None:
     pickles = [file for file in files if file.endswith(PICKLES)]
     if pickles:

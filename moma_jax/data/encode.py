@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moma_jax.codec.pictures import BrokenPicture
 from moma_jax.data.parts import KINDS, Encoded
 from moma_jax.data.sources import Broken, Codes, Document, Picture, Text, content_hash, is_held_out
 from moma_jax.errors import InputError
@@ -46,13 +47,18 @@ class Encoder:
         drafts, broken = [], []
         for item in items:
             drafts.append(self._draft(item)) if isinstance(item, Document) else broken.append((item.id, item.reason))
-        texts = [s.text for draft in drafts for s in draft.segments if isinstance(s, Text)]
+        segments = [segment for draft in drafts for segment in draft.segments]
+        texts = [s.text for s in segments if isinstance(s, Text)]
         encoded_texts = iter(self._text.encode_batch(texts) if texts else ())
+        pictures = iter(self._pictures([s.image for s in segments if isinstance(s, Picture)]))
         encoded = []
         for draft in drafts:
-            text_ids = [next(encoded_texts) if isinstance(s, Text) else None for s in draft.segments]
+            ready = [
+                next(encoded_texts) if isinstance(s, Text) else next(pictures) if isinstance(s, Picture) else s.codes
+                for s in draft.segments
+            ]
             try:
-                token_N, spans = self._tokens(draft.segments, text_ids)
+                token_N, spans = self._tokens(draft.segments, ready)
             except InputError:
                 raise
             except ValueError as error:
@@ -62,6 +68,22 @@ class Encoder:
                     Encoded(draft.collection, draft.split, draft.kind, draft.source, draft.hash, token_N, spans)
                 )
         return Unit(encoded, broken)
+
+    def _pictures(self, images: list) -> list[np.ndarray | BrokenPicture]:
+        """Codes of all pictures, encoded together; what is wrong with one in its place."""
+        if images and (self._image is None or "image" not in self._modality):
+            raise InputError(
+                "source: it has pictures, but the vocabulary has no image codec; choose another vocabulary"
+            )
+        found: list[np.ndarray | BrokenPicture] = []
+        for image in images:
+            try:
+                found.append(self._image.read(image))
+            except BrokenPicture as error:
+                found.append(error)
+        sound = [pixels for pixels in found if isinstance(pixels, np.ndarray)]
+        codes = iter(self._image.encode(sound) if sound else ())
+        return [next(codes) if isinstance(own, np.ndarray) else own for own in found]
 
     def _draft(self, document: Document) -> _Draft:
         """All that is known of a document without its tokens.
@@ -78,8 +100,12 @@ class Encoder:
             document.id, document.collection, split, KINDS.index(kind), document.source, digest[:16], segments
         )
 
-    def _tokens(self, segments: list, text_ids: list[np.ndarray | None]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Tokens and spans of one document; raises ValueError with the reason where it is broken."""
+    def _tokens(self, segments: list, ready: list) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Tokens and spans of one document; raises ValueError with the reason where it is broken.
+
+        Args:
+          ready: of each segment, the ids of its text, its codes, or why there are none.
+        """
         vocabulary = self._vocabulary
         pieces, spans = [np.array([vocabulary.begin_document])], [(0, 1)]
 
@@ -90,11 +116,11 @@ class Encoder:
             elif len(id_N):
                 spans.append((modality, len(id_N)))
 
-        for segment, text_N in zip(segments, text_ids, strict=True):
+        for segment, own in zip(segments, ready, strict=True):
             if isinstance(segment, Text):
-                add(0, text_N)
+                add(0, own)
                 continue
-            index, code_N = self._codes(segment)
+            index, code_N = self._codes(segment, own)
             modality = vocabulary.modalities[index]
             if modality.span:
                 add(0, np.array([modality.begin]))
@@ -106,19 +132,16 @@ class Encoder:
         add(0, np.array([vocabulary.end_document]))
         return np.concatenate(pieces).astype(vocabulary.token_dtype), spans
 
-    def _codes(self, segment: Picture | Codes) -> tuple[int, np.ndarray]:
+    def _codes(self, segment: Picture | Codes, own) -> tuple[int, np.ndarray]:
         """Modality index and codes of a segment; raises ValueError with the reason where it is broken."""
+        if isinstance(own, BrokenPicture):
+            raise own
         if isinstance(segment, Codes):
             index = self._modality.get(segment.modality)
             if index is None:
                 raise InputError(f"source: codes of modality {segment.modality!r}, which the vocabulary has not")
-            return index, _checked(segment.codes, self._vocabulary.modalities[index])
-        index = self._modality.get("image")
-        if index is None or self._image is None:
-            raise InputError(
-                "source: it has pictures, but the vocabulary has no image codec; choose another vocabulary"
-            )
-        return index, self._image.encode([segment.image])[0]
+            return index, _checked(own, self._vocabulary.modalities[index])
+        return self._modality["image"], own
 
 
 def _checked(codes, modality: ModalityIds) -> np.ndarray:

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moma_jax.codec import Codec
+from moma_jax.codec.folder import open_codec
+from moma_jax.codec.palette import fit_palette
+from moma_jax.codec.pictures import BrokenPicture, load_picture
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
-from moma_jax.data.image import BrokenPicture, fit_palette, load_picture
 from moma_jax.data.sources import Broken, Codes, Picture, Text, is_held_out
 from moma_jax.data.store import Codecs, open_store
 from moma_jax.data.text import TextCodec, fit_tokenizer, load_tokenizer
@@ -83,12 +86,11 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
         size = config.text_size
     if text.size > size:
         raise InputError(f"data.modalities: {layout[0].name} has size {size}; the tokenizer needs {text.size}")
-    image = None
-    if sample.pictures:
-        image = fit_palette(sample.pictures, config.image_side, config.colours, config.seed).to_json()
-    vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, sample) for m in layout[1:])])
+    codec = _image_codec(config, sample)
+    vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, codec) for m in layout[1:])])
     require_modalities(vocabulary, modalities)
-    codecs = Codecs(vocabulary, text.to_json().encode(), image)
+    described = (None, lambda: None) if codec is None else (codec.to_json(), lambda: codec.weights)
+    codecs = Codecs(vocabulary, text.to_json().encode(), *described)
     _require_image(codecs, sample)
     return codecs
 
@@ -110,13 +112,22 @@ def _sized(modality: Modality, size: int, span: int) -> Modality:
     return Modality(modality.name, modality.letter, size=size, span=span)
 
 
-def _declared(modality: Modality, config: PrepareConfig, sample: Sample) -> Modality:
+def _image_codec(config: PrepareConfig, sample: Sample) -> Codec | None:
+    """The image tokenizer that is given, or a palette fitted to the sample; None where there are no pictures."""
+    if config.codec is not None:
+        return open_codec(config.codec)
+    if not sample.pictures:
+        return None
+    return fit_palette(sample.pictures, config.image_side, config.colours, config.seed)
+
+
+def _declared(modality: Modality, config: PrepareConfig, codec: Codec | None) -> Modality:
     """A further modality with the sizes that prepare's settings give it; others keep their own."""
     if modality.name != "image":
         return modality
     if config.codebook is not None and config.codes_per_image is not None:
         return _sized(modality, config.codebook, config.codes_per_image)
-    return _sized(modality, config.colours, config.image_side**2) if sample.pictures else modality
+    return modality if codec is None else _sized(modality, codec.codebook, codec.codes_per_image)
 
 
 def require_modalities(vocabulary: Vocabulary, modalities: Sequence[Modality] | None) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from moma_jax.codec.folder import open_codec
 from moma_jax.config import Modality, PrepareConfig
 from moma_jax.data.directory import Directory
 from moma_jax.data.encode import Encoder
@@ -24,7 +25,7 @@ MOST_BROKEN = 0.05
 """Share of broken documents above which a source is not used."""
 LISTED_IN_PART, LISTED_IN_REPORT = 1000, 10_000
 """Broken documents that are named, at most; all are counted."""
-ELSEWHERE = ("source", "kind", "tokenizer", "vocabulary", "parts")
+ELSEWHERE = ("source", "kind", "tokenizer", "codec", "vocabulary", "parts")
 """Fields of PrepareConfig that are recorded by what they lead to (fingerprint, hashes), not as they were written."""
 
 
@@ -108,6 +109,8 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     """The settings that decide a store's content, the source's apart."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
     settings["tokenizer"] = settings["vocabulary"] = None
+    if config.codec is not None:  # left out where there is none, as stores were begun before it existed
+        settings["codec"] = open_codec(config.codec).hash
     if config.vocabulary is not None:
         settings["vocabulary"] = open_store(config.vocabulary).manifest["hashes"]
     elif config.tokenizer is not None:

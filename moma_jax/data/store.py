@@ -2,7 +2,7 @@
 
     manifest.json                     format version, hashes, counts, checksums; its presence makes a directory a store
     settings.json                     what the store is made from, written first
-    vocabulary.json tokenizer.json codec-image.json
+    vocabulary.json tokenizer.json codec-image.json codec-image.safetensors
     report.json                       broken documents
     parts/00001-of-00008/part.json    one part's counts and checksums
     parts/00001-of-00008/pairs-train/{tokens,bounds,kind,source,hash,spans}/   zarr3 arrays
@@ -24,21 +24,25 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
+from moma_jax.codec import Codec, codec_of
 from moma_jax.data.directory import CONTEXT, Directory, first_line
-from moma_jax.data.image import PaletteCodec, codec_from_json
 from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, part_name
 from moma_jax.data.text import TextCodec
 from moma_jax.errors import InputError, RunError
 from moma_jax.vocab import Vocabulary
 
 __all__ = ["COLLECTIONS", "KINDS", "SPLITS", "Codecs", "Index", "Store", "View", "open_store", "require_same_codecs"]
+
+WEIGHTS = "codec-image.safetensors"
+"""Weights of the image codec, where it has some."""
 
 # Vocabulary, tokenizer and codec --------------------------------------------------------------------------------------
 
@@ -52,11 +56,13 @@ class Codecs:
       tokenizer: content of tokenizer.json; empty where there is none (a converted model that came without).
       image: description of the image codec, plain JSON values with its `kind`; None where a store has no pictures or
         was made from ready codes without their codec.
+      weights: reads the image codec's weights, whose hash is in `image`; None of a palette, which has none.
     """
 
     vocabulary: Vocabulary
     tokenizer: bytes
     image: dict[str, Any] | None
+    weights: Callable[[], bytes | None] = field(default=lambda: None, compare=False)
 
     @property
     def hashes(self) -> dict[str, str | None]:
@@ -69,9 +75,11 @@ class Codecs:
         }
 
     def write(self, directory: Directory) -> None:
-        """Writes the three files, those that there are, vocabulary.json last."""
+        """Writes the files, those that there are, vocabulary.json last."""
         if self.tokenizer:
             directory.write("tokenizer.json", self.tokenizer)
+        if (weights := self.weights()) is not None:
+            directory.write(WEIGHTS, weights)
         if self.image is not None:
             directory.write_json("codec-image.json", self.image)
         directory.write_json("vocabulary.json", {"layout": self.vocabulary.to_json(), "hashes": self.hashes})
@@ -87,7 +95,8 @@ def read_codecs(directory: Directory) -> Codecs | None:
         raise InputError(f"{directory.path}/vocabulary.json: has no hashes or layout; restore the file, it is damaged")
     tokenizer = directory.read("tokenizer.json")
     image = directory.read_json("codec-image.json") if hashes.get("image_codec") else None
-    codecs = Codecs(Vocabulary.from_json(description["layout"]), tokenizer or b"", image)
+    layout = Vocabulary.from_json(description["layout"])
+    codecs = Codecs(layout, tokenizer or b"", image, partial(directory.read, WEIGHTS))
     for name, value in codecs.hashes.items():
         if value != hashes.get(name):
             raise InputError(f"{directory.path}: the {name} was changed after the store was made; restore the file")
@@ -101,9 +110,9 @@ def text_codec(codecs: Codecs) -> TextCodec:
     return TextCodec.from_json(codecs.tokenizer.decode())
 
 
-def image_codec(codecs: Codecs) -> PaletteCodec | None:
+def image_codec(codecs: Codecs) -> Codec | None:
     """The image codec, ready to use; None where there is none."""
-    return None if codecs.image is None else codec_from_json(codecs.image)
+    return None if codecs.image is None else codec_of(codecs.image, codecs.weights)
 
 
 def require_same_codecs(first: Store, second: Store) -> None:
@@ -206,7 +215,7 @@ class Store:
         """The tokenizer."""
         return text_codec(self.codecs)
 
-    def image_codec(self) -> PaletteCodec | None:
+    def image_codec(self) -> Codec | None:
         """The image codec; None where pictures came as ready codes or there are none."""
         return image_codec(self.codecs)
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from moma_jax.codec import Codec
+from moma_jax.codec.pictures import BrokenPicture
 from moma_jax.data.documents import Codes, Document, Picture, Text
 from moma_jax.data.encode import Encoder
-from moma_jax.data.image import BrokenPicture, PaletteCodec
 from moma_jax.data.store import open_store
 from moma_jax.data.text import TextCodec
 from moma_jax.errors import InputError
@@ -31,7 +32,7 @@ class Language(NamedTuple):
 
     vocabulary: Vocabulary
     text: TextCodec
-    image: PaletteCodec | None
+    image: Codec | None
 
 
 def language_of(loaded) -> Language:

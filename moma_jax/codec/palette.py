@@ -1,111 +1,22 @@
-"""Pictures to codes and back. First kind of codec: a palette, as ImageGPT used (Chen et al., 2020).
-
-A codec offers `codes_per_image`, `codebook`, `encode`, `decode`, `hash`, `to_json` and `read` (one picture, checked
-and brought to the codec's size); `codec_from_json` reads back what `to_json` gave.
-"""
+"""A palette, as ImageGPT used (Chen et al., 2020): each pixel of a small picture is a code."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy.spatial import cKDTree
 
+from moma_jax.codec.pictures import checked_codes, load_picture
 from moma_jax.errors import InputError
 
 FORMAT_VERSION = 1
-MAX_PIXELS = 1 << 25
-"""Pixels of the largest picture that is decoded. Pillow takes 4 bytes for each, and transparency and rotation up to two
-copies more: 400 MB at most, for each picture that is read at once."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is decoded; Pillow's rarer decoders (and those that start programs) stay out of reach."""
 SAMPLE_PIXELS = 1 << 19
 """Pixels that a palette is fitted on, at most."""
 LLOYD_STEPS = 24
-
-
-class BrokenPicture(ValueError):
-    """A picture that cannot be decoded, or is too large to try."""
-
-
-# Reading pictures -----------------------------------------------------------------------------------------------------
-
-
-def load_picture(image: bytes | np.ndarray, side: int) -> np.ndarray:
-    """One picture as `side` x `side` pixels on white, uint8 of shape (side, side, 3), sRGB.
-
-    Every cell becomes the mean of the pixels it covers (a box filter: no ringing, and a picture that has this size
-    already stays as it is); the aspect ratio is not kept. Animations give their first frame.
-
-    Args:
-      image: an encoded file, or pixels of shape (height, width, 3), uint8.
-
-    Raises:
-      BrokenPicture: damaged, of an unknown format, or larger than MAX_PIXELS.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise BrokenPicture(f"pixels of shape {image.shape}, {image.dtype}; expected uint8 (height, width, 3)")
-        if image.shape[:2] == (side, side):
-            return image
-        picture = Image.fromarray(image)
-    else:
-        return np.asarray(_decode_file(image, side))
-    return np.asarray(_reduced(picture, side))
-
-
-def _decode_file(image: bytes, side: int) -> Image.Image:
-    """A picture file as side x side pixels, RGB."""
-    try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise BrokenPicture(f"{width} x {height} pixels, more than {MAX_PIXELS}")
-            # A JPEG can be decoded at an eighth of its size: many times faster, and still fine enough to average.
-            picture.draft("RGB", (4 * side, 4 * side))
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
-            return _on_white(_reduced(_filterable(picture), side))
-    except BrokenPicture:
-        raise
-    except UnidentifiedImageError as error:  # its message holds an address in memory, and reports must be reproducible
-        raise BrokenPicture(f"cannot be decoded: not a picture of {', '.join(FORMATS)}") from error
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise BrokenPicture(f"cannot be decoded: {reason}") from error
-
-
-def _reduced(picture: Image.Image, side: int) -> Image.Image:
-    return picture.resize((side, side), Image.Resampling.BOX)
-
-
-def _filterable(picture: Image.Image) -> Image.Image:
-    """The picture as grey, RGB or RGBA of 8 bits."""
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-        grey = np.asarray(picture)
-        grey = grey if grey.dtype.itemsize == 2 else np.clip(grey, 0, 65535).astype(np.uint16)
-        return Image.fromarray(_eight_bits(grey))
-    mode = "RGBA" if picture.has_transparency_data else "RGB"
-    return picture if picture.mode == mode else picture.convert(mode)
-
-
-def _eight_bits(value: np.ndarray) -> np.ndarray:
-    """uint16 to uint8: value / 257, rounded (at most 0.502 off), without a wider copy."""
-    return ((value - (value >> 8) + 128) >> 8).astype(np.uint8)
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB on a white ground."""
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
-    return picture.convert("RGB")
-
-
-# The palette ----------------------------------------------------------------------------------------------------------
 
 
 class PaletteCodec:
@@ -128,6 +39,8 @@ class PaletteCodec:
             raise InputError("palette: colours are whole numbers from 0 to 255")
         self.side, self.palette_K3 = side, palette_K3.astype(np.uint8)
         self._tree = cKDTree(oklab(self.palette_K3))
+
+    draws, weights = True, None
 
     @property
     def codes_per_image(self) -> int:
@@ -159,11 +72,7 @@ class PaletteCodec:
 
     def decode(self, codes_NC: np.ndarray) -> list[Image.Image]:
         """Pictures of codes of shape (N, side * side); raises ValueError for another shape or codes outside 0..K-1."""
-        codes_NC = np.asarray(codes_NC)
-        if codes_NC.ndim != 2 or codes_NC.shape[1] != self.codes_per_image:
-            raise ValueError(f"codes of shape {codes_NC.shape}; expected (N, {self.codes_per_image})")
-        if codes_NC.size and (codes_NC.min() < 0 or codes_NC.max() >= self.codebook):
-            raise ValueError(f"codes outside 0..{self.codebook - 1}")
+        codes_NC = checked_codes(codes_NC, self.codes_per_image, self.codebook)
         pixels_NHW3 = self.palette_K3[codes_NC].reshape(-1, self.side, self.side, 3)
         return [Image.fromarray(pixels) for pixels in pixels_NHW3]
 
@@ -173,7 +82,7 @@ class PaletteCodec:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict:
-        """A plain dictionary that `codec_from_json` reads back."""
+        """A plain dictionary that `from_json` reads back."""
         palette = self.palette_K3.tolist()
         return {"format_version": FORMAT_VERSION, "kind": self.kind, "side": self.side, "palette": palette}
 
@@ -184,14 +93,6 @@ class PaletteCodec:
         if version != FORMAT_VERSION or kind != cls.kind:
             raise InputError(f"image codec: {kind!r} of format version {version}; this reads palette, {FORMAT_VERSION}")
         return cls(int(data["side"]), np.asarray(data["palette"], np.int64))
-
-
-def codec_from_json(data: dict) -> PaletteCodec:
-    """The codec, of any kind, that `to_json` described; raises InputError where it is unknown."""
-    match data.get("kind"):
-        case "palette":
-            return PaletteCodec.from_json(data)
-    raise InputError(f"image codec: kind {data.get('kind')!r} is unknown; known: palette")
 
 
 def fit_palette(images: Iterable[bytes | np.ndarray], side: int, colours: int, seed: int) -> PaletteCodec:

@@ -7,17 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma_jax.data import image as image_module
+from moma_jax.codec import codec_of, pictures
+from moma_jax.codec.palette import PaletteCodec, fit_palette, from_oklab, oklab
+from moma_jax.codec.pictures import BrokenPicture, load_picture
 from moma_jax.data import scenes
-from moma_jax.data.image import (
-    BrokenPicture,
-    PaletteCodec,
-    codec_from_json,
-    fit_palette,
-    from_oklab,
-    load_picture,
-    oklab,
-)
 from moma_jax.errors import InputError
 
 
@@ -46,6 +39,11 @@ def test_larger_pictures_are_averaged_and_need_not_be_square():
     assert load_picture(noise(2, (3, 7, 3)), 16).shape == (16, 16, 3)
 
 
+def test_the_middle_square_can_be_taken():
+    pixels = noise(3, (4, 8, 3))
+    assert np.array_equal(load_picture(encoded(pixels), 4, crop=True), pixels[:, 2:6])
+
+
 def test_what_is_transparent_becomes_white():
     clear = np.zeros((4, 4, 4), np.uint8)
     assert (load_picture(encoded(clear), 2) == 255).all()
@@ -60,7 +58,7 @@ def test_sixteen_bits_of_grey_are_not_clipped():
 
 def test_sixteen_bits_become_eight_by_rounding():
     value = np.arange(1 << 16, dtype=np.uint16)
-    assert np.abs(image_module._eight_bits(value) - value / 257).max() < 0.51
+    assert np.abs(pictures._eight_bits(value) - value / 257).max() < 0.51
 
 
 def test_what_a_camera_turned_is_turned_back_before_it_is_reduced():
@@ -86,7 +84,7 @@ def test_broken_pictures_are_named_as_such(monkeypatch):
     for pixels in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(BrokenPicture, match="expected uint8"):
             load_picture(pixels, 16)
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(BrokenPicture, match="64 x 64 pixels"):
         load_picture(whole, 16)
 
@@ -135,14 +133,14 @@ def test_fit_is_deterministic_keeps_white_and_beats_a_random_palette():
 
 def test_json_round_trip_and_refusals():
     codec = fit_palette([noise(7)], 16, 8, seed=0)
-    assert codec_from_json(codec.to_json()).hash == codec.hash
+    assert codec_of(codec.to_json(), lambda: None).hash == codec.hash
     assert (codec.codebook, codec.codes_per_image) == (8, 256)
     assert codec.encode([]).shape == (0, 256)
     for data in ({}, {"kind": "vector"}, {**codec.to_json(), "format_version": 9}):
         with pytest.raises(InputError, match="image codec"):
-            codec_from_json(data)
+            codec_of(data, lambda: None)
     with pytest.raises(InputError, match="whole numbers from 0 to 255"):
-        codec_from_json({**codec.to_json(), "palette": [[0, 0, 256]]})
+        codec_of({**codec.to_json(), "palette": [[0, 0, 256]]}, lambda: None)
     with pytest.raises(ValueError, match="outside"):
         codec.decode(np.full((1, 256), 8))
     with pytest.raises(ValueError, match="shape"):

@@ -1,0 +1,35 @@
+"""The folder of an image tokenizer: codec.json says what it is, codec.safetensors holds its weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from moma_jax.codec import Codec, codec_of
+from moma_jax.data.directory import Directory
+from moma_jax.errors import InputError
+
+DESCRIPTION, WEIGHTS = "codec.json", "codec.safetensors"
+
+
+def open_codec(path: str) -> Codec:
+    """The image tokenizer in a folder: local, gs:// or s3://.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    folder = Directory(path)
+    description = folder.read_json(DESCRIPTION)
+    if description is None:
+        raise InputError(f"{path}: no {DESCRIPTION} here; give a folder that moma codec import or train made")
+    try:
+        return codec_of(description, partial(folder.read, WEIGHTS))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def write_codec(path: str, codec: Codec) -> None:
+    """Writes the folder, its description last: a folder without it is unfinished."""
+    folder = Directory(path)
+    if codec.weights is not None:
+        folder.write(WEIGHTS, codec.weights)
+    folder.write_json(DESCRIPTION, codec.to_json())

@@ -1,0 +1,149 @@
+"""Public image tokenizers to a codec's folder: safetensors of Hugging Face, or a checkpoint of torch.
+
+Chameleon's own vqgan.ckpt and other .ckpt and .pt files are pickles in a zip archive. They alone are opened with torch,
+and only with `weights_only=True`, which builds tensors and plain values and runs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moma_jax.codec.folder import write_codec
+from moma_jax.codec.layouts import NAMINGS, Naming, inferred, naming_of, places
+from moma_jax.codec.network import VqganConfig
+from moma_jax.codec.vqgan import VqganCodec, nested
+from moma_jax.convert.weights import new_directory, open_file, open_weights, read_json
+from moma_jax.errors import InputError
+
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+"""What diffusers calls a model's file."""
+PREFIXES = ("model.vqmodel.", "gen_vision_model.", "vqmodel.", "first_stage_model.", "")
+"""What stands before the tensors of a tokenizer inside a larger model's."""
+IGNORED = ("loss.", "quantize.embedding_ema", "quantize.cluster", "quantize.codebook_used")
+"""Tensors that training alone needs."""
+WITHOUT_DECODER = ("post_quant_conv.",)
+"""What stays behind of a decoder that was left out."""
+BY_NAMING = {
+    "taming": {},
+    "janus": {"unit_length": "both"},
+    "llamagen": {"unit_length": "both"},
+    "diffusers": {"lowest": 0.0},
+}
+"""What no tensor tells, by naming."""
+
+
+class Tensors(NamedTuple):
+    """Tensors of a checkpoint: their shapes by name, prefix cut off, and how one is read."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def import_codec(path: str, out: str, *, side: int | None = None, unit_length: str | None = None) -> VqganCodec:
+    """Makes the folder `out` of a public image tokenizer; all or nothing of it is written.
+
+    Args:
+      path: a folder of Hugging Face (Chameleon, Janus, aMUSEd's vqvae), a safetensors file, or a .ckpt or .pt of torch.
+      side: pixels of a side of its pictures; None: what the config.json beside it says.
+      unit_length: as of `VqganConfig`; None: as its family has it.
+
+    Raises:
+      InputError: it is no such tokenizer; the first tensor that is missing, misshapen or unknown is named.
+    """
+    tensors = _of_checkpoint(Path(path)) if path.endswith((".ckpt", ".pt", ".pth")) else _of_safetensors(Path(path))
+    named = naming_of(tensors.shapes)
+    if named is None:
+        raise InputError(
+            f"{path}: no tensor encoder.*.conv1.weight of a VQGAN; give an image tokenizer of a kind known"
+        )
+    naming, known = NAMINGS[named], dict(BY_NAMING[named])
+    if unit_length is not None:
+        known["unit_length"] = unit_length
+    try:
+        config = inferred(tensors.shapes, naming, 1, **known)
+        side = side or _side_beside(Path(path), len(config.multipliers))
+        if side is None:
+            raise InputError("no config.json says how large its pictures are; give --side (Chameleon: 512)")
+        config = inferred(tensors.shapes, naming, side, **known).check()
+        params = parameters_of(config, naming, tensors)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    codec = VqganCodec(config, params)
+    with new_directory(out) as folder:
+        write_codec(str(folder), codec)
+    return codec
+
+
+def parameters_of(config: VqganConfig, naming: Naming, tensors: Tensors) -> dict[str, Any]:
+    """Every parameter of the network from its tensor, float32; InputError names the first that does not fit."""
+    wanted = places(config, naming)
+    for place in wanted:
+        found = tensors.shapes.get(place.name)
+        if found is None:
+            raise InputError(f"tensor {place.name} is missing; fetch the file again")
+        if found != place.shape:
+            raise InputError(f"tensor {place.name} has shape {found}, not {place.shape}; it is of another architecture")
+    ignored = IGNORED if config.decoder else (*IGNORED, *WITHOUT_DECODER)
+    unknown = sorted(name for name in tensors.shapes.keys() - {p.name for p in wanted} if not name.startswith(ignored))
+    if unknown:
+        raise InputError(f"tensor {unknown[0]} has no place in the network; it is of another architecture")
+    return nested({"/".join(p.path): p.to_ours(tensors.read(p.name).astype(np.float32)) for p in wanted})
+
+
+def _side_beside(path: Path, levels: int) -> int | None:
+    """Pixels of a side by the config.json of Hugging Face; None where there is none."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json")
+    vision = config.get("vq_config") if isinstance(config.get("vq_config"), dict) else {}
+    sides = {**config, **vision}
+    if config.get("model_type") == "janus" and type(patches := vision.get("num_patches")) is int:
+        return patches << (levels - 1)
+    if config.get("model_type") == "chameleon":
+        return sides.get("resolution", 512)
+    found = sides.get("resolution", sides.get("sample_size"))
+    return found if type(found) is int and found > 0 else None
+
+
+def _of_safetensors(path: Path) -> Tensors:
+    """The tokenizer's tensors of a folder, or of one file."""
+    if path.is_file():
+        weights = open_file(path)
+    else:
+        weights = open_file(path / DIFFUSERS) if (path / DIFFUSERS).is_file() else open_weights(path)
+    prefix = _prefix(weights.tensors)
+    shapes = {name.removeprefix(prefix): t.shape for name, t in weights.tensors.items() if name.startswith(prefix)}
+    return Tensors(shapes, lambda name: weights.read(prefix + name))
+
+
+def _of_checkpoint(path: Path) -> Tensors:
+    """The tensors of a torch checkpoint, on their own or under `state_dict` or `model`."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f'{path}: reading it needs torch; install it with: pip install "moma_jax[reference]"'
+        ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # of zip archives, of pickles that want more than weights
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{path}: no checkpoint of weights alone: {reason}") from error
+    for name in ("state_dict", "model"):
+        content = content[name] if isinstance(content, Mapping) and isinstance(content.get(name), Mapping) else content
+    found = {n: t for n, t in content.items() if isinstance(t, torch.Tensor)} if isinstance(content, Mapping) else {}
+    prefix = _prefix(found)
+    shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in found.items() if name.startswith(prefix)}
+    return Tensors(shapes, lambda name: found[prefix + name].float().numpy())
+
+
+def _prefix(tensors: Mapping[str, Any]) -> str:
+    """What stands before the tokenizer's tensors."""
+    return next((prefix for prefix in PREFIXES if f"{prefix}encoder.conv_in.weight" in tensors), "")
