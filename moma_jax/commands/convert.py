@@ -15,7 +15,7 @@ def from_chameleon(folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(met
     """Make a dense run of a Chameleon, `moma convert from-chameleon DIR --out RUN`: safetensors alone, no torch.
 
     Weights become float32, tensor by tensor: memory is what the checkpoint takes and one tensor. The image tokenizer
-    (model.vqmodel.*) is left out; tokenizer and config are kept in RUN/chameleon for the way back.
+    (model.vqmodel.*) comes along; it, tokenizer and config are kept in RUN/chameleon for the way back.
 
     Args:
       folder: Folder of ChameleonForConditionalGeneration: config.json, safetensors, tokenizer.json.
@@ -41,7 +41,8 @@ def to_chameleon(
     Args:
       run: Run directory.
       out: The new folder, on a local disk.
-      like: The original folder: its image tokenizer, config and text tokenizer are taken over.
+      like: The original folder: its image tokenizer, config and text tokenizer are taken over; what the run keeps of
+        them where None.
       dtype: Type of the weights; each tensor's own in the source where None, float32 where there was no source.
       shard_gb: Gigabytes of one file.
       step: Which checkpoint; the newest where None.

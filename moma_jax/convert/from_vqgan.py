@@ -6,6 +6,7 @@ and only with `weights_only=True`, which builds tensors and plain values and run
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from moma_jax.codec.folder import write_codec
 from moma_jax.codec.layouts import NAMINGS, Naming, inferred, naming_of, places
 from moma_jax.codec.network import VqganConfig
 from moma_jax.codec.vqgan import VqganCodec, nested
-from moma_jax.convert.weights import new_directory, open_file, open_weights, read_json
+from moma_jax.convert.weights import Weights, new_directory, open_file, open_weights, read_json
 from moma_jax.errors import InputError
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
@@ -55,30 +56,38 @@ def import_codec(path: str, out: str, *, side: int | None = None, unit_length: s
       InputError: it is no such tokenizer; the first tensor that is missing, misshapen or unknown is named.
     """
     tensors = _of_checkpoint(Path(path)) if path.endswith((".ckpt", ".pt", ".pth")) else _of_safetensors(Path(path))
-    named = naming_of(tensors.shapes)
-    if named is None:
-        raise InputError(
-            f"{path}: no tensor encoder.*.conv1.weight of a VQGAN; give an image tokenizer of a kind known"
-        )
-    naming, known = NAMINGS[named], dict(BY_NAMING[named])
-    if unit_length is not None:
-        known["unit_length"] = unit_length
     try:
-        config = inferred(tensors.shapes, naming, 1, **known)
-        side = side or _side_beside(Path(path), len(config.multipliers))
-        if side is None:
-            raise InputError("no config.json says how large its pictures are; give --side (Chameleon: 512)")
-        config = inferred(tensors.shapes, naming, side, **known).check()
-        params = parameters_of(config, naming, tensors)
+        codec = codec_of_tensors(tensors, lambda levels: side or _side_beside(Path(path), levels), unit_length)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    codec = VqganCodec(config, params)
     with new_directory(out) as folder:
         write_codec(str(folder), codec)
     return codec
 
 
-def parameters_of(config: VqganConfig, naming: Naming, tensors: Tensors) -> dict[str, Any]:
+def codec_of_tensors(
+    tensors: Tensors, side_of: Callable[[int], int | None], unit_length: str | None = None
+) -> VqganCodec:
+    """The codec that tensors make.
+
+    Args:
+      side_of: pixels of a side of its pictures in a network of so many levels; None where nobody knows.
+
+    Raises:
+      InputError: they are of no VQGAN, or a tensor is missing, misshapen or unknown.
+    """
+    named = naming_of(tensors.shapes)
+    if named is None:
+        raise InputError("no tensor encoder.*.conv1.weight of a VQGAN; give an image tokenizer of a kind that is known")
+    naming, known = NAMINGS[named], BY_NAMING[named] | ({} if unit_length is None else {"unit_length": unit_length})
+    config = inferred(tensors.shapes, naming, 1, **known)
+    if (side := side_of(len(config.multipliers))) is None:
+        raise InputError("no config.json says how large its pictures are; give --side (Chameleon: 512)")
+    config = dataclasses.replace(config, side=side).check()
+    return VqganCodec(config, _parameters(config, naming, tensors))
+
+
+def _parameters(config: VqganConfig, naming: Naming, tensors: Tensors) -> dict[str, Any]:
     """Every parameter of the network from its tensor, float32; InputError names the first that does not fit."""
     wanted = places(config, naming)
     for place in wanted:
@@ -116,7 +125,11 @@ def _of_safetensors(path: Path) -> Tensors:
         weights = open_file(path)
     else:
         weights = open_file(path / DIFFUSERS) if (path / DIFFUSERS).is_file() else open_weights(path)
-    prefix = _prefix(weights.tensors)
+    return tensors_of(weights, _prefix(weights.tensors))
+
+
+def tensors_of(weights: Weights, prefix: str) -> Tensors:
+    """The tensors whose names begin so."""
     shapes = {name.removeprefix(prefix): t.shape for name, t in weights.tensors.items() if name.startswith(prefix)}
     return Tensors(shapes, lambda name: weights.read(prefix + name))
 

@@ -17,8 +17,9 @@ from moma_jax.vocab import Vocabulary
 
 FORMAT_VERSION = 1
 SOURCE, RECORD, VOCABULARY = "chameleon", "chameleon.json", "vocabulary"
-"""In a converted run: the source's describing files, the types of its tensors, a store without documents."""
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+"""In a converted run: the source's describing files and image tokenizer, the types of its tensors, a store without
+documents."""
+CONFIG, TOKENIZER, VISION_FILE = "config.json", "tokenizer.json", "vqmodel.safetensors"
 
 
 class CheckpointFiles(NamedTuple):

@@ -20,6 +20,7 @@ from moma_jax.convert.source import (
     RECORD,
     SOURCE,
     TOKENIZER,
+    VISION_FILE,
     read_source,
     require_tensors,
 )
@@ -30,6 +31,7 @@ from moma_jax.convert.weights import (
     copy_descriptions,
     library,
     new_directory,
+    open_file,
     open_weights,
     read_json,
     write_weights,
@@ -59,7 +61,7 @@ def to_chameleon(
     Args:
       run: run directory. out: the new folder. Both on a local disk.
       like: a folder of the Chameleon that the run came from; its image tokenizer's tensors and the files that describe
-        it are taken over. None: the files that the run keeps of it, and no image tokenizer.
+        it are taken over. None: those that the run keeps of it.
       dtype: "float32", "bfloat16" or "float16"; None: of each tensor that of the source, float32 without one.
       shard_gb: gigabytes (1e9) of one file. step: which checkpoint; None: the newest. quiet: print nothing.
 
@@ -81,15 +83,17 @@ def to_chameleon(
         source = _source_of(run, like, config.model, vocabulary)
         original = None if like is None else require_tensors(open_weights(source), places)
         dtypes = _dtypes(run, places, dtype, original)
+        kept = Path(run).expanduser() / SOURCE / VISION_FILE
+        vision = original if original is not None else open_file(kept) if kept.is_file() else None
         made = None if source is not None else layout.config_of(config.model, vocabulary, config.data.sequence)
         with new_directory(out) as begun:
             read = _reader(checkpoints, step, places, layout.shapes(config.model, places))
-            _write_tensors(begun, read, places, dtypes, original, int(shard_gb * 1e9))
+            _write_tensors(begun, read, places, dtypes, vision, int(shard_gb * 1e9))
             copy_descriptions(source, begun) if made is None else _write_described(begun, made, config, meta["hashes"])
             _state_dtype(begun / CONFIG, dtype)
             files = sorted(path.name for path in begun.iterdir())
     say = (lambda line: None) if quiet else print
-    if like is None:
+    if vision is None:
         say(f"{out}: has no image tokenizer ({layout.VISION}*); --like DIR takes it from the original folder")
     if TOKENIZER not in files:
         say(f"{out}: has no {TOKENIZER}; --like DIR takes it from the original folder")
@@ -174,19 +178,19 @@ def _write_tensors(
     read: Callable[[str], np.ndarray],
     places: dict[str, layout.Place],
     dtypes: dict[str, str],
-    original: Weights | None,
+    vision: Weights | None,
     shard_bytes: int,
 ) -> None:
-    """Our tensors, parameter by parameter; then those of the image tokenizer, as they are in the original folder."""
+    """Our tensors, parameter by parameter; then those of the image tokenizer, as they were."""
     order = list(dict.fromkeys(place.parameter for place in places.values()))
     names = sorted(places, key=lambda name: order.index(places[name].parameter))
-    others = {} if original is None else {n: t.dtype for n, t in original.tensors.items() if n not in places}
+    others = {} if vision is None else {n: t.dtype for n, t in vision.tensors.items() if n not in places}
     sizes = {name: math.prod(places[name].shape) * DTYPES[dtypes[name]].itemsize for name in names}
-    sizes |= {n: math.prod(original.tensors[n].shape) * DTYPES[dtype].itemsize for n, dtype in others.items()}
+    sizes |= {n: math.prod(vision.tensors[n].shape) * DTYPES[dtype].itemsize for n, dtype in others.items()}
     write_weights(
         begun,
         sizes,
-        lambda name: original.read(name) if name in others else cast(name, read(name), dtypes[name]),
+        lambda name: vision.read(name) if name in others else cast(name, read(name), dtypes[name]),
         shard_bytes,
     )
 

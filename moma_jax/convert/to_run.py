@@ -2,9 +2,9 @@
 
 A converted run is an ordinary dense run of 0 updates, with more in it:
 
-    chameleon/       the files that describe the source: config, tokenizer, processor
+    chameleon/       the files that describe the source: config, tokenizer, processor; its image tokenizer as it was
     chameleon.json   the types of the source's tensors
-    vocabulary/      a store without documents, with id layout and tokenizer: for `moma prepare --vocabulary`
+    vocabulary/      a store without documents, with id layout and tokenizers: for `moma prepare --vocabulary`
 
 It has no optimizer moments and no data cursor, so it is not trained on in place, but begun from: `moma upcycle`, or
 `run.init_from`.
@@ -12,6 +12,7 @@ It has no optimizer moments and no data cursor, so it is not trained on in place
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,36 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from moma_jax.checks import resolve
+from moma_jax.codec.vqgan import VqganCodec
 from moma_jax.config import Config, DataConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig
 from moma_jax.config_json import to_json
 from moma_jax.convert import layout
+from moma_jax.convert.from_vqgan import codec_of_tensors, tensors_of
 from moma_jax.convert.source import (
     FORMAT_VERSION,
     RECORD,
     SOURCE,
     TOKENIZER,
+    VISION_FILE,
     VOCABULARY,
     CheckpointFiles,
     read_source,
     require_tensors,
     tokenizer_of,
 )
-from moma_jax.convert.weights import DTYPES, Weights, copy_descriptions, library, new_directory, open_weights
+from moma_jax.convert.weights import (
+    DTYPES,
+    Weights,
+    copy_descriptions,
+    library,
+    new_directory,
+    open_weights,
+    write_file,
+)
 from moma_jax.data.directory import Directory
 from moma_jax.data.parts import FORMAT_VERSION as STORE_VERSION
 from moma_jax.data.store import Codecs
+from moma_jax.errors import InputError
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.rules import rule_name
 from moma_jax.runs.checkpoint import Checkpoints, Saved
@@ -46,6 +59,7 @@ from moma_jax.runs.resume import CONFIG, SUMMARY
 from moma_jax.runs.status import Status
 from moma_jax.training.metrics import Meter, step_sums
 from moma_jax.training.step import TrainState
+from moma_jax.vocab import Vocabulary
 
 SCRATCH = ".float32"
 
@@ -77,9 +91,12 @@ def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, A
     library()
     source = read_source(Path(folder).expanduser())
     model, vocabulary = source.model, source.vocabulary
-    codecs = Codecs(vocabulary, tokenizer_of(source), None)
     places = layout.places(model, vocabulary.size)
     weights = require_tensors(open_weights(source.folder), places)
+    vision = [name for name in weights.tensors if name not in places]
+    codec = _image_codec(weights, vocabulary) if vision else None
+    image = (None, lambda: None) if codec is None else (codec.to_json(), lambda: codec.weights)
+    codecs = Codecs(vocabulary, tokenizer_of(source), *image)
     config = _run_config(source, out)
     tensors = [weights.tensors[name] for name in places]
     parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors)
@@ -89,18 +106,35 @@ def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, A
     with new_directory(out, room=2 * 4 * parameters) as begun:
         params = _read_params(weights, model, places, begun / SCRATCH)
         _write_source(begun, source.folder, {name: weights.tensors[name].dtype for name in places})
+        if vision:
+            write_file(begun / SOURCE / VISION_FILE, {name: weights.read(name) for name in vision})
         _write_vocabulary(Directory(str(begun / VOCABULARY)), codecs)
         summary = _write_run(RunDir(str(begun)), config, params, codecs, folder)
         shutil.rmtree(begun / SCRATCH)
-    left_out = len(weights.tensors) - len(places)
-    if left_out:
-        say(
-            f"left out: {left_out} tensors {layout.VISION}*, the image tokenizer; to-chameleon has them --like {folder}"
-        )
+    if codec is None:
+        say(f"no tensors {layout.VISION}* in {folder}: pictures cannot be encoded, give ready codes")
+    elif not codec.draws:
+        say(f"{layout.VISION}* has no decoder, as Hugging Face publishes it: pictures become codes, not the other way")
     if not codecs.tokenizer:
         say(f"no {TOKENIZER} in {folder}: text cannot be encoded, so no data can be prepared for this run")
     say(f"{out}: converted; go on with: moma upcycle {out} --model.ffn 4t4i --data.stores.0.path STORE --run.dir NEW")
     return summary
+
+
+def _image_codec(weights: Weights, vocabulary: Vocabulary) -> VqganCodec:
+    """The image tokenizer, model.vqmodel.*; InputError where it is damaged or of other codes than the vocabulary."""
+    image = vocabulary.modalities[1]
+    try:
+        side = math.isqrt(image.span)
+        codec = codec_of_tensors(tensors_of(weights, layout.VISION), lambda levels: side << (levels - 1))
+    except InputError as error:
+        raise InputError(f"{weights.folder}: {layout.VISION}*: {error}") from error
+    if codec.codebook != image.size:
+        raise InputError(
+            f"{weights.folder}: {layout.VISION}* has {codec.codebook} codes, by config.json {image.size}; use weights "
+            "and config of one model"
+        )
+    return codec
 
 
 def _run_config(source: CheckpointFiles, out: str) -> Config:

@@ -208,11 +208,16 @@ def write_weights(
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: np.ascontiguousarray(read(name)) for name in names}
-        library().numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_file(folder / file, tensors)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes tensors as one file, in their own types."""
+    library().numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:

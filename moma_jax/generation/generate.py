@@ -213,6 +213,11 @@ class Generator:
             raise InputError(f"seed: {settings.seed} and {len(rows) - 1} more pass {SEEDS - 1}; give a lower one")
         if not speaks and (settings.stop or on_text or on_image):
             raise InputError(f"{self._loaded.run}: has no tokenizer, so stop, on_text and on_image cannot be used")
+        if settings.mode == "image" and speaks and (codec := self.language.image) is not None and not codec.draws:
+            raise InputError(
+                f"mode: image, but the image codec of {self._loaded.run} has no decoder to draw with; mode free gives "
+                "codes, an import with a decoder pictures (moma codec import)"
+            )
         text_ids = writable_text(vocabulary, self.language.text if speaks else None)
         rules = make_rules(vocabulary, text_ids, settings.mode, settings.images)
         jobs = [self._job(i, id_N, settings) for i, id_N in enumerate(rows)]

@@ -179,7 +179,7 @@ class OutputReader:
         if not self._codes:
             return
         codec, name = self._language.image, self._language.vocabulary.modalities[self._modality].name
-        if name == IMAGE and codec is not None and len(self._codes) == codec.codes_per_image:
+        if name == IMAGE and codec is not None and codec.draws and len(self._codes) == codec.codes_per_image:
             segment = codec.decode(np.array([self._codes]))[0]
         else:
             segment = Codes(name, np.array(self._codes, np.int32))

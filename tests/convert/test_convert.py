@@ -38,8 +38,8 @@ def require_equal(found, wanted):
         np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
-def ours(tensors):
-    return {name: value for name, value in tensors.items() if "vqmodel" not in name}
+def vision(tensors):
+    return {name: value for name, value in tensors.items() if "vqmodel" in name}
 
 
 # There and back -------------------------------------------------------------------------------------------------------
@@ -64,14 +64,13 @@ def test_the_round_trip_is_bit_exact(folder, run, tmp_path):
 
     again = tmp_path / "again"
     from_chameleon(str(back), str(again), quiet=True)
-    require_equal(tensors_of(again / "chameleon"), {})
+    require_equal(tensors_of(again / "chameleon"), vision(original))
     assert load(str(again)).hashes == load(str(run)).hashes
 
 
-def test_without_the_original_the_vision_tower_is_missing_and_nothing_else(folder, run, tmp_path, capsys):
-    to_chameleon(str(run), str(tmp_path / "back"))
-    assert "has no image tokenizer (model.vqmodel.*); --like DIR" in capsys.readouterr().out
-    require_equal(tensors_of(tmp_path / "back"), ours(chameleons.weights()))
+def test_nothing_is_missing_without_the_original(folder, run, tmp_path):
+    to_chameleon(str(run), str(tmp_path / "back"), quiet=True)
+    require_equal(tensors_of(tmp_path / "back"), chameleons.weights())
     assert everything_below(tmp_path / "back") == [
         "config.json",
         "model.safetensors",
@@ -82,11 +81,14 @@ def test_without_the_original_the_vision_tower_is_missing_and_nothing_else(folde
 
 
 def test_another_type_is_rounded_and_said_in_the_config(run, tmp_path):
+    """The decoder's; the image tokenizer is as it was."""
     to_chameleon(str(run), str(tmp_path / "back"), dtype="bfloat16", quiet=True)
-    wanted = {name: value.astype(ml_dtypes.bfloat16) for name, value in ours(chameleons.weights()).items()}
+    tensors = chameleons.weights()
+    others = vision(tensors)
+    wanted = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()} | others
     require_equal(tensors_of(tmp_path / "back"), wanted)
     to_chameleon(str(run), str(tmp_path / "wide"), dtype="float32", quiet=True)
-    wanted = {name: value.astype(np.float32) for name, value in ours(chameleons.weights()).items()}
+    wanted = {name: value.astype(np.float32) for name, value in tensors.items()} | others
     require_equal(tensors_of(tmp_path / "wide"), wanted)
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
 
@@ -213,6 +215,30 @@ def test_a_trained_chameleon_goes_back(folder, run, tmp_path):
     require_equal(tensors_of(tmp_path / "back"), chameleons.weights())
 
 
+def test_it_sees_pictures_and_cannot_draw_them(run):
+    codec = open_store(str(run / "vocabulary")).image_codec()
+    assert (codec.side, codec.codes_per_image, codec.codebook) == (4, 4, chameleons.CODES)
+    codes = codec.encode([np.full((5, 9, 3), grey, np.uint8) for grey in range(0, 256, 16)])
+    assert codes.shape == (16, 4) and 0 <= codes.min() and codes.max() < chameleons.CODES
+    with pytest.raises(InputError, match="no decoder"):
+        codec.decode(codes)
+
+
+def test_an_image_tokenizer_may_be_missing_but_not_in_part(tmp_path, capsys):
+    tensors = chameleons.weights()
+    without = {name: value for name, value in tensors.items() if "vqmodel" not in name}
+    from_chameleon(str(chameleons.write(tmp_path / "a", without)), str(tmp_path / "run"))
+    assert "no tensors model.vqmodel.*" in capsys.readouterr().out
+    assert open_store(str(tmp_path / "run" / "vocabulary")).image_codec() is None
+    to_chameleon(str(tmp_path / "run"), str(tmp_path / "back"))
+    assert "has no image tokenizer (model.vqmodel.*); --like DIR" in capsys.readouterr().out
+    require_equal(tensors_of(tmp_path / "back"), without)
+    cut = {name: value for name, value in tensors.items() if not name.endswith("vqmodel.encoder.conv_out.weight")}
+    with pytest.raises(InputError, match="model.vqmodel.*tensor encoder.conv_out.weight is missing"):
+        from_chameleon(str(chameleons.write(tmp_path / "b", cut)), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_it_cannot_be_trained_in_place(run):
     before = everything_below(run)
     with pytest.raises(InputError, match="choose another run.dir .with run.init_from"):
@@ -227,7 +253,6 @@ def test_without_a_tokenizer_it_says_what_is_lost(tmp_path, capsys):
     from_chameleon(str(folder), str(tmp_path / "run"))
     said = capsys.readouterr().out
     assert "no tokenizer.json" in said and "text cannot be encoded" in said
-    assert "left out: 2 tensors model.vqmodel.*" in said
     with pytest.raises(InputError, match="this vocabulary came without one"):
         open_store(str(tmp_path / "run" / "vocabulary")).text_codec()
     to_chameleon(str(tmp_path / "run"), str(tmp_path / "back"))
@@ -252,4 +277,4 @@ def test_one_file_before_shards_as_transformers_reads_them(tmp_path):
     save_file(chameleons.weights(1), folder / "model.safetensors")
     from_chameleon(str(folder), str(tmp_path / "run"), quiet=True)
     to_chameleon(str(tmp_path / "run"), str(tmp_path / "back"), quiet=True)
-    require_equal(tensors_of(tmp_path / "back"), ours(chameleons.weights(1)))
+    require_equal(tensors_of(tmp_path / "back"), chameleons.weights(1))

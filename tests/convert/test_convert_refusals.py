@@ -105,7 +105,7 @@ def index(folder, change):
 
 SHARD = "model-00002-of-00003.safetensors"
 DAMAGE = {
-    rf"{SHARD}: missing \(tensor lm_head.weight and 14 others\)": lambda f: (f / SHARD).unlink(),
+    rf"{SHARD}: missing \(tensor lm_head.weight and [0-9]+ others\)": lambda f: (f / SHARD).unlink(),
     rf"{SHARD}: damaged or cut off \(tensor model.layers.2.self_attn.v_proj.weight\)": lambda f: cut(f, -1),
     rf"{SHARD}: damaged or cut off \(tensor lm_head.weight and": lambda f: cut(f, 100),
     f"{SHARD}: has no tensor model.extra": lambda f: index(f, lambda m: m.update({"model.extra": SHARD})),

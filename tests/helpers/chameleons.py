@@ -7,6 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from moma_jax.codec.layouts import TAMING, places
+from moma_jax.codec.network import VqganConfig
 from moma_jax.config_json import to_json
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.rules import rule_name
@@ -75,7 +77,14 @@ def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     layer |= {f"{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
     found = {"model.embed_tokens.weight": (IDS, WIDTH), "lm_head.weight": (IDS, WIDTH), "model.norm.weight": (WIDTH,)}
     found |= {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
-    return found | {"model.vqmodel.quantize.embedding.weight": (CODES, 3), "model.vqmodel.quant_conv.bias": (3,)}
+    return found | vision_shapes()
+
+
+def vision_shapes() -> dict[str, tuple[int, ...]]:
+    """The image tokenizer: 4 x 4 pixels become 2 x 2 codes; no decoder, of which one convolution is left."""
+    config = VqganConfig(4, 32, (1, 1), 1, latent=8, codebook=CODES, code_width=3, decoder=False)
+    found = {place.name: place.shape for place in places(config, TAMING)} | {"post_quant_conv.bias": (8,)}
+    return {f"model.vqmodel.{name}": shape for name, shape in found.items()}
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:
