@@ -4,36 +4,23 @@ import dataclasses
 import io
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 from processes import output, spawn
+from small_codecs import small_codec
 
 from moma_jax.codec import codec_of, vqgan
 from moma_jax.codec.folder import open_codec, write_codec
-from moma_jax.codec.network import Vqgan, VqganConfig, nearest
+from moma_jax.codec.network import Vqgan, nearest
 from moma_jax.codec.pictures import BrokenPicture
 from moma_jax.codec.vqgan import VqganCodec
 from moma_jax.errors import InputError
 
-SMALL = VqganConfig(
-    side=16, channels=8, multipliers=(1, 2), blocks=1, attention_levels=(1,), latent=6, codebook=32, code_width=4,
-    norm_groups=4,
-)  # fmt: skip
-
-
-def codec(**fields):
-    config = dataclasses.replace(SMALL, **fields).check()
-    params = Vqgan(config).init(jax.random.key(0), np.zeros((1, config.side, config.side, 3), np.float32))["params"]
-    params = jax.device_get(params)
-    params["codebook_VC"] = np.random.default_rng(1).normal(size=params["codebook_VC"].shape).astype(np.float32)
-    return VqganCodec(config, params)
-
 
 @pytest.fixture(scope="module")
 def own():
-    return codec()
+    return small_codec()
 
 
 def pictures(count, seed=0, side=16):
@@ -45,7 +32,7 @@ def test_codes_do_not_depend_on_the_batch(own, monkeypatch):
     together = own.encode(list(images))
     assert together.shape == (7, 64) and together.dtype == np.int32 and len(np.unique(together)) > 4
     monkeypatch.setattr(vqgan, "BATCH_PIXELS", 3 * 16**2)
-    np.testing.assert_array_equal(codec().encode(list(images)), together)
+    np.testing.assert_array_equal(small_codec().encode(list(images)), together)
     for image, code_K in zip(images, together, strict=True):
         np.testing.assert_array_equal(own.encode([image])[0], code_K)
 
@@ -73,7 +60,7 @@ def test_codes_are_drawn(own):
 
 
 def test_without_a_decoder_nothing_is_drawn():
-    blind = codec(decoder=False)
+    blind = small_codec(decoder=False)
     assert "decoder" not in blind.params and not blind.draws
     with pytest.raises(InputError, match="no decoder"):
         blind.decode(np.zeros((1, 64), int))
@@ -102,7 +89,7 @@ def test_a_folder_keeps_it(own, tmp_path):
     read = open_codec(str(tmp_path / "codec"))
     assert read.hash == own.hash and read.config == own.config
     np.testing.assert_array_equal(read.encode(list(pictures(2))), own.encode(list(pictures(2))))
-    assert codec(side=32).hash != own.hash
+    assert small_codec(side=32).hash != own.hash
     with pytest.raises(InputError, match=r"no codec.json here; give a folder that moma codec"):
         open_codec(str(tmp_path))
 

@@ -219,7 +219,7 @@ def test_it_sees_pictures_and_cannot_draw_them(run):
     codec = open_store(str(run / "vocabulary")).image_codec()
     assert (codec.side, codec.codes_per_image, codec.codebook) == (4, 4, chameleons.CODES)
     codes = codec.encode([np.full((5, 9, 3), grey, np.uint8) for grey in range(0, 256, 16)])
-    assert codes.shape == (16, 4) and 0 <= codes.min() and codes.max() < chameleons.CODES
+    assert codes.shape == (16, 4) and codes.min() >= 0 and codes.max() < chameleons.CODES
     with pytest.raises(InputError, match="no decoder"):
         codec.decode(codes)
 

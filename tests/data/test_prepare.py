@@ -1,8 +1,10 @@
 """`moma prepare`: the same bytes whatever happens on the way, and clear refusals."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import spawn
+from small_codecs import small_codec
 from small_stores import files_of, make_source, settings, write_rows
 
+from moma_jax.codec.folder import write_codec
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
 from moma_jax.data import prepare as prepare_lib
 from moma_jax.data.directory import Directory
@@ -289,6 +293,54 @@ def test_ready_codes_and_a_given_tokenizer(made, tmp_path):
         assert tokens[at + 5] == image.end and (at == 1) == (KINDS[kind] == "image-first")
         found.append([t - image.ranges[0][0] for t in tokens[at + 1 : at + 5]])
     assert sorted(found) == sorted(codes)
+
+
+def test_a_learned_codec_is_used_kept_and_required(source, tmp_path):
+    codec = small_codec()
+    write_codec(str(tmp_path / "codec"), codec)
+    config = dataclasses.replace(settings(source), codec=str(tmp_path / "codec"))
+    manifest = prepare(config, str(tmp_path / "store"), progress=False)
+    store = open_store(str(tmp_path / "store"))
+    kept, image = store.image_codec(), store.vocabulary.modalities[1]
+    assert kept.hash == codec.hash and (image.size, image.span) == (codec.codebook, codec.codes_per_image)
+    assert manifest["broken"] == 0
+    shutil.rmtree(tmp_path / "codec")  # the store has its own
+    images = [np.full((20, 30, 3), grey, np.uint8) for grey in (0, 100, 200)]
+    np.testing.assert_array_equal(
+        open_store(str(tmp_path / "store")).image_codec().encode(images), codec.encode(images)
+    )
+    parts = {"a": (1, 2), "b": (2, 2)}
+    write_codec(str(tmp_path / "codec"), codec)
+    for part in parts.values():
+        prepare(dataclasses.replace(config, parts=2), str(tmp_path / "parts"), part=part, progress=False)
+    write_codec(str(tmp_path / "other"), small_codec(seed=1))
+    other = dataclasses.replace(config, codec=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="begun with prepare.codec"):
+        prepare(other, str(tmp_path / "store"), progress=False)
+    prepare(other, str(tmp_path / "another"), progress=False)
+    with pytest.raises(InputError, match="image codec differs"):
+        require_same_codecs(store, open_store(str(tmp_path / "another")))
+    with pytest.raises(InputError, match=r"no codec.json here"):
+        prepare(dataclasses.replace(config, codec=str(tmp_path)), str(tmp_path / "none"), progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_codes_of_a_codec_are_those_in_the_store(tmp_path):
+    codec = small_codec()
+    write_codec(str(tmp_path / "codec"), codec)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 24, 16, 3), np.uint8)
+    (tmp_path / "source" / "train").mkdir(parents=True)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "source" / "train" / f"{number}.png")
+        (tmp_path / "source" / "train" / f"{number}.txt").write_text(f"picture {number}")
+    config = PrepareConfig(source=str(tmp_path / "source"), codec=str(tmp_path / "codec"), text_size=300, parts=1)
+    prepare(config, str(tmp_path / "store"), progress=False)
+    store = open_store(str(tmp_path / "store"))
+    image, found = store.vocabulary.modalities[1], set()
+    for *_, tokens in documents_of(store, "train"):
+        begin = tokens.index(image.begin)
+        found.add(tuple(image.code_ids.tolist().index(t) for t in tokens[begin + 1 : begin + 1 + image.span]))
+    assert found == set(map(tuple, codec.encode(list(pixels)).tolist())) and len(found) == 6
 
 
 def test_text_alone_and_nothing_at_all(tmp_path, capsys):
