@@ -1,35 +1,119 @@
-"""A run at a glance: state, last records, checkpoints."""
+"""A run or a store at a glance, and a contact sheet of its documents."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from moma_jax.commands import Run, print_result
+from moma_jax.checks import resolve
+from moma_jax.commands import print_result
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost
+from moma_jax.data.sheet import batch_sheet, below_each_other, document_sheet, shown_documents
+from moma_jax.data.store import Store, open_store
+from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.rules import Unloaded
+from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import records_of
 
+MOST_DOCUMENTS = 256
+"""Documents of a sheet, at most."""
 
-def show(run: Run, json: bool = False) -> None:
-    """A run at a glance: what it is, how far it is, its last train and eval records, its checkpoints.
+
+def show(
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|STORE")]],
+    n: int = 0,
+    out: str = "sheet.png",
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """A run at a glance: what it is, how far it is, its last train and eval records, its checkpoints. A store: its
+    documents, tokens and codecs. With --n, also a contact sheet: documents as the model sees them, decoded, and of a
+    run the batch that it trains on next, packed rows coloured by modality and document.
 
     Args:
-      run: Run directory.
+      path: Run directory, or a token store.
+      n: Documents on the sheet; 0 makes none.
+      out: The sheet, a new PNG file.
+      seed: Of the choice of documents.
       json: Print JSON.
     """
-    print_result(glance(run), json, format_glance)
+    is_store = RunDir(path).read_json("config.json") is None and RunDir(path).read_json("manifest.json") is not None
+    found = glance_of_store(path) if is_store else glance(path)
+    if n:
+        if n < 0 or n > MOST_DOCUMENTS:
+            raise InputError(f"--n: {n} is not from 0 to {MOST_DOCUMENTS}")
+        if os.path.lexists(out):
+            raise InputError(f"--out: {out} is there already; choose a new file")
+        sheet = store_sheet(open_store(path), n, seed) if is_store else run_sheet(path, n, seed)
+        try:
+            sheet.save(out, "PNG")
+        except OSError as error:
+            raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+        found["sheet"] = out
+    print_result(found, json, format_store if is_store else format_glance)
+    if n and not json:
+        print(out)
+
+
+def store_sheet(store: Store, count: int, seed: int) -> Image.Image:
+    """Documents of a store."""
+    return document_sheet(store.path, shown_documents(store, count, seed))
+
+
+def run_sheet(path: str, count: int, seed: int) -> Image.Image:
+    """The next batch of a run above documents of its first store."""
+    config = resolve(from_json(RunDir(path).read_json("config.json")))
+    with contextlib.closing(Checkpoints(RunDir(path))) as checkpoints:
+        latest = checkpoints.latest()
+        cursor = None if latest is None else checkpoints.saved(latest).cursor
+    with open_stream(config, cursor=cursor) as stream:
+        batch = next(stream).batch
+    names = [m.name for m in config.data.modalities]
+    packed = batch_sheet(f"{path}, after step {latest or 0}", batch, names, config.data.group_rows)
+    if config.data.kind != "store":
+        return packed
+    return below_each_other([packed, store_sheet(open_store(config.data.stores[0].path), count, seed)])
+
+
+def glance_of_store(path: str) -> dict[str, Any]:
+    """What `moma show` prints of a store: "store", "documents", "broken", "counts" of documents and tokens by
+    collection and split, "modalities" with their ids, "image_codec": its kind and sizes, None without one."""
+    store = open_store(path)
+    codec, vocabulary = store.codecs.image, store.vocabulary
+    return {
+        "store": path,
+        **{name: store.manifest[name] for name in ("documents", "broken", "counts")},
+        "modalities": {m.name: {"ids": m.size, "span": m.span} for m in vocabulary.modalities},
+        "image_codec": None if codec is None else codec["kind"],
+    }
+
+
+def format_store(found: dict[str, Any]) -> str:
+    """What `glance_of_store` returned, for the terminal."""
+    lines = [f"{found['store']}: {found['documents']:,} documents, {found['broken']:,} broken"]
+    for name, own in found["modalities"].items():
+        span = f", spans of {own['span']:,}" if own["span"] else ""
+        codec = f", {found['image_codec'] or 'ready codes'}" if name == "image" else ""
+        lines.append(f"{name}: {own['ids']:,} ids{span}{codec}")
+    for name, count in found["counts"].items():
+        tokens = ", ".join(f"{number:,} {modality}" for modality, number in count["tokens"].items())
+        lines.append(f"{name}: {count['documents']:,} documents; tokens: {tokens}")
+    return "\n".join(lines) + "\n"
 
 
 def glance(path: str) -> dict[str, Any]:
-    """What `moma show` prints.
+    """What `moma show` prints of a run.
 
     Returns:
       "run"; "state", "step", "total", "updated" (seconds since 1970) of status.json, None before training; "config":
@@ -42,7 +126,7 @@ def glance(path: str) -> dict[str, Any]:
     run = RunDir(path)
     written = run.read_json("config.json")
     if written is None:
-        raise InputError(f"{path}: no config.json here; give a run directory")
+        raise InputError(f"{path}: neither config.json nor manifest.json here; give a run directory or a store")
     config, status, records = from_json(written), run.read_json("status.json") or {}, records_of(run) or []
     evaluated = {(r["eval_set"], r["routing"]): r for r in records if r["kind"] == "eval"}
     steps = {name.split("/")[1] for name in run.names("checkpoints/")}
