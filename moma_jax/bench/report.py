@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def format_bench(result: dict[str, Any]) -> str:
-    """What `bench_step`, `bench_data`, `bench_ffn` or `bench_generate` returned, as tables for the terminal."""
+    """What one of the benches returned, as tables for the terminal."""
     match result["bench"]:
         case "step":
             tables = _step(result)
@@ -19,6 +19,8 @@ def format_bench(result: dict[str, Any]) -> str:
             tables = [_ffn(result)]
         case "generate":
             tables = _generate(result)
+        case "codec":
+            tables = [_codec(result)]
     console = Console(width=120, highlight=False)
     with console.capture() as capture:
         for table in tables:
@@ -74,6 +76,17 @@ def _ffn(result: dict[str, Any]) -> Table:
     table.add_row("time over dense's", f"{result['time_over_dense']:.3f}x (spread {result['spread']:.1%})")
     for name, seconds in result["parts"].items():
         table.add_row(f"  {name} alone", f"{1000 * seconds:.2f}")
+    return table
+
+
+def _codec(result: dict[str, Any]) -> Table:
+    shape = result["shape"]
+    what = f"{shape['kind']}, {shape['side']} pixels, {shape['codes_per_image']} codes of {shape['codebook']:,}"
+    table = _table(f"{what}; {result['devices']} x {result['device']}", "pictures/s", "spread")
+    for name in ("encode", "decode"):
+        found = result[name]
+        figures = ("-", "-") if found is None else (f"{found['pictures_per_second']:,.2f}", f"{found['spread']:.1%}")
+        table.add_row(name, *figures)
     return table
 
 

@@ -1,8 +1,11 @@
-"""Measure the training step, generation, data, the FFN."""
+"""Measure the training step, generation, data, the FFN, codecs."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from moma_jax import bench as benches
+from moma_jax.codec.folder import open_codec
 from moma_jax.commands import print_result
 from moma_jax.recipes import RecipeOption
 
@@ -72,8 +75,25 @@ def ffn(
     _print(benches.bench_ffn(ffn=ffn, width=width, hidden=hidden, tokens=tokens, repeats=repeats), json)
 
 
+def codec(
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CODEC")]],
+    pictures: int = 16,
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Pictures per second of an image tokenizer, to codes and back, on all devices of this machine.
+
+    Args:
+      path: Folder of a codec (moma codec import).
+      pictures: Pictures of one call.
+      repeats: Timed calls of each.
+      json: Print JSON.
+    """
+    _print(benches.bench_codec(open_codec(path), pictures=pictures, repeats=repeats), json)
+
+
 def _print(result: dict[str, Any], as_json: bool) -> None:
     print_result(result, as_json, benches.format_bench)
 
 
-SUBCOMMANDS = {"step": step, "generate": generate, "data": data, "ffn": ffn}
+SUBCOMMANDS = {"step": step, "generate": generate, "data": data, "ffn": ffn, "codec": codec}

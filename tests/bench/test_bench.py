@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import run as moma
+from small_codecs import small_codec
 from tiny import tiny
 from top_two import TopTwo, first_come
 
@@ -15,6 +17,7 @@ from moma_jax.bench import step as step_bench
 from moma_jax.bench.ffn import _half_and_half
 from moma_jax.bench.parts import PARTS
 from moma_jax.bench.timing import differentiated, in_turns, summarise
+from moma_jax.codec.folder import write_codec
 from moma_jax.config import StoreConfig
 from moma_jax.cost import cost
 from moma_jax.errors import InputError
@@ -260,3 +263,15 @@ def test_generate_refuses_modalities_that_it_cannot_write():
     alone = dataclasses.replace(config.data, modalities=(dataclasses.replace(config.data.modalities[0], quota=1.0),))
     with pytest.raises(InputError, match="bench generate writes text and one modality with spans"):
         bench.bench_generate(dataclasses.replace(config, data=alone), ("dense",), batch=(1,))
+
+
+def test_codecs_are_measured_both_ways(capsys, tmp_path):
+    write_codec(str(tmp_path), small_codec())
+    code, out, _ = moma(capsys, "bench", "codec", tmp_path, "--pictures", "3", "--repeats", "2", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["shape"]["codes_per_image"] == 64
+    assert all(found[name]["pictures_per_second"] > 0 for name in ("encode", "decode"))
+    blind = bench.bench_codec(small_codec(decoder=False), pictures=1, repeats=1)
+    assert blind["decode"] is None and "decode" in bench.format_bench(blind)
+    with pytest.raises(InputError, match="--pictures: 0; give 1 or more"):
+        bench.bench_codec(small_codec(), pictures=0)
