@@ -253,9 +253,11 @@ def unit(x_NC):
 
 
 def nearest(z_BKC, row_VC):
-    """int32 (B, K): the row at the least Euclidean distance."""
-    # The latents' own length is the same for every row.
-    distance_BKV = jnp.square(row_VC).sum(-1) - 2 * jnp.einsum(
-        "bkc,vc->bkv", z_BKC, row_VC, precision=jax.lax.Precision.HIGHEST
-    )
-    return jnp.argmin(distance_BKV, axis=-1).astype(jnp.int32)
+    """int32 (B, K): the row at the least Euclidean distance. One picture after the other: K x V distances are many."""
+    length_V = jnp.square(row_VC).sum(-1)  # the latents' own is the same for every row
+
+    def of_one(z_KC):
+        product_KV = jnp.matmul(z_KC, row_VC.T, precision=jax.lax.Precision.HIGHEST)
+        return jnp.argmin(length_V - 2 * product_KV, axis=-1).astype(jnp.int32)
+
+    return jax.lax.map(of_one, z_BKC)
