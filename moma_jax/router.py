@@ -245,10 +245,11 @@ def name_of(router: Router) -> str:
     """How a rule is called in records: a built-in one by its file, another as it was named, or by where it is defined,
     FILE.py:CLASS or MODULE:CLASS."""
     own = router.function if isinstance(router, Function) else type(router)
-    package, _, file = own.__module__.rpartition(".")
+    module = own.__module__ or "__main__"  # of code that was run from a string
+    package, _, file = module.rpartition(".")
     if package == "moma_jax.routers":
         return file
-    where = getattr(sys.modules.get(own.__module__), "__moma_file__", own.__module__)
+    where = getattr(sys.modules.get(module), "__moma_file__", module)
     defined = f"{where}:{getattr(own, '__qualname__', type(own).__qualname__)}"
     return getattr(own, "__dict__", {}).get("__moma_name__", defined)  # no attribute: a subclass has another name
 

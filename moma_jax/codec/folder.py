@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import partial
 
 from moma_jax.codec import Codec, codec_of
@@ -20,11 +22,19 @@ def open_codec(path: str) -> Codec:
     folder = Directory(path)
     description = folder.read_json(DESCRIPTION)
     if description is None:
-        raise InputError(f"{path}: no {DESCRIPTION} here; give a folder that moma codec import or train made")
+        raise InputError(f"{path}: no {DESCRIPTION} here; give a folder that moma codec import made")
     try:
         return codec_of(description, partial(folder.read, WEIGHTS))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def hash_of(path: str) -> str:
+    """The hash of the image tokenizer in a folder, by its description alone; InputError where there is none."""
+    description = Directory(path).read_json(DESCRIPTION)
+    if description is None:
+        raise InputError(f"{path}: no {DESCRIPTION} here; give a folder that moma codec import made")
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def write_codec(path: str, codec: Codec) -> None:

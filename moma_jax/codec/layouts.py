@@ -94,6 +94,10 @@ LLAMAGEN = Naming(
 NAMINGS = {"taming": TAMING, "janus": JANUS, "llamagen": LLAMAGEN, "diffusers": DIFFUSERS}
 
 
+MOST = 64
+"""Levels, and blocks of a level, at most."""
+
+
 class Place(NamedTuple):
     """A tensor's name, and the shape that the parameter at `path` calls for."""
 
@@ -221,9 +225,11 @@ def inferred(shapes: Mapping[str, tuple[int, ...]], naming: Naming, side: int, *
       InputError: a tensor that says how large the network is is missing.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
-        require(name in shapes, f"tensor {name} is missing")
-        return shapes[name]
+    def shape(name: str, rank: int = 4) -> tuple[int, ...]:
+        require(name in shapes, f"tensor {name} is missing; fetch the file again")
+        found = shapes[name]
+        require(len(found) == rank and min(found) > 0, f"tensor {name} has shape {found}; it is of no VQGAN")
+        return found
 
     def numbers(template: str) -> list[tuple[int, int]]:
         """(level, block) of all tensors below a template."""
@@ -231,9 +237,11 @@ def inferred(shapes: Mapping[str, tuple[int, ...]], naming: Naming, side: int, *
         return [tuple(map(int, found.groups())) for name in shapes if (found := re.match(pattern, name))]
 
     blocks, attention = numbers(naming.down), numbers(naming.down_attention)
+    most = max(map(max, [*blocks, *attention]))
+    require(most < MOST, f"it has tensors of level or block {most}, and a VQGAN fewer than {MOST}")
     channels = shape("encoder.conv_in.weight")[0]
     first = [f"encoder.{naming.down.format(n=n, b=0)}.conv1.weight" for n in range(1 + max(n for n, _ in blocks))]
-    codebook, width = shape("quantize.embedding.weight")
+    codebook, width = shape("quantize.embedding.weight", 2)
     return VqganConfig(
         side=side,
         channels=channels,

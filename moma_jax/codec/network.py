@@ -1,4 +1,4 @@
-"""The VQGAN of Chameleon, taming-transformers, LlamaGen, Janus, aMUSEd and LWM: one network, a config for each.
+"""The VQGAN of Chameleon, taming-transformers, LlamaGen, Janus and aMUSEd: one network, a config for each.
 
     pixels -> encoder -> 1x1 convolution -> nearest row of the codebook -> 1x1 convolution -> decoder -> pixels
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from moma_jax.codec.layouts import abstract_parameters
 from moma_jax.codec.network import Vqgan, VqganConfig
 from moma_jax.codec.pictures import checked_codes, load_picture
 from moma_jax.errors import InputError
@@ -24,7 +26,7 @@ from moma_jax.fields import read
 
 FORMAT_VERSION = 1
 BATCH_PIXELS = 1 << 20
-"""Pixels that a device encodes or decodes at once: four pictures of 512 x 512, in about 2 GiB for Chameleon's."""
+"""Pixels that a device encodes or decodes at once: four pictures of 512 x 512, in about 3 GB for Chameleon's."""
 ROWS = "rows"
 """The mesh axis that pictures are split along."""
 
@@ -41,6 +43,7 @@ class VqganCodec:
     def __init__(self, config: VqganConfig, params: Mapping[str, Any]):
         self.config, self.params = config, params
         self._runs: dict[str, Any] = {}
+        self._placed, self._lock = None, threading.Lock()
 
     @property
     def side(self) -> int:
@@ -92,23 +95,28 @@ class VqganCodec:
         return [Image.fromarray(pixels) for pixels in self._in_batches("decode", codes_NC)] if len(codes_NC) else []
 
     def _in_batches(self, what: str, input_NX: np.ndarray) -> np.ndarray:
-        """All rows through a compiled function, in batches of one shape; the last is filled up with its first row."""
-        run, params, size = self._compiled(what)
-        count = len(input_NX)
-        filled_NX = np.concatenate([input_NX, np.repeat(input_NX[:1], -count % size, axis=0)])
-        results = [run(params, filled_NX[start : start + size]) for start in range(0, len(filled_NX), size)]
-        return np.concatenate([np.asarray(result) for result in results])[:count]
+        """All rows through a compiled function, in batches of one shape; the last is filled up with its first row. One
+        thread at a time: each run takes all devices, and the memory of a batch."""
+        results = []
+        with self._lock:
+            run, size = self._compiled(what)
+            for start in range(0, len(input_NX), size):
+                batch_BX = input_NX[start : start + size]
+                missing = size - len(batch_BX)
+                whole_BX = np.concatenate([batch_BX, np.repeat(batch_BX[:1], missing, axis=0)]) if missing else batch_BX
+                results.append(np.asarray(run(self._placed, whole_BX))[: len(batch_BX)])
+        return np.concatenate(results)
 
-    def _compiled(self, what: str) -> tuple[Any, Any, int]:
-        """(function of parameters and a batch, the parameters on the devices, rows of a batch)."""
+    def _compiled(self, what: str) -> tuple[Any, int]:
+        """(function of parameters on the devices and a batch, rows of a batch)."""
+        mesh = Mesh(np.array(jax.local_devices()), (ROWS,), axis_types=(AxisType.Auto,))
+        if self._placed is None:
+            self._placed = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         if what not in self._runs:
-            mesh = Mesh(np.array(jax.local_devices()), (ROWS,), axis_types=(AxisType.Auto,))
             body = functools.partial(encode_pixels if what == "encode" else decode_codes, self.config)
             specs = PartitionSpec(), PartitionSpec(ROWS)
-            run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(ROWS)))
-            params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
-            self._runs[what] = run, params, mesh.size * batch_size(self.side)
-        return self._runs[what]
+            self._runs[what] = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(ROWS)))
+        return self._runs[what], mesh.size * batch_size(self.side)
 
     @property
     def hash(self) -> str:
@@ -143,7 +151,12 @@ class VqganCodec:
             flat = safetensors.numpy.load(weights)
         except safetensors.SafetensorError as error:
             raise InputError(f"image codec: its weights are damaged ({error}); import it again") from error
-        return cls(config, nested(flat))
+        codec = cls(config, nested(flat))
+        for name, wanted in flattened(abstract_parameters(config)).items():
+            if (shape := getattr(flat.get(name), "shape", None)) != wanted.shape:
+                raise InputError(f"image codec: parameter {name} has shape {shape}, by its description {wanted.shape}")
+        codec.__dict__["weights"] = weights  # as they came: another safetensors might write them otherwise
+        return codec
 
 
 def batch_size(side: int) -> int:
@@ -152,8 +165,9 @@ def batch_size(side: int) -> int:
 
 
 def encode_pixels(config: VqganConfig, params: Any, pixels_BHW3) -> jax.Array:
-    """int32 codes (B, K) of uint8 pixels, one device's."""
-    return Vqgan(config).apply({"params": params}, to_network(config, pixels_BHW3), method="codes")
+    """int32 codes (B, K) of uint8 pixels, one device's. In float32 on every platform: with less, codes would differ."""
+    with jax.default_matmul_precision("highest"):
+        return Vqgan(config).apply({"params": params}, to_network(config, pixels_BHW3), method="codes")
 
 
 def decode_codes(config: VqganConfig, params: Any, code_BK) -> jax.Array:
@@ -172,11 +186,11 @@ def from_network(config: VqganConfig, x_BHW3):
     return jnp.round(255 * jnp.clip(share_BHW3, 0, 1)).astype(jnp.uint8)
 
 
-def flattened(tree: Mapping[str, Any], path: str = "") -> dict[str, np.ndarray]:
+def flattened(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """A tree's leaves by path, A/B/C."""
     flat = {}
     for name, own in tree.items():
-        flat |= flattened(own, f"{path}{name}/") if isinstance(own, Mapping) else {path + name: np.asarray(own)}
+        flat |= flattened(own, f"{path}{name}/") if isinstance(own, Mapping) else {path + name: own}
     return flat
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import time
 from typing import Annotated, Any
 
+import jax
 import tyro
 from PIL import Image
 from rich.console import Console
@@ -17,6 +19,7 @@ from moma_jax.commands import print_result
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost
+from moma_jax.data.directory import Directory
 from moma_jax.data.sheet import batch_sheet, below_each_other, document_sheet, shown_documents
 from moma_jax.data.store import Store, open_store
 from moma_jax.data.stream import open_stream
@@ -55,11 +58,14 @@ def show(
             raise InputError(f"--n: {n} is not from 0 to {MOST_DOCUMENTS}")
         if os.path.lexists(out):
             raise InputError(f"--out: {out} is there already; choose a new file")
+        jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the very run
         sheet = store_sheet(open_store(path), n, seed) if is_store else run_sheet(path, n, seed)
-        try:
-            sheet.save(out, "PNG")
-        except OSError as error:
-            raise InputError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+        content = io.BytesIO()
+        sheet.save(content, "PNG")
+        folder, name = os.path.split(os.path.abspath(out))
+        if not os.path.isdir(folder):
+            raise InputError(f"--out: {out} cannot be written: there is no folder {folder}")
+        Directory(folder).write(name, content.getvalue())
         found["sheet"] = out
     print_result(found, json, format_store if is_store else format_glance)
     if n and not json:
@@ -88,14 +94,15 @@ def run_sheet(path: str, count: int, seed: int) -> Image.Image:
 
 def glance_of_store(path: str) -> dict[str, Any]:
     """What `moma show` prints of a store: "store", "documents", "broken", "counts" of documents and tokens by
-    collection and split, "modalities" with their ids, "image_codec": its kind and sizes, None without one."""
+    collection and split, "modalities" with their ids, "image_codec": its kind, None without one."""
     store = open_store(path)
     codec, vocabulary = store.codecs.image, store.vocabulary
+    known = {"documents": 0, "broken": 0, "counts": {}} | store.manifest
     return {
         "store": path,
-        **{name: store.manifest[name] for name in ("documents", "broken", "counts")},
+        **{name: known[name] for name in ("documents", "broken", "counts")},
         "modalities": {m.name: {"ids": m.size, "span": m.span} for m in vocabulary.modalities},
-        "image_codec": None if codec is None else codec["kind"],
+        "image_codec": None if codec is None else codec.get("kind"),
     }
 
 

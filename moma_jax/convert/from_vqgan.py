@@ -17,8 +17,9 @@ from moma_jax.codec.folder import write_codec
 from moma_jax.codec.layouts import NAMINGS, Naming, inferred, naming_of, places
 from moma_jax.codec.network import VqganConfig
 from moma_jax.codec.vqgan import VqganCodec, nested
-from moma_jax.convert.weights import Weights, new_directory, open_file, open_weights, read_json
+from moma_jax.convert.weights import DTYPES, Weights, new_directory, open_file, open_weights, read_json
 from moma_jax.errors import InputError
+from moma_jax.fields import read
 
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 """What diffusers calls a model's file."""
@@ -28,13 +29,8 @@ IGNORED = ("loss.", "quantize.embedding_ema", "quantize.cluster", "quantize.code
 """Tensors that training alone needs."""
 WITHOUT_DECODER = ("post_quant_conv.",)
 """What stays behind of a decoder that was left out."""
-BY_NAMING = {
-    "taming": {},
-    "janus": {"unit_length": "both"},
-    "llamagen": {"unit_length": "both"},
-    "diffusers": {"lowest": 0.0},
-}
-"""What no tensor tells, by naming."""
+BY_NAMING = {"taming": "neither", "janus": "both", "llamagen": "both", "diffusers": "neither"}
+"""`VqganConfig.unit_length`, which no tensor tells, by naming."""
 
 
 class Tensors(NamedTuple):
@@ -44,20 +40,36 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
-def import_codec(path: str, out: str, *, side: int | None = None, unit_length: str | None = None) -> VqganCodec:
+def import_codec(
+    path: str,
+    out: str,
+    *,
+    side: int | None = None,
+    unit_length: str | None = None,
+    lowest: float | None = None,
+) -> VqganCodec:
     """Makes the folder `out` of a public image tokenizer; all or nothing of it is written.
 
     Args:
       path: a folder of Hugging Face (Chameleon, Janus, aMUSEd's vqvae), a safetensors file, or a .ckpt or .pt of torch.
       side: pixels of a side of its pictures; None: what the config.json beside it says.
-      unit_length: as of `VqganConfig`; None: as its family has it.
+      unit_length, lowest: as of `VqganConfig`; None: as its family has them.
 
     Raises:
       InputError: it is no such tokenizer; the first tensor that is missing, misshapen or unknown is named.
     """
     tensors = _of_checkpoint(Path(path)) if path.endswith((".ckpt", ".pt", ".pth")) else _of_safetensors(Path(path))
+    described = _described(Path(path))
+    beside, patches = described.pop("side", None), described.pop("places", None)
+    asked = {name: value for name, value in (("unit_length", unit_length), ("lowest", lowest)) if value is not None}
+
+    def side_of(levels: int) -> Any:
+        if side is not None or type(patches) is not int:
+            return beside if side is None else side
+        return patches << (levels - 1) if patches > 0 else patches
+
     try:
-        codec = codec_of_tensors(tensors, lambda levels: side or _side_beside(Path(path), levels), unit_length)
+        codec = codec_of_tensors(tensors, side_of, **{**described, **asked})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     with new_directory(out) as folder:
@@ -65,13 +77,12 @@ def import_codec(path: str, out: str, *, side: int | None = None, unit_length: s
     return codec
 
 
-def codec_of_tensors(
-    tensors: Tensors, side_of: Callable[[int], int | None], unit_length: str | None = None
-) -> VqganCodec:
+def codec_of_tensors(tensors: Tensors, side_of: Callable[[int], Any], **known: Any) -> VqganCodec:
     """The codec that tensors make.
 
     Args:
       side_of: pixels of a side of its pictures in a network of so many levels; None where nobody knows.
+      known: fields of `VqganConfig` that no tensor tells.
 
     Raises:
       InputError: they are of no VQGAN, or a tensor is missing, misshapen or unknown.
@@ -79,11 +90,11 @@ def codec_of_tensors(
     named = naming_of(tensors.shapes)
     if named is None:
         raise InputError("no tensor encoder.*.conv1.weight of a VQGAN; give an image tokenizer of a kind that is known")
-    naming, known = NAMINGS[named], BY_NAMING[named] | ({} if unit_length is None else {"unit_length": unit_length})
-    config = inferred(tensors.shapes, naming, 1, **known)
+    naming = NAMINGS[named]
+    config = inferred(tensors.shapes, naming, 1, **{"unit_length": BY_NAMING[named], **known})
     if (side := side_of(len(config.multipliers))) is None:
-        raise InputError("no config.json says how large its pictures are; give --side (Chameleon: 512)")
-    config = dataclasses.replace(config, side=side).check()
+        raise InputError("nothing beside it says how large its pictures are; give --side (Chameleon: 512)")
+    config = read(VqganConfig, dataclasses.asdict(config) | {"side": side}, "codec").check()
     return VqganCodec(config, _parameters(config, naming, tensors))
 
 
@@ -100,23 +111,37 @@ def _parameters(config: VqganConfig, naming: Naming, tensors: Tensors) -> dict[s
     unknown = sorted(name for name in tensors.shapes.keys() - {p.name for p in wanted} if not name.startswith(ignored))
     if unknown:
         raise InputError(f"tensor {unknown[0]} has no place in the network; it is of another architecture")
-    return nested({"/".join(p.path): p.to_ours(tensors.read(p.name).astype(np.float32)) for p in wanted})
+    return nested({"/".join(p.path): p.to_ours(_value(p.name, tensors)) for p in wanted})
 
 
-def _side_beside(path: Path, levels: int) -> int | None:
-    """Pixels of a side by the config.json of Hugging Face; None where there is none."""
+def _value(name: str, tensors: Tensors) -> np.ndarray:
+    """A tensor in float32; InputError where it is no weight."""
+    value = tensors.read(name)
+    if value.dtype not in DTYPES.values():
+        raise InputError(f"tensor {name} is {value.dtype}; give weights in {', '.join(map(str, DTYPES.values()))}")
+    value = value.astype(np.float32)
+    if not np.isfinite(value).all():
+        raise InputError(f"tensor {name} has values that are no numbers; fetch the file again")
+    return value
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What the config.json of Hugging Face beside it tells and no tensor does, as fields of VqganConfig; `side` is
+    pixels, or None, and `places` codes of a side in the stead of it."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
-        return None
+        return {}
     config = read_json(folder / "config.json")
     vision = config.get("vq_config") if isinstance(config.get("vq_config"), dict) else {}
-    sides = {**config, **vision}
-    if config.get("model_type") == "janus" and type(patches := vision.get("num_patches")) is int:
-        return patches << (levels - 1)
-    if config.get("model_type") == "chameleon":
-        return sides.get("resolution", 512)
-    found = sides.get("resolution", sides.get("sample_size"))
-    return found if type(found) is int and found > 0 else None
+    match config.get("model_type"), config.get("_class_name"):
+        case "chameleon", _:
+            return {"side": vision.get("resolution", 512)}
+        case "janus", _:
+            return {"places": vision.get("num_patches", 32)}
+        case _, "VQModel":  # its sample_size is not the picture's
+            lowest = 0.0 if config.get("lookup_from_codebook") else -1.0  # aMUSEd's pictures are from 0 to 1
+            return {"lowest": lowest, "norm_groups": config.get("norm_num_groups", 32)}
+    return {}
 
 
 def _of_safetensors(path: Path) -> Tensors:
@@ -151,10 +176,16 @@ def _of_checkpoint(path: Path) -> Tensors:
         raise InputError(f"{path}: no checkpoint of weights alone: {reason}") from error
     for name in ("state_dict", "model"):
         content = content[name] if isinstance(content, Mapping) and isinstance(content.get(name), Mapping) else content
-    found = {n: t for n, t in content.items() if isinstance(t, torch.Tensor)} if isinstance(content, Mapping) else {}
+    content = content if isinstance(content, Mapping) else {}
+    found = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
     prefix = _prefix(found)
     shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in found.items() if name.startswith(prefix)}
-    return Tensors(shapes, lambda name: found[prefix + name].float().numpy())
+    return Tensors(shapes, lambda name: _numpy(found[prefix + name]))
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """A tensor of torch, which has bfloat16 and NumPy has not."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _prefix(tensors: Mapping[str, Any]) -> str:

@@ -84,7 +84,8 @@ def to_chameleon(
         original = None if like is None else require_tensors(open_weights(source), places)
         dtypes = _dtypes(run, places, dtype, original)
         kept = Path(run).expanduser() / SOURCE / VISION_FILE
-        vision = original if original is not None else open_file(kept) if kept.is_file() else None
+        has_vision = original is not None and any(name not in places for name in original.tensors)
+        vision = original if has_vision else open_file(kept) if kept.is_file() else None
         made = None if source is not None else layout.config_of(config.model, vocabulary, config.data.sequence)
         with new_directory(out) as begun:
             read = _reader(checkpoints, step, places, layout.shapes(config.model, places))

@@ -103,7 +103,8 @@ def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, A
     types = sorted({str(DTYPES[tensor.dtype]) for tensor in tensors})
     say = (lambda line: None) if quiet else print
     say(f"{folder}: {model.layers} layers of width {model.width}, {parameters:,} parameters in {', '.join(types)}")
-    with new_directory(out, room=2 * 4 * parameters) as begun:
+    of_vision = sum(int(np.prod(weights.tensors[name].shape)) for name in vision)
+    with new_directory(out, room=2 * 4 * (parameters + of_vision)) as begun:
         params = _read_params(weights, model, places, begun / SCRATCH)
         _write_source(begun, source.folder, {name: weights.tensors[name].dtype for name in places})
         if vision:

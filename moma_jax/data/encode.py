@@ -13,6 +13,9 @@ from moma_jax.data.sources import Broken, Codes, Document, Picture, Text, conten
 from moma_jax.errors import InputError
 from moma_jax.vocab import ModalityIds, Vocabulary
 
+AT_ONCE = 64
+"""Pictures of a unit that lie decoded in memory at once."""
+
 
 class Unit(NamedTuple):
     """The outcome of one unit of a source: what was encoded, and (id, reason) of what was broken."""
@@ -76,14 +79,17 @@ class Encoder:
                 "source: it has pictures, but the vocabulary has no image codec; choose another vocabulary"
             )
         found: list[np.ndarray | BrokenPicture] = []
-        for image in images:
-            try:
-                found.append(self._image.read(image))
-            except BrokenPicture as error:
-                found.append(error)
-        sound = [pixels for pixels in found if isinstance(pixels, np.ndarray)]
-        codes = iter(self._image.encode(sound) if sound else ())
-        return [next(codes) if isinstance(own, np.ndarray) else own for own in found]
+        for start in range(0, len(images), AT_ONCE):
+            some: list[np.ndarray | BrokenPicture] = []
+            for image in images[start : start + AT_ONCE]:
+                try:
+                    some.append(self._image.read(image))
+                except BrokenPicture as error:
+                    some.append(error)
+            sound = [pixels for pixels in some if isinstance(pixels, np.ndarray)]
+            codes = iter(self._image.encode(sound) if sound else ())
+            found += [next(codes) if isinstance(own, np.ndarray) else own for own in some]
+        return found
 
     def _draft(self, document: Document) -> _Draft:
         """All that is known of a document without its tokens.

@@ -67,6 +67,10 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
       InputError: the settings contradict `modalities`, or there is nothing to fit on.
     """
     if config.vocabulary is not None:
+        if config.codec is not None:
+            raise InputError(
+                "prepare.codec: the store of prepare.vocabulary has a codec of its own; give one of the two"
+            )
         codecs = open_store(config.vocabulary).codecs
         require_modalities(codecs.vocabulary, modalities)
         if codecs.image is None:
@@ -86,7 +90,7 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
         size = config.text_size
     if text.size > size:
         raise InputError(f"data.modalities: {layout[0].name} has size {size}; the tokenizer needs {text.size}")
-    codec = _image_codec(config, sample)
+    codec = _image_codec(config, sample) if any(m.name == IMAGE.name for m in layout) else None
     vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, codec) for m in layout[1:])])
     require_modalities(vocabulary, modalities)
     described = (None, lambda: None) if codec is None else (codec.to_json(), lambda: codec.weights)
@@ -115,7 +119,14 @@ def _sized(modality: Modality, size: int, span: int) -> Modality:
 def _image_codec(config: PrepareConfig, sample: Sample) -> Codec | None:
     """The image tokenizer that is given, or a palette fitted to the sample; None where there are no pictures."""
     if config.codec is not None:
-        return open_codec(config.codec)
+        codec = open_codec(config.codec)
+        asked = config.codebook or codec.codebook, config.codes_per_image or codec.codes_per_image
+        if asked != (codec.codebook, codec.codes_per_image):
+            raise InputError(
+                f"prepare.codec: {config.codec} has {codec.codebook} codes, {codec.codes_per_image} a picture; leave "
+                "codebook and codes_per_image out"
+            )
+        return codec
     if not sample.pictures:
         return None
     return fit_palette(sample.pictures, config.image_side, config.colours, config.seed)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from moma_jax.codec.folder import open_codec
+from moma_jax.codec.folder import hash_of
 from moma_jax.config import Modality, PrepareConfig
 from moma_jax.data.directory import Directory
 from moma_jax.data.encode import Encoder
@@ -76,16 +76,19 @@ def prepare(
         if codecs is None:
             bar.begin("fitting the vocabulary", source.units())
             codecs = fit_codecs(source, config, modalities, bar.look)
+            encoder = _encoder(codecs, config)
             # Nothing is written before the input is known to be sound; another process may have begun meanwhile.
             if not _is_claimed(directory, content):
                 directory.write_json("settings.json", content)
             codecs.write(directory)
+        else:
+            encoder = _encoder(codecs, config)
         require_modalities(codecs.vocabulary, modalities)
         belongs = _belongs(directory, codecs)
         missing = [k for k in wanted if _read_part(directory, k, n, belongs) is None]
         bar.begin("writing", sum(len(_units(source, k, n)) for k in missing))
         for k in missing:
-            _write_part(directory, config, source, codecs, k, n, bar)
+            _write_part(directory, config, source, codecs, encoder, k, n, bar)
         result = _publish(directory) if part is None else _read_part(directory, part[0], n, belongs)
         return _told(bar, directory, result)
 
@@ -110,7 +113,7 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
     settings["tokenizer"] = settings["vocabulary"] = None
     if config.codec is not None:  # left out where there is none, as stores were begun before it existed
-        settings["codec"] = open_codec(config.codec).hash
+        settings["codec"] = hash_of(config.codec)
     if config.vocabulary is not None:
         settings["vocabulary"] = open_store(config.vocabulary).manifest["hashes"]
     elif config.tokenizer is not None:
@@ -187,8 +190,19 @@ def _units(source, k: int, n: int) -> range:
     return range(k - 1, source.units(), n)
 
 
-def _write_part(directory: Directory, config: PrepareConfig, source, codecs: Codecs, k: int, n: int, bar) -> None:
-    encoder = Encoder(codecs.vocabulary, text_codec(codecs), image_codec(codecs), config.held_out)
+def _encoder(codecs: Codecs, config: PrepareConfig) -> Encoder:
+    """What makes documents tokens, compiled once for all parts; InputError where the image codec lost its weights."""
+    try:
+        image = image_codec(codecs)
+    except InputError as error:
+        where = config.vocabulary or config.codec
+        raise InputError(f"{where}: {error}" if where else str(error)) from error
+    return Encoder(codecs.vocabulary, text_codec(codecs), image, config.held_out)
+
+
+def _write_part(
+    directory: Directory, config: PrepareConfig, source, codecs: Codecs, encoder: Encoder, k: int, n: int, bar
+) -> None:
     seen, broken, listed = 0, 0, []
     with PartWriter(directory, k, n, codecs.vocabulary, config.shard_bytes, config.chunk_tokens) as writer:
         for unit in ordered_map(lambda number: encoder.encode(source.read(number)), _units(source, k, n)):

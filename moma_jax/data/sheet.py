@@ -9,7 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from moma_jax.batch import Batch
+from moma_jax.codec import Codec
 from moma_jax.data.store import KINDS, SPLITS, Store, View
+from moma_jax.vocab import ModalityIds
 
 WIDTH, MARGIN, THUMB, LINE = 1000, 12, 112, 15
 """Pixels: of a sheet, around things, of a picture's side, of a line of text."""
@@ -29,10 +31,14 @@ class Shown(NamedTuple):
 def shown_documents(store: Store, count: int, seed: int = 0) -> list[Shown]:
     """`count` documents of all splits, drawn at random; all where there are fewer."""
     views = [(split, store.view("all", split)) for split in SPLITS]
-    every = [(split, view, number) for split, view in views for number in range(view.documents)]
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(every))[:count])
+    total = sum(view.documents for _, view in views)
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False, shuffle=False))
     vocabulary, text, image = store.vocabulary, store.text_codec(), store.image_codec()
-    return [_shown(*every[place], vocabulary, text, image) for place in chosen]
+    shown = []
+    for split, view in views:
+        here, chosen = chosen[chosen < view.documents], chosen[chosen >= view.documents] - view.documents
+        shown += [_shown(split, view, int(number), vocabulary, text, image) for number in here]
+    return shown
 
 
 def _shown(split: str, view: View, number: int, vocabulary, text, image) -> Shown:
@@ -43,22 +49,23 @@ def _shown(split: str, view: View, number: int, vocabulary, text, image) -> Show
     counts = np.bincount(index.span_modality_K, index.span_length_K, len(names)).astype(int)
     tokens = ", ".join(f"{count:,} {name}" for name, count in zip(names, counts, strict=True) if count)
     heading = f"{split} {number:,}  {KINDS[int(index.kind_N[0])]}  {tokens}  {len(spans)} spans"
-    pieces, start = [], 0
-    for modality, length in spans:
-        pieces.append(_piece(token_N[start : start + length], modality, vocabulary, text, image))
-        start += length
-    return Shown(heading, [piece for piece in pieces if piece])
+    tokens_of = np.split(token_N, np.cumsum([length for _, length in spans])[:-1])
+    pieces = [
+        text.decode(own_N.tolist()) if modality == 0 else _codes(own_N, vocabulary.modalities[modality], image)
+        for (modality, _), own_N in zip(spans, tokens_of, strict=True)
+    ]
+    codes = [piece for piece in pieces if isinstance(piece, np.ndarray)]
+    pictures = iter(image.decode(np.stack(codes)) if codes else ())
+    drawn = [next(pictures) if isinstance(piece, np.ndarray) else piece for piece in pieces]
+    return Shown(heading, [piece for piece in drawn if piece])
 
 
-def _piece(token_N: np.ndarray, modality: int, vocabulary, text, image) -> str | Image.Image:
-    """A span as text or a picture; as its codes' number where it cannot be drawn."""
-    if modality == 0:
-        return text.decode(token_N.tolist())
-    own = vocabulary.modalities[modality]
+def _codes(token_N: np.ndarray, own: ModalityIds, image: Codec | None) -> np.ndarray | str:
+    """A span's codes, to be drawn; their number where they cannot be."""
     if own.name != "image" or image is None or not image.draws or len(token_N) != image.codes_per_image:
         return f"<{len(token_N)} codes of {own.name}>"
-    code_of = dict(zip(own.code_ids.tolist(), range(own.size), strict=True))
-    return image.decode(np.array([[code_of[int(token)] for token in token_N]]))[0]
+    order_V = np.argsort(own.code_ids)
+    return order_V[np.searchsorted(own.code_ids, token_N, sorter=order_V)]
 
 
 def document_sheet(title: str, documents: list[Shown]) -> Image.Image:

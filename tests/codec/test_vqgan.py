@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_codes_do_not_depend_on_the_batch(own, monkeypatch):
     np.testing.assert_array_equal(small_codec().encode(list(images)), together)
     for image, code_K in zip(images, together, strict=True):
         np.testing.assert_array_equal(own.encode([image])[0], code_K)
+
+
+def test_threads_get_the_codes_of_their_pictures(own):
+    images = pictures(12)
+    expected = own.encode(list(images))
+    fresh = VqganCodec(own.config, own.params)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda image: fresh.encode([image])[0], images))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_files_and_pixels_have_the_same_codes(own):
@@ -102,6 +112,10 @@ def test_a_folder_keeps_it(own, tmp_path):
         (lambda folder: change(folder, side=24.5), "codec.side: expected int, found 24.5"),
         (lambda folder: change(folder, side=15), "15 pixels cannot be halved 1 times; use a multiple of 2"),
         (lambda folder: change(folder, widht=3), "codec.widht: no such field"),
+        (
+            lambda folder: change(folder, codebook=64),
+            "parameter codebook_VC has shape .32, 4., by its description .64, 4.",
+        ),
         (lambda folder: change(folder, attention_levels=[2]), "there is no level 2; they are 0 to 1"),
         (lambda folder: (folder / "codec.json").write_text('{"kind": "tiles"}'), "kind 'tiles' is unknown"),
     ],

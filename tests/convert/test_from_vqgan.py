@@ -139,10 +139,10 @@ def test_amused_encodes_and_draws(tmp_path):
     model = diffusers.VQModel(
         block_out_channels=(32, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, layers_per_block=2,
         up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=16, num_vq_embeddings=128, vq_embed_dim=8,
-        mid_block_add_attention=False, sample_size=SIDE,
+        mid_block_add_attention=False, sample_size=32, lookup_from_codebook=True,
     )  # fmt: skip
     randomised(model, lowest=0.0).save_pretrained(tmp_path / "vqvae")
-    codec = import_codec(str(tmp_path / "vqvae"), str(tmp_path / "codec"))
+    codec = import_codec(str(tmp_path / "vqvae"), str(tmp_path / "codec"), side=SIDE)
     assert codec.config.lowest == 0 and not codec.config.middle_attention
     with torch.no_grad():
         z_NCHW = model.encode(as_torch(pixels(), lowest=0.0)).latents
@@ -247,4 +247,33 @@ def test_a_codec_that_is_there_is_not_overwritten(tmp_path):
     folder = written(tmp_path / "janus", state_of(janus()), "model.vqmodel.", JANUS)
     import_codec(str(folder), str(tmp_path / "codec"))
     with pytest.raises(InputError, match="is there already"):
+        import_codec(str(folder), str(tmp_path / "codec"))
+
+
+ODD = {
+    "side": ({"side": -32}, None, "codec.side"),
+    "a word": ({}, {"model_type": "chameleon", "vq_config": {"resolution": "512"}}, "codec.side"),
+    "a fraction": ({}, {"model_type": "chameleon", "vq_config": {"resolution": 512.5}}, "codec.side"),
+    "no patches": ({}, {"model_type": "janus", "vq_config": {"num_patches": -4}}, "codec.side"),
+    "nothing": ({}, {}, "give --side"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_side_that_cannot_be_is_refused(tmp_path, name):
+    asked, config, message = ODD[name]
+    folder = written(tmp_path / "janus", state_of(janus()), "model.vqmodel.", config)
+    with pytest.raises(InputError, match=message):
+        import_codec(str(folder), str(tmp_path / "codec"), **asked)
+    assert not (tmp_path / "codec").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    state = state_of(janus())
+    state["quantize.embedding.weight"][3, 2] = np.nan
+    folder = written(tmp_path / "janus", state, "model.vqmodel.", JANUS)
+    with pytest.raises(InputError, match="quantize.embedding.weight has values that are no numbers"):
+        import_codec(str(folder), str(tmp_path / "codec"))
+    written(folder, state | {"quant_conv.bias": np.zeros(8, np.int8)}, "model.vqmodel.")
+    with pytest.raises(InputError, match="quant_conv.bias is int8"):
         import_codec(str(folder), str(tmp_path / "codec"))

@@ -322,6 +322,15 @@ def test_a_learned_codec_is_used_kept_and_required(source, tmp_path):
         require_same_codecs(store, open_store(str(tmp_path / "another")))
     with pytest.raises(InputError, match=r"no codec.json here"):
         prepare(dataclasses.replace(config, codec=str(tmp_path)), str(tmp_path / "none"), progress=False)
+    with pytest.raises(InputError, match="give one of the two"):
+        prepare(dataclasses.replace(config, vocabulary=str(tmp_path / "store")), str(tmp_path / "none"), progress=False)
+    with pytest.raises(InputError, match="leave codebook and codes_per_image out"):
+        sizes = {"codebook": 64, "codes_per_image": 64}
+        prepare(dataclasses.replace(config, **sizes), str(tmp_path / "none"), progress=False)
+    (tmp_path / "store" / "codec-image.safetensors").unlink()
+    lost = dataclasses.replace(config, codec=None, vocabulary=str(tmp_path / "store"))
+    with pytest.raises(InputError, match="store: image codec: its weights are missing"):
+        prepare(lost, str(tmp_path / "none"), progress=False)
     assert not (tmp_path / "none").exists()
 
 
