@@ -13,7 +13,7 @@ from moma_jax.config import Config, ModelConfig, with_router
 from moma_jax.errors import InputError, require
 from moma_jax.ffn import parse_ffn
 from moma_jax.fields import read
-from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS
 from moma_jax.rules import Unloaded, as_rule
 from moma_jax.vocab import SPECIAL_NAMES
 
@@ -164,7 +164,7 @@ def _check_batches(config: Config) -> None:
 
 def _check_eval_routings(config: Config) -> None:
     names, rule = config.train.eval_routings, config.model.router
-    known = (rule.training_name, CAUSAL, THRESHOLD)
+    known = (rule.training_name, *CAUSAL_ROUTINGS)
     for name in names if not isinstance(rule, Unloaded) else ():
         require(name in known, f"train.eval_routings: {name!r} is not one of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")

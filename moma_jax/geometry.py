@@ -67,6 +67,11 @@ def depth_rule(model: ModelConfig) -> Router:
     return model.router.for_depth() or Choice()
 
 
+def rule_of(model: ModelConfig, group: ExpertGroup) -> Router:
+    """The rule that routes to a group: to experts, or into a layer of mixture of depths."""
+    return depth_rule(model) if group.gated else model.router
+
+
 def layer_shape(model: ModelConfig, own: GroupRows) -> LayerShape:
     """The layer that all tokens enter."""
     modalities, quotas, rows, sequence, everyone = own

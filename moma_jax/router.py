@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 
-CAUSAL, THRESHOLD = "causal", "threshold"
+CAUSAL, THRESHOLD = CAUSAL_ROUTINGS = ("causal", "threshold")
 """Names of causal routings: by auxiliary routers or by the rule's nature, and by running thresholds."""
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from moma_jax import routers
 from moma_jax.errors import InputError
 from moma_jax.fields import setting
-from moma_jax.router import CAUSAL, THRESHOLD, Function, Router, name_of
+from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS, THRESHOLD, Function, Router, name_of
 
 NAME = "rule"
 """Key of the rule's name beside its options, in JSON."""
@@ -104,7 +104,7 @@ def _require_contract(rule: type[Router]) -> None:
     about = f"model.router: {rule.__qualname__}"
     if rule not in (Function, Unloaded) and rule.select is Router.select:
         raise InputError(f"{about} has no select; see moma_jax/router.py")
-    if foreign := set(rule.causal) - {CAUSAL, THRESHOLD}:
+    if foreign := set(rule.causal) - set(CAUSAL_ROUTINGS):
         raise InputError(f"{about}: causal names {foreign.pop()!r}; a causal routing is {CAUSAL!r} or {THRESHOLD!r}")
     for field in dataclasses.fields(rule):
         if field.default is field.default_factory is dataclasses.MISSING:

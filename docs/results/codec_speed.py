@@ -13,11 +13,12 @@ import platform
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from moma_jax.bench.timing import in_turns, summarise
 from moma_jax.codec.layouts import TAMING, abstract_parameters, places
 from moma_jax.codec.network import VqganConfig
-from moma_jax.codec.vqgan import VqganCodec, encode_pixels, nested, to_network
+from moma_jax.codec.vqgan import VqganCodec, encode_pixels, to_network
 
 
 def random_state(config: VqganConfig) -> dict[str, np.ndarray]:
@@ -40,7 +41,7 @@ def beside_torch(side: int, pictures: int, repeats: int) -> dict:
     state = random_state(config)
     model = ChameleonVQVAE(ChameleonVQVAEConfig(resolution=side)).eval()
     model.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=False)
-    params = nested({"/".join(p.path): p.to_ours(state[p.name]) for p in places(config, TAMING)})
+    params = unflatten_dict({p.path: p.to_ours(state[p.name]) for p in places(config, TAMING)})
     pixels = np.random.default_rng(1).integers(0, 256, (pictures, side, side, 3), np.uint8)
     theirs = torch.tensor(np.asarray(to_network(config, pixels)).transpose(0, 3, 1, 2).copy())
 

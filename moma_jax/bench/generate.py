@@ -25,7 +25,7 @@ from moma_jax.model import decode
 from moma_jax.model.auxiliary import taken_pairs
 from moma_jax.model.decoder import Decoder, first_routing_state
 from moma_jax.model.depth import SELECTED
-from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS
 from moma_jax.training import step as step_lib
 from moma_jax.training.load import lacks
 
@@ -140,7 +140,7 @@ def variant_of(config: Config, ffn: str) -> DecodeVariant:
 
 def _causal_routing(config: Config, routing_state) -> str:
     """How tokens are written: by thresholds, which random tokens have set, or else as the rule decides by itself."""
-    lacking = {routing: lacks(config, routing, routing_state) for routing in (THRESHOLD, CAUSAL)}
+    lacking = {routing: lacks(config, routing, routing_state) for routing in reversed(CAUSAL_ROUTINGS)}
     if all(lacking.values()):
         raise InputError(f"model.router: the model has {lacking[CAUSAL]}")
     return next(routing for routing, reason in lacking.items() if reason is None)

@@ -10,34 +10,14 @@ Two kinds: a palette (codec/palette.py), and a VQGAN (codec/vqgan.py over codec/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
-from PIL import Image
-
+from moma_jax.codec.interface import Codec
 from moma_jax.codec.palette import PaletteCodec
 from moma_jax.errors import InputError
 
-
-class Codec(Protocol):
-    """What every image tokenizer offers."""
-
-    kind: str
-    side: int
-    codes_per_image: int
-    codebook: int
-    draws: bool
-    hash: str
-    weights: bytes | None
-
-    def read(self, image: bytes | np.ndarray) -> np.ndarray: ...
-
-    def encode(self, images: Sequence[bytes | np.ndarray]) -> np.ndarray: ...
-
-    def decode(self, codes_NC: np.ndarray) -> list[Image.Image]: ...
-
-    def to_json(self) -> dict[str, Any]: ...
+__all__ = ["Codec", "codec_of"]
 
 
 def codec_of(data: Mapping[str, Any], weights: Callable[[], bytes | None]) -> Codec:

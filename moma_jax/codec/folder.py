@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import partial
+from typing import Any
 
 from moma_jax.codec import Codec, codec_of
+from moma_jax.codec.interface import description_hash
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
 
@@ -20,9 +20,7 @@ def open_codec(path: str) -> Codec:
       InputError: there is none, or it is damaged.
     """
     folder = Directory(path)
-    description = folder.read_json(DESCRIPTION)
-    if description is None:
-        raise InputError(f"{path}: no {DESCRIPTION} here; give a folder that moma codec import made")
+    description = _description(folder)
     try:
         return codec_of(description, partial(folder.read, WEIGHTS))
     except InputError as error:
@@ -31,10 +29,14 @@ def open_codec(path: str) -> Codec:
 
 def hash_of(path: str) -> str:
     """The hash of the image tokenizer in a folder, by its description alone; InputError where there is none."""
-    description = Directory(path).read_json(DESCRIPTION)
+    return description_hash(_description(Directory(path)))
+
+
+def _description(folder: Directory) -> dict[str, Any]:
+    description = folder.read_json(DESCRIPTION)
     if description is None:
-        raise InputError(f"{path}: no {DESCRIPTION} here; give a folder that moma codec import made")
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+        raise InputError(f"{folder.path}: no {DESCRIPTION} here; give a folder that moma codec import made")
+    return description
 
 
 def write_codec(path: str, codec: Codec) -> None:

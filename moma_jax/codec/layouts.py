@@ -2,8 +2,7 @@
 
 Four ways of naming the same network: taming-transformers' (Chameleon's vqgan.ckpt, and transformers' Chameleon, which
 lacks the decoder), transformers' Janus (the decoder's levels numbered as they run), LlamaGen's (and Janus' own), and
-diffusers' (aMUSEd). Convolutions are stored (out, in, height, width),
-ours (height, width, in, out).
+diffusers' (aMUSEd). Convolutions are stored (out, in, height, width), ours (height, width, in, out).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from moma_jax.codec.network import Vqgan, VqganConfig
 from moma_jax.errors import require
@@ -93,7 +93,6 @@ LLAMAGEN = Naming(
 )
 NAMINGS = {"taming": TAMING, "janus": JANUS, "llamagen": LLAMAGEN, "diffusers": DIFFUSERS}
 
-
 MOST = 64
 """Levels, and blocks of a level, at most."""
 
@@ -111,12 +110,6 @@ class Place(NamedTuple):
             return value
         return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T[None, None]
 
-    def from_ours(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
-        if self.path[-1] != "kernel":
-            return value
-        return value.transpose(3, 2, 0, 1) if len(self.shape) == 4 else value[0, 0].T
-
 
 def abstract_parameters(config: VqganConfig) -> dict[str, Any]:
     """Shapes and types of the network's parameters."""
@@ -127,17 +120,9 @@ def abstract_parameters(config: VqganConfig) -> dict[str, Any]:
 def places(config: VqganConfig, naming: Naming) -> list[Place]:
     """Every parameter's tensor, in the order of their names."""
     found = []
-    for path, leaf in _leaves(abstract_parameters(config)):
+    for path, leaf in flatten_dict(abstract_parameters(config)).items():
         found.append(Place(_name(path, config, naming), path, _stored(path, leaf.shape, naming)))
     return sorted(found)
-
-
-def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, own in tree.items():
-        if isinstance(own, dict):
-            yield from _leaves(own, (*path, name))
-        else:
-            yield (*path, name), own
 
 
 def _stored(path: tuple[str, ...], shape: tuple[int, ...], naming: Naming) -> tuple[int, ...]:

@@ -235,10 +235,7 @@ class Vqgan(nn.Module):
     def pixels(self, code_BK):
         """Pictures (B, N, N, 3) of codes, from `lowest` to 1 but for what the decoder oversteps."""
         places = self.config.places
-        return self.draw(self.rows(compared=False)[code_BK].reshape(len(code_BK), places, places, -1))
-
-    def draw(self, z_BhwC):
-        """Pictures of rows of the codebook, or of latents."""
+        z_BhwC = self.rows(compared=False)[code_BK].reshape(len(code_BK), places, places, -1)
         return self.decoder(self.after(z_BhwC))
 
 

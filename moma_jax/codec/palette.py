@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from moma_jax.codec.interface import description_hash
 from moma_jax.codec.pictures import checked_codes, load_picture
 from moma_jax.errors import InputError
 
@@ -79,7 +78,7 @@ class PaletteCodec:
     @property
     def hash(self) -> str:
         """SHA-256 of the codec, as hex."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return description_hash(self.to_json())
 
     def to_json(self) -> dict:
         """A plain dictionary that `from_json` reads back."""

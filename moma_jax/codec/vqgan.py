@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
+from moma_jax.codec.interface import description_hash
 from moma_jax.codec.layouts import abstract_parameters
 from moma_jax.codec.network import Vqgan, VqganConfig
 from moma_jax.codec.pictures import checked_codes, load_picture
@@ -121,12 +122,12 @@ class VqganCodec:
     @property
     def hash(self) -> str:
         """SHA-256 of the codec, as hex."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return description_hash(self.to_json())
 
     @functools.cached_property
     def weights(self) -> bytes:
         """The parameters as safetensors."""
-        flat = {name: np.ascontiguousarray(value) for name, value in flattened(self.params).items()}
+        flat = {name: np.ascontiguousarray(value) for name, value in flatten_dict(self.params, sep="/").items()}
         return safetensors.numpy.save(dict(sorted(flat.items())))
 
     def to_json(self) -> dict[str, Any]:
@@ -151,8 +152,8 @@ class VqganCodec:
             flat = safetensors.numpy.load(weights)
         except safetensors.SafetensorError as error:
             raise InputError(f"image codec: its weights are damaged ({error}); import it again") from error
-        codec = cls(config, nested(flat))
-        for name, wanted in flattened(abstract_parameters(config)).items():
+        codec = cls(config, unflatten_dict(flat, sep="/"))
+        for name, wanted in flatten_dict(abstract_parameters(config), sep="/").items():
             if (shape := getattr(flat.get(name), "shape", None)) != wanted.shape:
                 raise InputError(f"image codec: parameter {name} has shape {shape}, by its description {wanted.shape}")
         codec.__dict__["weights"] = weights  # as they came: another safetensors might write them otherwise
@@ -184,20 +185,3 @@ def from_network(config: VqganConfig, x_BHW3):
     """The inverse of `to_network`, within bounds."""
     share_BHW3 = (x_BHW3 - config.lowest) / (1 - config.lowest)
     return jnp.round(255 * jnp.clip(share_BHW3, 0, 1)).astype(jnp.uint8)
-
-
-def flattened(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """A tree's leaves by path, A/B/C."""
-    flat = {}
-    for name, own in tree.items():
-        flat |= flattened(own, f"{path}{name}/") if isinstance(own, Mapping) else {path + name: own}
-    return flat
-
-
-def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The inverse of `flattened`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        functools.reduce(lambda at, name: at.setdefault(name, {}), parents, tree)[last] = value
-    return tree

@@ -1,4 +1,4 @@
-"""A run or a store at a glance, and a contact sheet of its documents."""
+"""A run or a store at a glance; its documents as pictures."""
 
 from __future__ import annotations
 
@@ -14,18 +14,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from moma_jax.checks import resolve
 from moma_jax.commands import print_result
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost
 from moma_jax.data.directory import Directory
-from moma_jax.data.sheet import batch_sheet, below_each_other, document_sheet, shown_documents
 from moma_jax.data.store import Store, open_store
-from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.rules import Unloaded
-from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import records_of
 
@@ -74,11 +70,18 @@ def show(
 
 def store_sheet(store: Store, count: int, seed: int) -> Image.Image:
     """Documents of a store."""
+    from moma_jax.data.sheet import document_sheet, shown_documents  # a glance does without, and opens at once
+
     return document_sheet(store.path, shown_documents(store, count, seed))
 
 
 def run_sheet(path: str, count: int, seed: int) -> Image.Image:
     """The next batch of a run above documents of its first store."""
+    from moma_jax.checks import resolve
+    from moma_jax.data.sheet import batch_sheet, below_each_other
+    from moma_jax.data.stream import open_stream
+    from moma_jax.runs.checkpoint import Checkpoints
+
     config = resolve(from_json(RunDir(path).read_json("config.json")))
     with contextlib.closing(Checkpoints(RunDir(path))) as checkpoints:
         latest = checkpoints.latest()

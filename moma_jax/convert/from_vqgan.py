@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from moma_jax.codec.folder import write_codec
 from moma_jax.codec.layouts import NAMINGS, Naming, inferred, naming_of, places
 from moma_jax.codec.network import VqganConfig
-from moma_jax.codec.vqgan import VqganCodec, nested
+from moma_jax.codec.vqgan import VqganCodec
 from moma_jax.convert.weights import DTYPES, Weights, new_directory, open_file, open_weights, read_json
 from moma_jax.errors import InputError
 from moma_jax.fields import read
@@ -59,15 +60,9 @@ def import_codec(
       InputError: it is no such tokenizer; the first tensor that is missing, misshapen or unknown is named.
     """
     tensors = _of_checkpoint(Path(path)) if path.endswith((".ckpt", ".pt", ".pth")) else _of_safetensors(Path(path))
-    described = _described(Path(path))
-    beside, patches = described.pop("side", None), described.pop("places", None)
+    described, side_beside = _described(Path(path))
     asked = {name: value for name, value in (("unit_length", unit_length), ("lowest", lowest)) if value is not None}
-
-    def side_of(levels: int) -> Any:
-        if side is not None or type(patches) is not int:
-            return beside if side is None else side
-        return patches << (levels - 1) if patches > 0 else patches
-
+    side_of = side_beside if side is None else lambda levels: side
     try:
         codec = codec_of_tensors(tensors, side_of, **{**described, **asked})
     except InputError as error:
@@ -111,7 +106,7 @@ def _parameters(config: VqganConfig, naming: Naming, tensors: Tensors) -> dict[s
     unknown = sorted(name for name in tensors.shapes.keys() - {p.name for p in wanted} if not name.startswith(ignored))
     if unknown:
         raise InputError(f"tensor {unknown[0]} has no place in the network; it is of another architecture")
-    return nested({"/".join(p.path): p.to_ours(_value(p.name, tensors)) for p in wanted})
+    return unflatten_dict({p.path: p.to_ours(_value(p.name, tensors)) for p in wanted})
 
 
 def _value(name: str, tensors: Tensors) -> np.ndarray:
@@ -125,23 +120,22 @@ def _value(name: str, tensors: Tensors) -> np.ndarray:
     return value
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """What the config.json of Hugging Face beside it tells and no tensor does, as fields of VqganConfig; `side` is
-    pixels, or None, and `places` codes of a side in the stead of it."""
+def _described(path: Path) -> tuple[dict[str, Any], Callable[[int], Any]]:
+    """What the config.json of Hugging Face beside it tells and no tensor does: fields of VqganConfig, and the pixels of
+    a side in a network of so many levels, None where it does not say."""
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        return {}
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     vision = config.get("vq_config") if isinstance(config.get("vq_config"), dict) else {}
     match config.get("model_type"), config.get("_class_name"):
         case "chameleon", _:
-            return {"side": vision.get("resolution", 512)}
+            return {}, lambda levels: vision.get("resolution", 512)
         case "janus", _:
-            return {"places": vision.get("num_patches", 32)}
+            patches = vision.get("num_patches", 32)
+            return {}, lambda levels: patches << (levels - 1) if type(patches) is int else None
         case _, "VQModel":  # its sample_size is not the picture's
             lowest = 0.0 if config.get("lookup_from_codebook") else -1.0  # aMUSEd's pictures are from 0 to 1
-            return {"lowest": lowest, "norm_groups": config.get("norm_num_groups", 32)}
-    return {}
+            return {"lowest": lowest, "norm_groups": config.get("norm_num_groups", 32)}, lambda levels: None
+    return {}, lambda levels: None
 
 
 def _of_safetensors(path: Path) -> Tensors:

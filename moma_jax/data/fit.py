@@ -93,8 +93,7 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
     codec = _image_codec(config, sample) if any(m.name == IMAGE.name for m in layout) else None
     vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, codec) for m in layout[1:])])
     require_modalities(vocabulary, modalities)
-    described = (None, lambda: None) if codec is None else (codec.to_json(), lambda: codec.weights)
-    codecs = Codecs(vocabulary, text.to_json().encode(), *described)
+    codecs = Codecs.of(vocabulary, text.to_json().encode(), codec)
     _require_image(codecs, sample)
     return codecs
 

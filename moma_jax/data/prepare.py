@@ -72,7 +72,7 @@ def prepare(
     source = open_source(config, modalities if modalities is not None else layout)
     content = _made_from(config, source, n)
     with PrepareProgress(progress) as bar:
-        codecs = read_codecs(directory) if _is_claimed(directory, content) else None
+        codecs, encoder = read_codecs(directory) if _is_claimed(directory, content) else None, None
         if codecs is None:
             bar.begin("fitting the vocabulary", source.units())
             codecs = fit_codecs(source, config, modalities, bar.look)
@@ -81,11 +81,11 @@ def prepare(
             if not _is_claimed(directory, content):
                 directory.write_json("settings.json", content)
             codecs.write(directory)
-        else:
-            encoder = _encoder(codecs, config)
         require_modalities(codecs.vocabulary, modalities)
         belongs = _belongs(directory, codecs)
         missing = [k for k in wanted if _read_part(directory, k, n, belongs) is None]
+        if missing and encoder is None:
+            encoder = _encoder(codecs, config)
         bar.begin("writing", sum(len(_units(source, k, n)) for k in missing))
         for k in missing:
             _write_part(directory, config, source, codecs, encoder, k, n, bar)

@@ -70,15 +70,9 @@ def _codes(token_N: np.ndarray, own: ModalityIds, image: Codec | None) -> np.nda
 
 def document_sheet(title: str, documents: list[Shown]) -> Image.Image:
     """The documents below each other: heading, texts, pictures side by side."""
-    blocks = [_block(document) for document in documents]
-    height = 2 * MARGIN + LINE + sum(block.height + MARGIN for block in blocks)
-    sheet = Image.new("RGB", (WIDTH, height), "white")
-    ImageDraw.Draw(sheet).text((MARGIN, MARGIN), title, "black", _font())
-    top = 2 * MARGIN + LINE
-    for block in blocks:
-        sheet.paste(block, (0, top))
-        top += block.height + MARGIN
-    return sheet
+    heading = Image.new("RGB", (WIDTH, MARGIN + LINE), "white")
+    ImageDraw.Draw(heading).text((MARGIN, MARGIN), title, "black", _font())
+    return below_each_other([heading, *map(_block, documents)], MARGIN)
 
 
 def _block(document: Shown) -> Image.Image:
@@ -139,13 +133,13 @@ def _colours(segment_BS: np.ndarray, modality_BS: np.ndarray) -> np.ndarray:
     return np.where((segment_BS > 0)[..., None], chosen_BS3, 255).astype(np.uint8)
 
 
-def below_each_other(sheets: list[Image.Image]) -> Image.Image:
-    """One picture of several."""
-    whole = Image.new("RGB", (WIDTH, sum(sheet.height for sheet in sheets)), "white")
+def below_each_other(sheets: list[Image.Image], gap: int = 0) -> Image.Image:
+    """One picture of several, each with so many pixels of white below it."""
+    whole = Image.new("RGB", (WIDTH, sum(sheet.height + gap for sheet in sheets)), "white")
     top = 0
     for sheet in sheets:
         whole.paste(sheet, (0, top))
-        top += sheet.height
+        top += sheet.height + gap
     return whole
 
 

@@ -22,7 +22,6 @@ All are raw bytes in zarr3's sharding codec and are read by range, so a store of
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ import numpy as np
 import tensorstore as ts
 
 from moma_jax.codec import Codec, codec_of
+from moma_jax.codec.interface import description_hash
 from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, part_name
 from moma_jax.data.text import TextCodec
@@ -64,14 +64,20 @@ class Codecs:
     image: dict[str, Any] | None
     weights: Callable[[], bytes | None] = field(default=lambda: None, compare=False)
 
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, tokenizer: bytes, codec: Codec | None) -> Codecs:
+        """Those of a new store; `codec`: of its pictures, None where there is none."""
+        if codec is None:
+            return cls(vocabulary, tokenizer, None)
+        return cls(vocabulary, tokenizer, codec.to_json(), lambda: codec.weights)
+
     @property
     def hashes(self) -> dict[str, str | None]:
         """What must be equal in two stores whose tokens are to be mixed."""
-        image = None if self.image is None else json.dumps(self.image, sort_keys=True).encode()
         return {
             "vocabulary": self.vocabulary.hash,
             "tokenizer": hashlib.sha256(self.tokenizer).hexdigest(),
-            "image_codec": None if image is None else hashlib.sha256(image).hexdigest(),
+            "image_codec": None if self.image is None else description_hash(self.image),
         }
 
     def write(self, directory: Directory) -> None:

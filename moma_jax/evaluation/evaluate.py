@@ -25,7 +25,7 @@ from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.conditions import Kinds
 from moma_jax.ffn import SHARED
-from moma_jax.geometry import depth_rule
+from moma_jax.geometry import rule_of
 from moma_jax.model.decoder import causal_decoder, evaluation_decoder
 from moma_jax.model.depth import SELECTED
 from moma_jax.training import objective
@@ -106,7 +106,7 @@ def scheduled(program: Program, routing_state: Any) -> dict[str, Any]:
       InputError: a routing is named that the run has not.
     """
     config, rule = program.config, program.config.model.router
-    rules = [(group, depth_rule(config.model) if group.gated else rule) for group in config.routed]
+    rules = [(group, rule_of(config.model, group)) for group in config.routed]
     # None: still to be trained.
     states = [None if jax.tree.leaves(routing_state.get(group.name)) else {} for group, _ in rules]
 

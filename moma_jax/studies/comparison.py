@@ -11,13 +11,11 @@ from moma_jax.config import Config
 from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
 from moma_jax.fields import may_change
-from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.router import CAUSAL_ROUTINGS
 from moma_jax.studies.curves import OVERALL, Curve, Run, smoothed
 from moma_jax.studies.speedup import PowerLaw, Speedup, power_law, speedup
 
 MAY_CHANGE = may_change(Config)
-CAUSAL_ROUTINGS = (THRESHOLD, CAUSAL)
-"""Routings under which a loss is a likelihood: running thresholds, auxiliary routers."""
 SIZES_FOR_A_LAW = 3
 
 
@@ -174,12 +172,11 @@ def losses(finished: Finished) -> list[Loss]:
     """The training loss, smoothed, then those of every evaluation set under every routing that a run recorded."""
     found = [Loss("training", False, _training)]
     recorded = {m.routing for run in finished.runs for m in run.curves if m.kind == "eval"}
+    causal = [routing for routing in reversed(CAUSAL_ROUTINGS) if routing in recorded]
     for name in eval_sets(finished):
-        for routing in [*sorted(recorded - set(CAUSAL_ROUTINGS)), *(r for r in CAUSAL_ROUTINGS if r in recorded)]:
+        for routing in [*sorted(recorded - set(causal)), *causal]:
             title = f"{name}, {routing}"
-            found.append(
-                Loss(title, routing in CAUSAL_ROUTINGS, lambda run, m, n=name, r=routing: run.held_out(n, r, m))
-            )
+            found.append(Loss(title, routing in causal, lambda run, m, n=name, r=routing: run.held_out(n, r, m)))
     return found
 
 

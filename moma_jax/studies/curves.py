@@ -11,7 +11,7 @@ import numpy as np
 
 from moma_jax.config_json import of_this_format
 from moma_jax.errors import InputError
-from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.router import CAUSAL_ROUTINGS
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, SCHEMA, records_of
 from moma_jax.studies.jobs import read_status, trained_elsewhere
@@ -123,7 +123,7 @@ class Run:
 def _unrouted(records: list[dict[str, Any]]) -> str | None:
     """The routing of training, where losses under it are recorded as causal ones: with their perplexity."""
     causal = (r["routing"] for r in records if r["kind"] == "eval" and "perplexity" in r)
-    return next((routing for routing in causal if routing not in (CAUSAL, THRESHOLD)), None)
+    return next((routing for routing in causal if routing not in CAUSAL_ROUTINGS), None)
 
 
 def _training_routing(config: dict[str, Any]) -> str:

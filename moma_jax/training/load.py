@@ -16,10 +16,10 @@ from moma_jax.checks import resolve
 from moma_jax.config import Config, MeshConfig, with_router
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
-from moma_jax.geometry import depth_rule
+from moma_jax.geometry import rule_of
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.decoder import Decoder, causal_decoder, evaluation_decoder
-from moma_jax.router import CAUSAL, THRESHOLD
+from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS
 from moma_jax.rules import bind, recorded_rule
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
@@ -60,7 +60,7 @@ class Loaded:
     def routings(self) -> tuple[str, ...]:
         """Names of the routings that the model can be used under, that of training first."""
         rule = self.config.model.router
-        causal = rule.causal if self.config.routed else (CAUSAL, THRESHOLD)
+        causal = rule.causal if self.config.routed else CAUSAL_ROUTINGS
         return tuple(name for name in (rule.training_name, *causal) if self._lacks(name) is None)
 
     def under(self, routing: str) -> Decoder:
@@ -78,7 +78,7 @@ class Loaded:
     def _lacks(self, routing: str) -> str | None:
         """Why this model cannot be used under a routing, and the remedy."""
         rule, config = self.config.model.router, self.config
-        known = (rule.training_name, CAUSAL, THRESHOLD)
+        known = (rule.training_name, *CAUSAL_ROUTINGS)
         if routing not in known:
             return f"{routing!r} is none of {', '.join(known)}"
         if routing == rule.training_name:
@@ -91,9 +91,8 @@ class Loaded:
 
 def lacks(config: Config, routing: str, routing_state: Any) -> str | None:
     """What a model lacks to be used under a causal routing, to stand behind "RUN has "; None where nothing."""
-    model = config.model
-    rules = [(group.name, depth_rule(model) if group.gated else model.router) for group in config.routed]
-    lacking = (rule.lacks(routing, routing_state.get(name, {})) for name, rule in rules)
+    asked = ((rule_of(config.model, group), routing_state.get(group.name, {})) for group in config.routed)
+    lacking = (rule.lacks(routing, state) for rule, state in asked)
     return next((reason for reason in lacking if reason is not None), None)
 
 
