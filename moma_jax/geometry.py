@@ -153,11 +153,11 @@ def require_split(config: Config, mesh: Mapping[str, int]) -> None:
     require_shards(micro_groups(config), mesh["data"] * stored)
 
 
-def require_shards(groups: int, shards: int) -> None:
-    """Raises InputError where routing groups do not split over so many shards of a batch's rows."""
+def require_shards(groups: int, shards: int, what: str = "routing groups of a microbatch") -> None:
+    """Raises InputError where routing groups, or `what` it is, do not split over so many shards of a batch's rows."""
     if groups % shards:
         raise InputError(
-            f"mesh: {groups} routing groups of a microbatch do not split over the {shards} devices of data x fsdp x "
+            f"mesh: {groups} {what} do not split over the {shards} devices of data x fsdp x "
             f"expert; use a divisor of {groups} (mesh.tensor for the rest), or raise the batch's rows or lower "
             "train.accumulate or data.group_rows"
         )

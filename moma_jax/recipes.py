@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -87,11 +87,27 @@ def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) 
 
 def load(path: str | Path) -> Config:
     """The config as its file states it, every field read: derived fields unfilled, contradictions not looked for."""
+    return load_as(path, Config, from_json, read_config)
+
+
+def load_as(path: str | Path, kind: type, from_json: Callable[[Any], Any], read_fields: Callable[[Any], Any]) -> Any:
+    """The config, of a class that has a section `run`, of a recipe, a config.json or a run directory.
+
+    Args:
+      from_json: reads a config.json. read_fields: checks the fields of what a recipe's config() returned.
+    """
     path, run = Path(path), Path(path).is_dir()
     path = path / "config.json" if run else path
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; give a configs/NAME.py, a config.json or a run directory")
-    config = from_json(_json(path, "the config.json of a run")) if path.suffix == ".json" else _from_python(path)
+    if path.suffix == ".json":
+        config = from_json(_json(path, "the config.json of a run"))
+    elif not isinstance(config := called(path, "config", kind.__name__), kind):
+        raise InputError(
+            f"{path}: config() returned {type(config).__name__}; return a {kind.__module__}.{kind.__name__}"
+        )
+    else:
+        config = read_fields(config)
     if run or config.run.dir is None:  # a run that was moved goes on where it is now
         where = str(path.parent) if run else f"runs/{path.stem}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=where))
@@ -103,13 +119,6 @@ def _json(path: str | Path, wanted: str) -> Any:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give {wanted}") from error
-
-
-def _from_python(path: Path) -> Config:
-    config = called(path, "config", "Config")
-    if not isinstance(config, Config):
-        raise InputError(f"{path}: config() returned {type(config).__name__}; return a moma_jax.config.Config")
-    return read_config(config)
 
 
 def called(path: Path, function: str, returns: str) -> Any:

@@ -61,18 +61,26 @@ def loaded_rule(name: str) -> Router:
     """
     if name in built_in():
         return built_in()[name]()
-    where, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         raise InputError(
             f"model.router: {name!r} is none of {', '.join(built_in())}; name your own as FILE.py:ATTRIBUTE or "
             "PACKAGE.MODULE:ATTRIBUTE"
         )
+    return as_rule(named(name, "model.router"), name)
+
+
+def named(name: str, field: str) -> Any:
+    """The object of a user's code called FILE.py:ATTRIBUTE or PACKAGE.MODULE:ATTRIBUTE.
+
+    Raises:
+      InputError: there is none, or its code fails; `field` is the setting that names it.
+    """
+    where, _, attribute = name.rpartition(":")
     try:
         module = _of_file(where) if where.endswith(".py") else importlib.import_module(where)
-        rule = getattr(module, attribute)
+        return getattr(module, attribute)
     except (Exception, SystemExit) as error:
-        raise InputError(f"model.router: {name}: {type(error).__name__}: {error}") from error
-    return as_rule(rule, name)
+        raise InputError(f"{field}: {name}: {type(error).__name__}: {error}") from error
 
 
 def as_rule(rule: Any, name: str | None = None) -> Router:

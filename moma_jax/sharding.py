@@ -55,26 +55,29 @@ STORED = ("embed", "expert_embed")
 # The mesh -------------------------------------------------------------------------------------------------------------
 
 
-def make_mesh(sizes: Any, groups: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    sizes: Any, groups: int, devices: Sequence[Any] | None = None, what: str = "routing groups of a microbatch"
+) -> Mesh:
     """The mesh over the devices of all processes.
 
     Args:
       sizes: `config.mesh`, devices along each axis; one of them may be -1 for what is left. Where that is `data` and
         its devices are more than routing groups can be dealt to, one process leaves some idle, and says so.
-      groups: routing groups of one microbatch; a device holds whole groups.
+      groups: routing groups of one microbatch, or pictures of a batch; a device holds whole ones.
       devices: those of another place, such as a topology to compile for; None: the ones that are here.
+      what: `groups` are, in words.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or `groups` does not split over them.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = _shape(sizes, groups, len(devices), alone=jax.process_count() == 1)
+    shape = _shape(sizes, groups, len(devices), jax.process_count() == 1, what)
     shards = math.prod(shape[:3])
-    require_shards(groups, shards)
+    require_shards(groups, shards, what)
     return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _shape(sizes: Any, groups: int, devices: int, alone: bool) -> tuple[int, ...]:
+def _shape(sizes: Any, groups: int, devices: int, alone: bool, what: str = "groups") -> tuple[int, ...]:
     """Devices along each axis."""
     asked = {axis: getattr(sizes, axis) for axis in AXES}
     fixed = math.prod(size for size in asked.values() if size != -1)
@@ -95,8 +98,8 @@ def _shape(sizes: Any, groups: int, devices: int, alone: bool) -> tuple[int, ...
         fewer = "fewer are asked for than there are, and every process needs some" if used < devices else "use -1"
         raise InputError(f"mesh: {_written(asked)} are {used} devices, {devices} are here; {fewer}")
     if used < devices:
-        message = "mesh: a microbatch has %d routing groups, so %d of %d devices are used"
-        logging.getLogger(__name__).warning(message, groups, used, devices)
+        message = "mesh: there are %d %s, so %d of %d devices are used"
+        logging.getLogger(__name__).warning(message, groups, what, used, devices)
     return tuple(asked.values())
 
 

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from moma_jax import sharding
 from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
+from moma_jax.geometry import require_shards
 
 MESH = AbstractMesh((1, 4, 2, 2), sharding.AXES)
 
@@ -40,6 +41,12 @@ def test_one_process_leaves_devices_idle_and_says_so(caplog):
         assert shape(6, 8) == (6, 1, 1, 1)
     assert "6 of 8 devices" in caplog.text
     assert shape(6, 8, fsdp=2) == (3, 2, 1, 1)
+
+
+def test_pictures_split_over_devices_or_are_refused():
+    require_shards(8, 4, "pictures of train.batch")
+    with pytest.raises(InputError, match="mesh: 6 pictures of train.batch do not split over the 4 devices"):
+        require_shards(6, 4, "pictures of train.batch")
 
 
 @pytest.mark.parametrize(

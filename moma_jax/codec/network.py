@@ -10,7 +10,7 @@ codes of one picture, Z channels of a latent, C its width in the codebook, V row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,11 +29,15 @@ class VqganConfig:
 
     side: int = setting(512, above=0, unit="pixels")
     """Side N of the N x N picture."""
+    patch: int = setting(1, above=0, unit="pixels")
+    """Side of the squares of pixels that are one place of the first level, side by side in its channels; the public
+    networks have 1. Small pictures need no levels then, and the work is done where a CPU is as fast at convolutions as
+    at matrix products."""
     channels: int = setting(128, above=0)
     """Channels of the first level."""
     multipliers: tuple[int, ...] = setting((1, 1, 2, 2, 4), above=0)
     """Channels of each level over those of the first; a level less halvings of the side."""
-    blocks: int = setting(2, above=0)
+    blocks: int = setting(2, least=0)
     """Residual blocks of a level of the encoder; the decoder has one more."""
     attention_levels: tuple[int, ...] = setting((), least=0)
     """Levels, from 0, in which attention follows every block."""
@@ -58,15 +62,15 @@ class VqganConfig:
     @property
     def places(self) -> int:
         """Codes along a side of a picture."""
-        return self.side >> (len(self.multipliers) - 1)
+        return self.side // self.patch >> (len(self.multipliers) - 1)
 
     def check(self) -> VqganConfig:
         """The config itself; InputError where it contradicts itself."""
         levels = len(self.multipliers)
-        halved = 1 << max(levels - 1, 0)
+        halved = self.patch << max(levels - 1, 0)
         require(levels > 0, "codec.multipliers: none; give one for each level")
-        require(self.side % halved == 0, f"codec.side: {self.side} pixels cannot be halved {levels - 1} times; use a "
-                f"multiple of {halved}")  # fmt: skip
+        require(self.side % halved == 0, f"codec.side: {self.side} pixels cannot be halved {levels - 1} times"
+                f"{f' in squares of {self.patch}' if self.patch > 1 else ''}; use a multiple of {halved}")  # fmt: skip
         wrong = [level for level in self.attention_levels if level >= levels]
         require(
             not wrong, f"codec.attention_levels: there is no level {wrong and wrong[0]}; they are 0 to {levels - 1}"
@@ -83,6 +87,20 @@ class VqganConfig:
 def convolution(channels: int, name: str, size: int = 3, **options: Any) -> nn.Conv:
     """A convolution that keeps the picture's size."""
     return nn.Conv(channels, (size, size), padding=size // 2, name=name, **options)
+
+
+def to_places(x_BHWC, patch: int):
+    """Squares of pixels as one place each, their channels side by side."""
+    batch, height, width, channels = x_BHWC.shape
+    x_BhpwqC = x_BHWC.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x_BhpwqC.swapaxes(2, 3).reshape(batch, height // patch, width // patch, patch * patch * channels)
+
+
+def to_pixels(x_BhwX, patch: int):
+    """The inverse of `to_places`."""
+    batch, height, width, _ = x_BhwX.shape
+    x_BhwpqC = x_BhwX.reshape(batch, height, width, patch, patch, -1)
+    return x_BhwpqC.swapaxes(2, 3).reshape(batch, height * patch, width * patch, -1)
 
 
 class Normalised(nn.Module):
@@ -168,7 +186,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC):
         config, last = self.config, len(self.config.multipliers) - 1
-        x_BHWC = convolution(config.channels, "conv_in")(x_BHWC)
+        x_BHWC = convolution(config.channels, "conv_in")(to_places(x_BHWC, config.patch))
         for number in range(last + 1):
             x_BHWC = Level(config, number, config.blocks, name=f"level_{number}")(x_BHWC)
             if number < last:
@@ -195,7 +213,23 @@ class Decoder(nn.Module):
             if number:
                 x_BHWC = x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
                 x_BHWC = convolution(x_BHWC.shape[-1], f"up_{number}")(x_BHWC)
-        return convolution(3, "conv_out")(Normalised(config.norm_groups, name="norm_out")(x_BHWC))
+        x_BHWC = Normalised(config.norm_groups, name="norm_out")(x_BHWC)
+        self.sow("intermediates", "last", x_BHWC)  # what an adversarial loss is weighed by (training/codec/step.py)
+        return to_pixels(convolution(3 * config.patch**2, "conv_out")(x_BHWC), config.patch)
+
+
+class Reconstruction(NamedTuple):
+    """What learning needs to know of pictures that went through the network.
+
+    Attributes:
+      pixels_BHW3: drawn from the chosen rows; its gradient reaches the latents as if they were the rows.
+      code_BK: the chosen rows' numbers. latent_BKC, row_BKC: latents, and the rows, as they were compared.
+    """
+
+    pixels_BHW3: Any
+    code_BK: Any
+    latent_BKC: Any
+    row_BKC: Any
 
 
 class Vqgan(nn.Module):
@@ -234,9 +268,20 @@ class Vqgan(nn.Module):
 
     def pixels(self, code_BK):
         """Pictures (B, N, N, 3) of codes, from `lowest` to 1 but for what the decoder oversteps."""
+        return self._drawn(self.rows(compared=False)[code_BK])
+
+    def reconstruct(self, x_BHW3) -> Reconstruction:
+        """Pictures to codes and back, differentiable."""
+        z_BhwC = self.latents(x_BHW3)
+        latent_BKC = z_BhwC.reshape(len(z_BhwC), -1, z_BhwC.shape[-1])
+        code_BK = nearest(*jax.lax.stop_gradient((latent_BKC, self.rows(compared=True))))
+        chosen_BKC = jax.lax.stop_gradient(self.rows(compared=False)[code_BK] - latent_BKC)
+        pixels_BHW3 = self._drawn(latent_BKC + chosen_BKC)
+        return Reconstruction(pixels_BHW3, code_BK, latent_BKC, self.rows(compared=True)[code_BK])
+
+    def _drawn(self, row_BKC):
         places = self.config.places
-        z_BhwC = self.rows(compared=False)[code_BK].reshape(len(code_BK), places, places, -1)
-        return self.decoder(self.after(z_BhwC))
+        return self.decoder(self.after(row_BKC.reshape(len(row_BKC), places, places, -1)))
 
 
 def codebook_init(key, shape, dtype=jnp.float32):

@@ -57,7 +57,7 @@ from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, command, commit, versions
 from moma_jax.runs.resume import CONFIG, SUMMARY
 from moma_jax.runs.status import Status
-from moma_jax.training.metrics import Meter, step_sums
+from moma_jax.training.metrics import step_sums, token_meter
 from moma_jax.training.step import TrainState
 from moma_jax.vocab import Vocabulary
 
@@ -183,7 +183,7 @@ def _write_run(run: RunDir, config: Config, params: Any, codecs: Codecs, folder:
         "router": rule_name(config.model.router),
         "versions": versions(),
         "commit": commit(),
-        "counters": Meter(config, step_sums).to_json(),
+        "counters": token_meter(config, step_sums).to_json(),
     }
     with Checkpoints(run, write=True) as checkpoints:
         checkpoints.save(state, Saved(0, None, meta))

@@ -97,6 +97,10 @@ class ParquetSource:
         """Runs of rows within a row group."""
         return len(self._units)
 
+    def picture_units(self) -> list[int]:
+        """Those of pairs; interleaved documents repeat their pictures."""
+        return [unit for unit, (number, *_) in enumerate(self._units) if self.files[number].collection == "pairs"]
+
     def read(self, unit: int) -> Iterator[Document | Broken]:
         """The documents of one run of rows."""
         number, group, start, stop = self._units[unit]

@@ -1,8 +1,9 @@
 """Where documents come from: Parquet, folders of pictures, JSON lines, ready codes, and generated scenes.
 
 Each source offers `name`, `units()` (how many independent pieces of work it has), `read(unit)` (the documents of one
-piece, always the same, in the same order; what is broken comes as `Broken` and never raises) and `fingerprint()`
-(changes with what it reads). A source may be read from several threads; every process opens its own.
+piece, always the same, in the same order; what is broken comes as `Broken` and never raises), `picture_units()` (the
+pieces that together hold every picture once) and `fingerprint()` (changes with what it reads). A source may be read
+from several threads; every process opens its own.
 """
 
 from __future__ import annotations
@@ -68,13 +69,14 @@ class CodesRule:
     span: int
 
 
-def open_source(prepare: PrepareConfig, modalities=()):
+def open_source(prepare: PrepareConfig, modalities=(), captions: bool = True):
     """Opens the source that a config names.
 
     Args:
       prepare: the config's section; kind "auto" looks at what is there.
       modalities: for ready codes, all modalities, text first (`name`, `size`, `span`); where empty, one modality
         "image" with prepare.codebook and prepare.codes_per_image.
+      captions: whether pictures of a folder without one are broken.
 
     Raises:
       InputError: nothing there, nothing readable in it, or codes without their size declared.
@@ -86,7 +88,7 @@ def open_source(prepare: PrepareConfig, modalities=()):
     kind = prepare.kind if prepare.kind != "auto" else _look(folder, name, prepare)
     match kind:
         case "folder":
-            return FolderSource(label, folder, _files(folder, name, *PICTURES))
+            return FolderSource(label, folder, _files(folder, name, *PICTURES), captions)
         case "jsonl":
             return JsonlSource(label, folder, _files(folder, name, ".jsonl"), {})
         case "parquet":
@@ -184,8 +186,9 @@ class FolderSource:
     the folder.
     """
 
-    def __init__(self, name: str, folder: Folder, files: list[tuple[str, int]]):
-        self.name, self.folder, self.files = name, folder, files
+    def __init__(self, name: str, folder: Folder, files: list[tuple[str, int]], captions: bool = True):
+        """Args: `captions` says whether a picture without one is broken, or stands alone."""
+        self.name, self.folder, self.files, self.captions = name, folder, files, captions
         self.splits = splits((path for path, _ in files), False)
         self.block = max(1, min(256, math.ceil(len(files) / 64)))
 
@@ -197,16 +200,28 @@ class FolderSource:
         """The pairs of one block."""
         for path, _ in self.files[unit * self.block : (unit + 1) * self.block]:
             try:
-                caption = self.folder.read(posixpath.splitext(path)[0] + ".txt").decode("utf-8-sig").strip()
+                caption = self._caption(path)
                 picture = self.folder.read(path)
             except (OSError, ValueError) as error:
                 yield Broken(printable(path), first_line(error))
                 continue
-            if not caption:
+            if not caption and self.captions:
                 yield Broken(printable(path), "its caption is empty")
                 continue
-            segments = [Text(caption), Picture(picture)]
+            segments = [Text(caption), Picture(picture)] if caption else [Picture(picture)]
             yield Document(printable(path), self.name, "pairs", segments, self.splits[path])
+
+    def _caption(self, path: str) -> str:
+        try:
+            return self.folder.read(posixpath.splitext(path)[0] + ".txt").decode("utf-8-sig").strip()
+        except FileNotFoundError:
+            if self.captions:
+                raise
+            return ""
+
+    def picture_units(self) -> range:
+        """All of them."""
+        return range(self.units())
 
     def fingerprint(self) -> str:
         """Changes with the pictures' and captions' names and sizes."""
@@ -244,6 +259,10 @@ class JsonlSource:
                         yield document
         except OSError as error:
             yield Broken(f"{path}:{start}", first_line(error))
+
+    def picture_units(self) -> range:
+        """All of them."""
+        return range(self.units())
 
     def _line(self, line: bytes | None, row_id: str, path: str) -> Document | Broken | None:
         if line is None:

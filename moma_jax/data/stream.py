@@ -103,14 +103,14 @@ def open_stream(
     frame = frame_of(data)
     if data.kind == "synthetic":
         synthetic = Synthetic(frame, contiguous(data.modalities), seed)
-        steps = _Plans(lambda: _SyntheticIterator(groups, mine, cursor))
+        steps = Plans(lambda: _SyntheticIterator(groups, mine, cursor))
         return Stream(steps, synthetic.packed, data.prefetch, data.read_threads)
     chosen = _chosen_stores(data, stores)
     vocabulary, views = _open_views(data, chosen, split)
     planned = planned_positions(data, groups, mine, cursor, epochs)
     planner = make_planner(data, chosen, views, seed=seed, groups=groups, planned=planned, epochs=epochs)
     reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary)
-    plans = _Plans(lambda: _PlanIterator(planner, groups, mine, planned, cursor, epochs))
+    plans = Plans(lambda: _PlanIterator(planner, groups, mine, planned, cursor, epochs))
     return Stream(plans, reader.packed, data.prefetch, data.read_threads)
 
 
@@ -179,7 +179,7 @@ def merge_cursors(cursors: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndar
 # Planning -------------------------------------------------------------------------------------------------------------
 
 
-class _Plans(grain.IterDataset):
+class Plans(grain.IterDataset):
     """Grain's view of a planning iterator."""
 
     def __init__(self, iterator: Any):

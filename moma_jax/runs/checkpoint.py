@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -27,7 +28,6 @@ from moma_jax import hosts
 from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
-from moma_jax.training.step import TrainState
 
 FORMAT_VERSION = 1
 SAVE_GB, RESTORE_GB = 32, 8
@@ -99,7 +99,7 @@ class Checkpoints:
         """Directory of the checkpoint of `step`."""
         return f"{self.path}/{step}"
 
-    def save(self, state: TrainState, saved: Saved) -> None:
+    def save(self, state: Any, saved: Saved) -> None:
         """Begins to write a checkpoint; the arrays are copied before this returns, so the state may be donated.
 
         Raises:
@@ -115,8 +115,8 @@ class Checkpoints:
         with self._writing():
             self._manager.save(saved.step, args=items)
 
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """The state of a checkpoint, with the shapes, types and shardings of `target`.
+    def restore(self, step: int, target: Any) -> Any:
+        """The state of a checkpoint, with the shapes, types and shardings of `target`, a dataclass of arrays.
 
         Raises:
           InputError: the checkpoint holds other arrays than `target`.
@@ -124,14 +124,14 @@ class Checkpoints:
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=_in_flight_gb(target))
         try:
             with ocp.Checkpointer(handler) as reader:
-                path, target = f"{self.where(step)}/state", _as_dict(target)
-                restored = reader.restore(path, args=ocp.args.StandardRestore(target))
+                args = ocp.args.StandardRestore(_as_dict(target))
+                restored = reader.restore(f"{self.where(step)}/state", args=args)
         except ValueError as error:  # Orbax prints both trees
             raise InputError(
                 f"{self.where(step)}: its arrays are not those of this run: another version of moma_jax, or "
                 "another routing rule, made it; begin a new run with run.init_from"
             ) from error
-        return TrainState(**restored)
+        return type(target)(**restored)
 
     def restore_params(self, step: int, target: Any) -> Any:
         """Only the parameters of a checkpoint, with the shapes, types and shardings of `target`."""
@@ -233,8 +233,8 @@ def _in_flight_gb(target: Any) -> int:
     return max(RESTORE_GB, 1 + 2 * max(pieces, default=0) // 10**9)
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("step", "params", "opt_state", "routing_state")}
+def _as_dict(state: Any) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def pack_arrays(tree: Any) -> Any:

@@ -4,7 +4,8 @@ Kinds of records: `train` (every `train.log_every` steps; losses and norms are m
 record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
 in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out; all are those of all
 processes but `epoch_<store>`, passes over a store, which are those of the lanes that process 0 reads. The journal of
-`moma routers fit`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (router_step.py).
+`moma routers fit`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (router_step.py); that
+of `moma codec train` `codec` and `codec_eval` (training/codec/stage.py), with contact sheets beside it, in sheets/.
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
 `metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that
@@ -13,12 +14,16 @@ goes on from a checkpoint first cuts its records back to that checkpoint's step.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from moma_jax import hosts
 from moma_jax.errors import InputError
@@ -27,6 +32,7 @@ from moma_jax.runs.directory import RunDir
 SCHEMA = 1
 METRICS = "metrics.jsonl"
 SEGMENTS = "metrics/"
+SHEETS = "sheets/"
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
@@ -96,6 +102,12 @@ class Journal:
         for sink in self._sinks:
             sink.write(record)
 
+    def draw(self, name: str, step: int, picture: Image.Image) -> None:
+        """Hands a picture to the sinks that can keep one."""
+        for sink in self._sinks:
+            if hasattr(sink, "draw"):
+                sink.draw(name, step, picture)
+
     def seal(self, step: int) -> None:
         """A checkpoint of `step` is being written: what was recorded so far belongs to it."""
         for sink in self._sinks:
@@ -126,7 +138,7 @@ class FileSink:
     def __init__(self, run: RunDir, step: int):
         kept = [r for r in records_of(run) or [] if r["step"] <= step and step > 0]
         run.write(METRICS, b"".join(_line(record) for record in kept))
-        self._path = run.join(METRICS)
+        self._run, self._path = run, run.join(METRICS)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
@@ -138,6 +150,10 @@ class FileSink:
             raise InputError(f"{self._path}: cannot be written: {error.strerror}") from error
         if written != len(line):
             raise InputError(f"{self._path}: cannot be written: the disk is full")
+
+    def draw(self, name: str, step: int, picture: Image.Image) -> None:
+        """Keeps the picture."""
+        keep_sheet(self._run, name, step, picture)
 
     def seal(self, step: int) -> None:
         """Makes sure that the records survive a crash of the machine, as the checkpoint will."""
@@ -161,6 +177,10 @@ class SegmentSink:
         """Keeps the record until the next checkpoint."""
         self._lines.append(_line(record))
 
+    def draw(self, name: str, step: int, picture: Image.Image) -> None:
+        """Keeps the picture."""
+        keep_sheet(self._run, name, step, picture)
+
     def seal(self, step: int) -> None:
         """Writes the segment that ends at `step`."""
         if self._lines:
@@ -170,6 +190,13 @@ class SegmentSink:
     def close(self) -> None:
         """Drops what no checkpoint covers: the run that goes on will record it again."""
         self._lines = []
+
+
+def keep_sheet(run: RunDir, name: str, step: int, picture: Image.Image) -> None:
+    """Writes a picture into the run, as RUN/sheets/NAME-STEP.png."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    run.write(f"{SHEETS}{name}-{step:08d}.png", content.getvalue())
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -191,6 +218,10 @@ class TensorBoardSink:
         for name, value in record.items():
             if isinstance(value, (int, float)) and name not in ("schema", "step", "time"):
                 self._writer.add_scalar(f"{prefix}/{name}", value, record["step"], walltime=record["time"])
+
+    def draw(self, name: str, step: int, picture: Image.Image) -> None:
+        """Adds the picture."""
+        self._writer.add_image(f"sheets/{name}", np.asarray(picture), step, dataformats="HWC")
 
     def seal(self, step: int) -> None:
         """Writes out what is buffered."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from moma_jax.config import Config, with_router
 from moma_jax.config_json import as_recorded, from_json
-from moma_jax.cost import total_steps
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
 from moma_jax.fields import differences
@@ -27,22 +27,40 @@ def require_resumable(config: Config) -> None:
       InputError: it holds a run with another config, or files of another program.
     """
     run = RunDir(config.run.dir)
-    written = _own_config(run)
+    if (found := began_with(run, from_json)) is None:
+        return
+    began, beside = found
+    rule = as_named(recorded_rule(began.model.router, beside), config.model.router)
+    require_unchanged(run, differences(as_recorded(with_router(began, rule)), as_recorded(config)))
+
+
+def began_with(run: RunDir, read: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]] | None:
+    """(the config that a run in a directory goes on with, the plain values that were written beside it); None where
+    there is nothing to go on from.
+
+    Args:
+      read: the content of its config.json, or of a checkpoint's, as a config; raises InputError.
+
+    Raises:
+      InputError: the directory holds files of another program, or of another kind of run.
+    """
+    written = _own_config(run, read)
     records_of(run)  # lines that are no records
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         latest = checkpoints.latest()
         meta = None if latest is None else checkpoints.saved(latest).meta
     summary = _complete_summary(run)
     if meta is not None:
-        began, beside = from_json(meta["config"]), meta
-    elif written is not None and summary is not None:
-        began, beside = written, summary
-    elif written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
+        return read(meta["config"]), meta
+    if written is not None and summary is not None:
+        return written, summary
+    if written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
         raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
-    else:
-        return  # nothing to go on from: the run starts anew
-    rule = as_named(recorded_rule(began.model.router, beside), config.model.router)
-    changed = differences(as_recorded(with_router(began, rule)), as_recorded(config))
+    return None  # nothing to go on from: the run starts anew
+
+
+def require_unchanged(run: RunDir, changed: list[str]) -> None:
+    """InputError where a run was begun with another config; `changed` says what differs."""
     if changed:
         raise InputError(
             f"run.dir: {run.path} holds a run with another config ({'; '.join(changed)}); change it back, or "
@@ -50,10 +68,10 @@ def require_resumable(config: Config) -> None:
         )
 
 
-def finished(run: RunDir, config: Config) -> dict[str, Any] | None:
-    """The summary of a run that is complete."""
+def finished(run: RunDir, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that is complete, after so many steps."""
     summary = _complete_summary(run)
-    return summary if summary is not None and summary.get("steps") == total_steps(config) else None
+    return summary if summary is not None and summary.get("steps") == steps else None
 
 
 def hashes_of(config: Config, vocabulary: Vocabulary) -> dict[str, str | None]:
@@ -72,11 +90,11 @@ def require_same_stores(hashes: dict[str, str | None], before: dict[str, str | N
             )
 
 
-def _own_config(run: RunDir) -> Config | None:
+def _own_config(run: RunDir, read: Callable[[Any], Any]) -> Any:
     """The config that began the run, where there is one."""
     try:
         written = run.read_json(CONFIG)
-        return None if written is None else from_json(written if isinstance(written, dict) else {})
+        return None if written is None else read(written if isinstance(written, dict) else {})
     except InputError as error:
         raise InputError(
             f"run.dir: {run.path} holds no run of this moma_jax ({error}); choose another run.dir"

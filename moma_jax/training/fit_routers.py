@@ -31,7 +31,7 @@ from moma_jax.runs.progress import predictions
 from moma_jax.runs.resume import hashes_of, require_same_stores
 from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
 from moma_jax.training.loop import run_stage
-from moma_jax.training.metrics import Meter
+from moma_jax.training.metrics import Meter, token_meter
 from moma_jax.training.router_step import (
     HeldOut,
     abstract_routers,
@@ -41,6 +41,7 @@ from moma_jax.training.router_step import (
     routers_record,
 )
 from moma_jax.training.step import Program, TrainState, make_program, replicate
+from moma_jax.training.token_stage import TokenStage
 
 
 def fit_routers(
@@ -93,7 +94,7 @@ def fit_routers(
     def check() -> None:
         _require_same(directory, loaded.step, model, config.routers)
 
-    return run_stage(directory, config, check, make_stage, sinks, quiet)
+    return run_stage(directory, config, config.train.steps, check, make_stage, sinks, quiet)
 
 
 def stage_of(config: Config, settings: RoutersConfig) -> Config:
@@ -171,12 +172,13 @@ def _require_same(directory: RunDir, step: int, model: str, settings: RoutersCon
 # The stage ------------------------------------------------------------------------------------------------------------
 
 
-class RouterFitting:
+class RouterFitting(TokenStage):
     """The stage of `fit_routers` (`loop.Stage`)."""
 
     def __init__(self, program: Program, loaded: Loaded, saved: Saved, directory: str):
         """Args: `saved` is the model's checkpoint, `directory` the stage's."""
-        self.program, config = program, program.config
+        super().__init__(program)
+        config = program.config
         self.meta = {
             "config": to_json(dataclasses.replace(loaded.config, routers=config.routers)),
             "model_step": loaded.step,
@@ -208,7 +210,9 @@ class RouterFitting:
         compiled = compile_routers_step(self.program, state, *self._model)
         return lambda state, batch: compiled(state, *self._model, batch)
 
-    sums = staticmethod(router_sums)
+    def meter(self, saved: dict[str, Any] | None) -> Meter:
+        """See `loop.Stage`."""
+        return token_meter(self.config, router_sums, saved)
 
     def record(self, meter: Meter, state: TrainState, step: int, epochs: dict[str, float]) -> dict[str, Any]:
         """A record of kind "routers"."""

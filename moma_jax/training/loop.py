@@ -1,7 +1,8 @@
 """The training loop: a stage in, a run directory with checkpoints, records and a summary out.
 
-A stage says what a step is, what is evaluated and what is recorded: pre-training (pretrain.py) and the fitting of
-auxiliary routers (fit_routers.py) are stages. A run that has a checkpoint goes on from it, exactly: batches, losses and
+A stage says what a step is, what it learns from, what is evaluated and what is recorded: pre-training (pretrain.py),
+the fitting of auxiliary routers (fit_routers.py) and the training of an image tokenizer (codec/stage.py) are stages. A
+run that has a checkpoint goes on from it, exactly: batches, losses and
 parameters are those of a run that was never interrupted.
 """
 
@@ -15,21 +16,21 @@ from typing import Any, Protocol
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 from moma_jax import hosts, sharding
-from moma_jax.config import Config, EvalSet
-from moma_jax.cost import total_steps
-from moma_jax.data.stream import merge_cursors, open_stream
+from moma_jax.config import EvalSet
+from moma_jax.data.stream import merge_cursors
 from moma_jax.errors import RunError
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command
 from moma_jax.runs.journal import finite, open_journal, read_metrics
 from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
 from moma_jax.runs.progress import RunProgress
-from moma_jax.runs.resume import finished, require_same_stores
+from moma_jax.runs.resume import finished
 from moma_jax.runs.status import Status, last_good, watched
 from moma_jax.training.metrics import Meter
-from moma_jax.training.step import Program, TrainState, put
+from moma_jax.training.step import put
 
 KEPT = ("ancestry",)
 """What a checkpoint's meta hands on to the next one."""
@@ -39,8 +40,8 @@ class Stage(Protocol):
     """What is trained, and what is said about it.
 
     Attributes:
-      program: config, model, optimizer and mesh. `program.config.train` says how long the stage is, and how often it
-        records, evaluates and saves.
+      config: its `train` says how often the stage records, evaluates and saves, its `run` where.
+      steps: updates that it takes. mesh: the devices. eval_sets: what is held out.
       meta: what every checkpoint holds beside state, cursor and counters: plain values, among them config, hashes,
         router, versions and commit.
       cursor: where the data of a fresh state begin; None: at their start.
@@ -49,30 +50,43 @@ class Stage(Protocol):
       not_finite: what a loss that is not finite is called, and the remedy.
     """
 
-    program: Program
+    config: Any
+    steps: int
+    mesh: Mesh
+    eval_sets: Sequence[EvalSet]
     meta: dict[str, Any]
     cursor: Any
     doing: str
     warnings: Sequence[str]
     not_finite: tuple[str, str]
 
-    def abstract_state(self) -> TrainState:
+    def require_same_data(self, before: dict[str, Any], where: str) -> None:
+        """InputError where the data are not those of the checkpoint `where`, whose meta has the hashes `before`."""
+
+    def open_data(self, cursor: Any) -> Any:
+        """This process's batches from a cursor on, None being the start: a closable iterator of `batch` (arrays of the
+        rows that lie on this process's devices), the `cursor` after it, and passes so far by name, `epochs`."""
+
+    def abstract_state(self) -> Any:
         """Shapes, types and shardings of the state: what a checkpoint is restored onto."""
 
-    def create_state(self) -> TrainState:
-        """The state before the first step."""
+    def create_state(self) -> Any:
+        """The state before the first step, a dataclass of arrays."""
 
-    def compile_step(self, state: TrainState) -> Callable:
-        """(state, batch) -> (state, report), compiled; it donates the state. A report has `tokens_M` and `finite`."""
+    def compile_step(self, state: Any) -> Callable:
+        """(state, batch) -> (state, report), compiled; it donates the state. `meter` reads the report."""
 
-    def sums(self, report: Any) -> dict[str, Any]:
-        """The numbers of a report that the meter adds up between two records."""
+    def meter(self, saved: dict[str, Any] | None) -> Meter:
+        """What adds up reports between two records, where `Meter.to_json` left it."""
 
-    def record(self, meter: Meter, state: TrainState, step: int, epochs: dict[str, float]) -> dict[str, Any]:
+    def record(self, meter: Meter, state: Any, step: int, epochs: dict[str, float]) -> dict[str, Any]:
         """The record of the steps since the last one."""
 
-    def evaluate(self, state: TrainState, eval_set: EvalSet) -> list[dict[str, Any]]:
-        """Records about a held-out set, `step` and `eval_set` apart."""
+    def evaluate(self, state: Any, eval_set: EvalSet) -> list[dict[str, Any]]:
+        """Records about a held-out set, `step` and `eval_set` apart; "sheet" is a picture to keep, not to record."""
+
+    def export(self, run: RunDir, state: Any) -> None:
+        """Writes what else the last state is for."""
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Final figures: "final", which has "wall_seconds", and "eval", by held-out set."""
@@ -83,7 +97,8 @@ class Stage(Protocol):
 
 def run_stage(
     run: RunDir,
-    config: Config,
+    config: Any,
+    steps: int,
     check: Callable[[], None],
     make_stage: Callable[[], Stage],
     sinks: Sequence[Any] = (),
@@ -92,25 +107,25 @@ def run_stage(
     """Begins a stage in a directory, or goes on with it, to its summary; every process of a run calls it.
 
     Args:
-      run: the stage's directory. config: resolved, as if it were training (`Stage.program`).
+      run: the stage's directory. config, steps: as `Stage` has them.
       check: raises InputError where the directory is not this stage's; it is called on process 0, before the directory
         is locked. make_stage: is called once the directory is this process's, unless the stage is complete.
       sinks: further ones of the journal. quiet: print nothing.
     """
     require_local_profile(run, config.train.profile_steps)
     use_compilation_cache(config.run.compilation_cache)
-    with contextlib.ExitStack() as lock, watched(run, total_steps(config)) as status:
+    with contextlib.ExitStack() as lock, watched(run, steps) as status:
 
         def take_directory() -> dict[str, Any] | None:
             check()
             lock.enter_context(run.locked())
-            return finished(run, config)
+            return finished(run, steps)
 
         if (summary := hosts.by_first(take_directory)) is not None:
             RunProgress(0, 0, quiet=quiet).say(f"{run.path}: complete")
             return summary
         stage = make_stage()
-        with sharding.use_mesh(stage.program.mesh), signals() as received, contextlib.ExitStack() as cleanup:
+        with sharding.use_mesh(stage.mesh), signals() as received, contextlib.ExitStack() as cleanup:
             loop = Loop(run, stage, status, cleanup, sinks, quiet)
             loop.run_steps(received)
             return loop.finish()
@@ -132,19 +147,17 @@ class Loop:
 
         `cleanup` closes what is opened. Call it under `sharding.use_mesh`.
         """
-        self.run, self.stage, self.status, self.program = run, stage, status, stage.program
-        self.config = config = stage.program.config
+        self.run, self.stage, self.status = run, stage, status
+        self.config = config = stage.config
         keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
         self.checkpoints = cleanup.enter_context(Checkpoints(run, **keep, write=True))
         latest = hosts.by_first(self.checkpoints.latest)
         saved = Saved(0, stage.cursor, {}) if latest is None else self.checkpoints.saved(latest)
-        self.step, self.total = saved.step, total_steps(config)
+        self.step, self.total = saved.step, stage.steps
         self.meta = stage.meta | {name: saved.meta[name] for name in KEPT if name in saved.meta}
         if latest is not None:
-            require_same_stores(stage.meta["hashes"], saved.meta["hashes"], self.checkpoints.where(latest))
-        own = sharding.own_groups(self.program.mesh, config.train.batch_rows // config.data.group_rows)
-        stream = open_stream(config, cursor=saved.cursor, mine=own)
-        self.stream = cleanup.enter_context(contextlib.closing(stream))
+            stage.require_same_data(saved.meta["hashes"], self.checkpoints.where(latest))
+        self.data = cleanup.enter_context(contextlib.closing(stage.open_data(saved.cursor)))
         if latest is None:
             self.state = stage.create_state()
         else:
@@ -161,26 +174,26 @@ class Loop:
         journal = open_journal(run, step=self.step, tensorboard=tensorboard, sinks=(self.progress, *sinks))
         self.journal = cleanup.enter_context(contextlib.closing(journal))
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
-        self.meter = Meter(config, stage.sums, saved.meta.get("counters"))
+        self.meter = stage.meter(saved.meta.get("counters"))
         self.train_step = self.meter.timed(lambda: stage.compile_step(self.state))
         hosts.meet()
 
     def run_steps(self, received: list[int]) -> None:
         """Trains to the last step, or to the step after a signal."""
-        config, batches, stops = self.config.train, iter(self.stream), hosts.Stops(self.program.mesh)
+        config, batches, stops = self.config.train, iter(self.data), hosts.Stops(self.stage.mesh)
         while self.step < self.total:
             self.profiler.before(self.step + 1)
             packed = next(batches, None)
             if packed is None:
                 raise RunError(f"step {self.step}: the training data ended; prepare more documents")
-            self.state, report = self.train_step(self.state, put(packed.batch, self.program.mesh))
+            self.state, report = self.train_step(self.state, put(packed.batch, self.stage.mesh))
             self.step += 1
             self.status.step = self.step
             self.meter.add(self.step, report)
             self.profiler.after(self.step, report)
             last = self.step == self.total
             stop, log = stops(received[0] if received else 0), last or self.step % config.log_every == 0
-            sets = [s for s in config.eval_sets if last or self.step % (s.every or config.eval_every) == 0]
+            sets = [s for s in self.stage.eval_sets if last or self.step % (s.every or config.eval_every) == 0]
             save = last or stop or self.step % config.checkpoint_every == 0
             # One step behind, unless somebody is about to read: the device never waits for the host.
             self._check_finite(self.meter.settle(leave=0 if log or sets or save else 1))
@@ -196,6 +209,7 @@ class Loop:
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint; writes and prints the summary."""
         self.checkpoints.wait()
+        self.stage.export(self.run, self.state)
         self.journal.close()
         summary = hosts.by_first(lambda: finite(self._summary()))
         self.run.write_json("summary.json", summary)
@@ -222,6 +236,8 @@ class Loop:
 
     def _evaluate(self, eval_set: EvalSet) -> None:
         for record in self.meter.timed(lambda: self.stage.evaluate(self.state, eval_set)):
+            if (sheet := record.pop("sheet", None)) is not None:
+                self.journal.draw(eval_set.name, self.step, sheet)
             self.journal.write({"kind": record["kind"], "step": self.step, "eval_set": eval_set.name, **record})
 
     def _save(self, cursor: Any) -> None:
@@ -240,12 +256,12 @@ class Loop:
     def _summary(self) -> dict[str, Any]:
         """Final figures, and what they depend on."""
         figures = self.stage.summary(read_metrics(self.run.path))
-        device = self.program.mesh.devices.flat[0]
+        device = self.stage.mesh.devices.flat[0]
         return {
             "steps": self.step,
             **figures,
-            **{name: self.meta[name] for name in ("router", "commit", "versions")},
-            "device": {"kind": device.device_kind, "count": self.program.mesh.size},
+            **{name: self.meta[name] for name in ("router", "commit", "versions") if name in self.meta},
+            "device": {"kind": device.device_kind, "count": self.stage.mesh.size},
             "wall_seconds": figures["final"]["wall_seconds"],
             "command": command(),
         }

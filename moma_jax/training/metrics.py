@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,16 +57,24 @@ class Meter:
     for the host. Numbers are added in the order of steps in float64: a resumed run adds the same numbers.
     """
 
-    def __init__(self, config: Config, sums_of: Callable[[Any], dict[str, Any]], saved: dict | None = None):
+    def __init__(
+        self,
+        sums_of: Callable[[Any], dict[str, Any]],
+        saved: dict | None = None,
+        *,
+        counted: str = "tokens",
+        kinds: Sequence[str] = (),
+    ):
         """A meter at the start of a run, or where it was saved.
 
         Args:
-          sums_of: a report's numbers by name, to be added up; only of reports whose update was finite. A report has
-            `tokens_M` and `finite`.
+          sums_of: a report's numbers by name, to be added up; only of reports whose update was finite.
           saved: `to_json`'s dictionary.
+          counted: what a run's length is told in. A report has `tokens_M`, or pictures_M, how many of each of `kinds`,
+            or, where there are none, one number; and `finite`.
         """
-        self._names, self._sums_of = [m.name for m in config.data.modalities], sums_of
-        self._total = {"tokens": [0] * len(self._names), "wall_seconds": 0.0}
+        self._sums_of, self._counted, self._kinds = sums_of, counted, list(kinds)
+        self._total = {counted: [0] * max(len(self._kinds), 1), "wall_seconds": 0.0}
         self._interval: dict[str, Any] = {}
         if saved is not None:
             self._total, self._interval = saved["total"], {k: np.asarray(v) for k, v in saved["interval"].items()}
@@ -91,9 +99,10 @@ class Meter:
 
     def _count(self, report: Any) -> None:
         self._steps_timed += 1
-        tokens = [int(n) for n in report.tokens_M]
-        self._total["tokens"] = [a + b for a, b in zip(self._total["tokens"], tokens, strict=True)]
-        sums = {"steps": 1, "tokens_M": report.tokens_M}
+        count_M = getattr(report, f"{self._counted}_M")
+        total = self._total[self._counted]
+        self._total[self._counted] = [a + int(b) for a, b in zip(total, count_M, strict=True)]
+        sums = {"steps": 1, f"{self._counted}_M": count_M}
         if report.finite:
             sums |= {"finite_steps": 1} | self._sums_of(report)
         for name, value in sums.items():
@@ -105,9 +114,9 @@ class Meter:
         return seen
 
     def cumulative(self) -> dict[str, Any]:
-        """Real tokens so far, overall and by modality."""
-        tokens = self._total["tokens"]
-        return {"tokens": sum(tokens)} | {f"tokens_{n}": t for n, t in zip(self._names, tokens, strict=True)}
+        """What was counted so far (of tokens the real ones), overall and by kind."""
+        name, total = self._counted, self._total[self._counted]
+        return {name: sum(total)} | {f"{name}_{kind}": n for kind, n in zip(self._kinds, total, strict=False)}
 
     def speed(self, seen: dict[str, Any]) -> dict[str, Any]:
         """Speed of this process since its last record; `seen` is what `interval` gave."""
@@ -117,7 +126,7 @@ class Meter:
         per_step = seconds / steps
         return {
             "step_seconds": per_step,
-            "tokens_per_second": float(np.sum(seen["tokens_M"]) / seen["steps"] / per_step),
+            f"{self._counted}_per_second": float(np.sum(seen[f"{self._counted}_M"]) / seen["steps"] / per_step),
         }
 
     def timed(self, work: Callable[[], Any]) -> Any:
@@ -135,6 +144,11 @@ class Meter:
         """Plain values that continue this meter exactly; call after `settle`."""
         total = self._total | {"wall_seconds": self.wall_seconds()}
         return {"total": total, "interval": {name: value.tolist() for name, value in self._interval.items()}}
+
+
+def token_meter(config: Config, sums_of: Callable[[Any], dict[str, Any]], saved: dict | None = None) -> Meter:
+    """The meter of a stage that learns from tokens."""
+    return Meter(sums_of, saved, kinds=[m.name for m in config.data.modalities])
 
 
 # Train records --------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from moma_jax.config import Config, OptimizerConfig
 from moma_jax.cost import total_steps
 from moma_jax.model.auxiliary import SUFFIX
 
-NOT_DECAYED = ("scale", "bias")
-"""Parameters whose own name begins so are not decayed: norms and biases. Matrices and embeddings are."""
+NOT_DECAYED = ("scale", "bias", "codebook")
+"""Parameters whose own name begins so are not decayed: norms, biases, rows of a codebook. Matrices and embeddings
+are."""
 
 
 class Optimizer(NamedTuple):
@@ -32,14 +33,18 @@ class Optimizer(NamedTuple):
 
 def make_optimizer(config: Config) -> Optimizer:
     """The optimizer of a run; its schedule ends at `cost.total_steps`."""
-    settings = config.optimizer
+    return optimizer_of(config.optimizer, total_steps(config))
+
+
+def optimizer_of(settings: OptimizerConfig, steps: int) -> Optimizer:
+    """The optimizer by these settings; its schedule ends at `steps`."""
     transformation = optax.chain(
         # Apart, so that the model is the same with auxiliary routers as without.
         optax.partition({part: optax.clip_by_global_norm(settings.clip_norm) for part in PARTS}, part_of),
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
         optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
     )
-    return Optimizer(transformation, make_schedule(settings, total_steps(config)))
+    return Optimizer(transformation, make_schedule(settings, steps))
 
 
 def make_schedule(settings: OptimizerConfig, total: int) -> Callable:

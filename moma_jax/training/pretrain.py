@@ -25,7 +25,7 @@ from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.resume import hashes_of, require_resumable
 from moma_jax.training.loop import run_stage
-from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, train_record
+from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, token_meter, train_record
 from moma_jax.training.step import (
     Program,
     TrainState,
@@ -36,6 +36,7 @@ from moma_jax.training.step import (
     make_program,
     with_dtype,
 )
+from moma_jax.training.token_stage import TokenStage
 from moma_jax.vocab import Vocabulary
 
 
@@ -85,10 +86,11 @@ def train(
         first = first_routing_state(config) if routing_state is None else routing_state
         return Pretraining(program, vocabulary, first)
 
-    return run_stage(RunDir(config.run.dir), config, lambda: require_resumable(config), make_stage, sinks, quiet)
+    run, check = RunDir(config.run.dir), lambda: require_resumable(config)
+    return run_stage(run, config, total_steps(config), check, make_stage, sinks, quiet)
 
 
-class Pretraining:
+class Pretraining(TokenStage):
     """The stage of `train` (`loop.Stage`)."""
 
     cursor, doing = None, ""
@@ -99,7 +101,8 @@ class Pretraining:
 
     def __init__(self, program: Program, vocabulary: Vocabulary, routing_state: Any):
         """Args: `routing_state` is the first one."""
-        self.program, self.vocabulary, self.routing_state = program, vocabulary, routing_state
+        super().__init__(program)
+        self.vocabulary, self.routing_state = vocabulary, routing_state
         config = program.config
         self.meta = {
             "config": to_json(config),
@@ -130,7 +133,9 @@ class Pretraining:
         """See `loop.Stage`."""
         return compile_step(self.program, state)
 
-    sums = staticmethod(step_sums)
+    def meter(self, saved: dict[str, Any] | None) -> Meter:
+        """See `loop.Stage`."""
+        return token_meter(self.config, step_sums, saved)
 
     def record(self, meter: Meter, state: TrainState, step: int, epochs: dict[str, float]) -> dict[str, Any]:
         """A train record."""

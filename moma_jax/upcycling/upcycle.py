@@ -30,7 +30,7 @@ from moma_jax.runs.journal import finite
 from moma_jax.runs.progress import losses
 from moma_jax.runs.resume import hashes_of, require_same_stores
 from moma_jax.training.load import fingerprint
-from moma_jax.training.metrics import Meter, step_sums
+from moma_jax.training.metrics import step_sums, token_meter
 from moma_jax.training.step import (
     Program,
     TrainState,
@@ -133,7 +133,7 @@ def _meta(config: Config, vocabulary, hashes: dict[str, str | None], ancestry: d
         "router": rule_name(config.model.router),
         "versions": versions(),
         "commit": commit(),
-        "counters": Meter(config, step_sums).to_json(),
+        "counters": token_meter(config, step_sums).to_json(),
         "ancestry": ancestry,
     }
 

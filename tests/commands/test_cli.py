@@ -55,7 +55,10 @@ def test_bad_input_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, words, 
     assert not list(tmp_path.iterdir()), "nothing is half-written"
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench step", "bench data", "bench ffn", "routers fit", "fit-routers"])
+SUBCOMMANDS = ("bench step", "bench data", "bench ffn", "routers fit", "fit-routers", "codec train", "codec eval")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *SUBCOMMANDS])
 def test_every_command_explains_its_options(capsys, command):
     code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0 and f"usage: moma {command.replace('fit-routers', 'routers fit')}" in out

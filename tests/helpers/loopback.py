@@ -15,7 +15,7 @@ from tiny import tiny
 from moma_jax import __main__ as command
 from moma_jax.config import HostsConfig, Modality, PrepareConfig, StoreConfig
 from moma_jax.config_json import to_json
-from moma_jax.training import loop
+from moma_jax.training import token_stage
 
 STEPS, HEARTBEAT = 12, 10
 MODALITIES = (Modality("text", "t", size=300, quota=1.0), Modality("image", "i", size=8, span=16, quota=1.0))
@@ -66,13 +66,13 @@ class Processes:
 
 def main(content, blow):
     """One process: `moma train`, with a signal to itself before a batch."""
-    original, folder = loop.open_stream, Path(content["run"]["dir"])
+    original, folder = token_stage.open_stream, Path(content["run"]["dir"])
 
     def open_stream(*arguments, **settings):
         return Blown(iter(original(*arguments, **settings)), folder / "checkpoints" / "5", *blow[1:])
 
     if blow is not None and blow[0] == content["hosts"]["index"]:
-        loop.open_stream = open_stream
+        token_stage.open_stream = open_stream
     path = folder.parent / f"{folder.name}-{content['hosts']['index']}.json"
     path.write_text(json.dumps(content))
     command.main(["train", str(path)])

@@ -6,7 +6,7 @@ import jax
 
 import moma_jax
 from moma_jax.routers.choice import best_of
-from moma_jax.training import loop
+from moma_jax.training import token_stage
 
 TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
 
@@ -22,7 +22,7 @@ def parameters(run):
 
 def changed_batches(monkeypatch, change):
     """Makes the loop's stream hand out change(number, batch), numbered from 1 in this process."""
-    original = loop.open_stream
+    original = token_stage.open_stream
 
     class Changed:
         def __init__(self, stream):
@@ -39,7 +39,7 @@ def changed_batches(monkeypatch, change):
         def close(self):
             self.stream.close()
 
-    monkeypatch.setattr(loop, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
+    monkeypatch.setattr(token_stage, "open_stream", lambda *a, **k: Changed(iter(original(*a, **k))))
 
 
 def my_choice(score, eligible_T, quota, state, key):

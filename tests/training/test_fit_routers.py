@@ -27,7 +27,7 @@ from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.training import fit_routers as routers
-from moma_jax.training import loop
+from moma_jax.training import token_stage
 from moma_jax.training.load import auxiliary_params, load
 from moma_jax.training.router_step import compile_routers_step, first_state
 from moma_jax.training.step import make_program, put
@@ -324,7 +324,7 @@ def test_the_command_takes_the_runs_own_settings(run, monkeypatch):
 
 def main(run):
     """Kills itself when the first checkpoint is written and later updates are under way."""
-    original = loop.open_stream
+    original = token_stage.open_stream
 
     def killing(*arguments, **settings):
         stream = original(*arguments, **settings)
@@ -348,7 +348,7 @@ def main(run):
 
         return Killing()
 
-    loop.open_stream = killing
+    token_stage.open_stream = killing
     fit(run)
 
 

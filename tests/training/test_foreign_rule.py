@@ -37,8 +37,8 @@ def config():
 KILLED = """
 import os, signal, sys
 import moma_jax
-from moma_jax.training import loop
-original = loop.open_stream
+from moma_jax.training import token_stage
+original = token_stage.open_stream
 
 def stream(*arguments, **options):
     for number, packed in enumerate(original(*arguments, **options)):
@@ -48,7 +48,7 @@ def stream(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         yield packed
 
-loop.open_stream = stream
+token_stage.open_stream = stream
 moma_jax.train(moma_jax.recipe("mine.py", {"run.dir": "runs/killed"}), quiet=True)
 """
 

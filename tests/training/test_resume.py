@@ -15,7 +15,7 @@ from runs import parameters, records
 from tiny import tiny
 
 import moma_jax
-from moma_jax.training import loop
+from moma_jax.training import token_stage
 
 KILLS, STEPS = 5, 66
 AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
@@ -73,7 +73,7 @@ def test_killed_five_times_at_random(tmp_path):
 
 def main(directory, steps, killed_at=0, cache=None):
     """Trains; dies before batch `killed_at`, counted from 1, or leaves that to others where it is 0."""
-    original = loop.open_stream
+    original = token_stage.open_stream
 
     def slow(*arguments, **settings):
         stream = original(*arguments, **settings)
@@ -95,7 +95,7 @@ def main(directory, steps, killed_at=0, cache=None):
 
         return Slow()
 
-    loop.open_stream = slow
+    token_stage.open_stream = slow
     moma_jax.train(config_of(directory, cache, int(steps)))
 
 

@@ -1,0 +1,183 @@
+"""The pictures that an image tokenizer learns from: read from a source in windows, shuffled, made pixels ahead of need.
+
+The order depends on the seed alone: units of the source (files, row groups) are shuffled in each pass, pictures within
+a window of consecutive units. A cursor says how far into which window, so going on reads at most one window again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from moma_jax.codec.pictures import BrokenPicture
+from moma_jax.config import PrepareConfig
+from moma_jax.data.documents import Document, Picture, is_held_out
+from moma_jax.data.fit import ordered_map
+from moma_jax.data.parquet import UNIT_ROWS
+from moma_jax.data.sources import open_source
+from moma_jax.data.stream import Plans, Stream
+from moma_jax.errors import InputError, RunError
+from moma_jax.training.codec.config import PicturesConfig
+
+Read = Callable[[Any], np.ndarray]
+"""A picture's file to pixels, uint8 (N, N, 3); raises BrokenPicture (`Codec.read`)."""
+
+
+class Named(NamedTuple):
+    """A picture's file or pixels, and the document that it is in."""
+
+    document: str
+    image: Any
+
+
+class PictureBatch(NamedTuple):
+    """Pictures of one update.
+
+    Attributes:
+      batch: uint8 (B, N, N, 3), this process's rows.
+      cursor: where the stream stands after it, the same on every process. epochs: passes so far, {"pictures": 1.5}.
+    """
+
+    batch: np.ndarray
+    cursor: dict[str, Any]
+    epochs: dict[str, float]
+
+
+class Pictures:
+    """The pictures of a source, those to learn from and those held out."""
+
+    def __init__(self, config: PicturesConfig):
+        """Opens the source; InputError where it has no pictures."""
+        if config.kind == "auto" and config.source == "scenes":
+            raise InputError("data.source: scenes are drawn to be a palette's; give a folder of pictures or of Parquet")
+        self.config = config
+        self._source = open_source(PrepareConfig(source=config.source, kind=config.kind), captions=False)
+        if not (units := self._source.picture_units()):
+            raise InputError(f"data.source: {config.source} has no pictures")
+        self.units = units
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with what the source reads."""
+        return self._source.fingerprint()
+
+    def of_unit(self, unit: int, held_out: bool) -> list[Named]:
+        """The pictures of one unit that are held out, or those that are not, always in the same order."""
+        found = []
+        for document in self._source.read(unit):
+            if isinstance(document, Document) and is_held_out(document, self.config.held_out) == held_out:
+                found += [Named(document.id, s.image) for s in document.segments if isinstance(s, Picture)]
+        return found
+
+    def held_out(self, read: Read, most: int | None = None) -> np.ndarray:
+        """Held-out pictures in the order of the source, at most so many, uint8 (B, N, N, 3).
+
+        Raises:
+          InputError: there are none.
+        """
+        found: list[np.ndarray] = []
+        for pictures in ordered_map(lambda unit: self.of_unit(unit, True), self.units):
+            found += [pixels for pixels in (_pixels(read, each) for each in pictures) if pixels is not None]
+            if most is not None and len(found) >= most:
+                break
+        if not found:
+            raise InputError(
+                f"data.source: {self.config.source} has no held-out pictures; raise data.held_out, or give it a folder "
+                "validation beside train"
+            )
+        return np.stack(found[:most])
+
+    def stream(self, read: Read, batch: int, mine: Sequence[int], cursor: dict[str, Any] | None = None) -> Stream:
+        """Batches of pictures to learn from, without end: an iterator of PictureBatch that must be closed.
+
+        Args:
+          batch: pictures of an update, over all processes. mine: those of each batch that are wanted, ascending.
+          cursor: of a PictureBatch, to go on after it; None begins.
+        """
+
+        def make(plan: _Plan) -> PictureBatch:
+            return PictureBatch(np.stack(list(_without_broken(read, plan.pictures))), plan.cursor, plan.epochs)
+
+        plans = Plans(lambda: _Order(self, batch, tuple(mine), cursor))
+        return Stream(plans, make, self.config.prefetch, self.config.threads)
+
+
+class _Plan(NamedTuple):
+    pictures: list[tuple[Named, bool]]
+    cursor: dict[str, Any]
+    epochs: dict[str, float]
+
+
+class _Order(grain.DatasetIterator):
+    """Which pictures make up each batch, and which of them are mirrored; its state is the cursor."""
+
+    def __init__(self, pictures: Pictures, batch: int, mine: tuple[int, ...], cursor: dict[str, Any] | None):
+        super().__init__()
+        self._pictures, self._batch, self._mine = pictures, batch, mine
+        self._per_window = math.ceil(pictures.config.window / UNIT_ROWS)
+        self._windows = math.ceil(len(pictures.units) / self._per_window)
+        self._state: dict[str, int] = {}
+        self.set_state(cursor or {"step": 0, "epoch": 0, "window": 0, "offset": 0})
+
+    def __next__(self) -> _Plan:
+        state, chosen, empty = dict(self._state), [], 0
+        while len(chosen) < self._batch:
+            if state["offset"] == len(self._window):
+                empty = 0 if self._window else empty + 1
+                if empty > self._windows:
+                    raise InputError(f"data.source: {self._pictures.config.source} has no pictures to learn from")
+                state["window"], state["offset"] = state["window"] + 1, 0
+                if state["window"] == self._windows:
+                    state["epoch"], state["window"] = state["epoch"] + 1, 0
+                self._window = self._read(state["epoch"], state["window"])
+            taken = self._window[state["offset"] : state["offset"] + self._batch - len(chosen)]
+            state["offset"] += len(taken)
+            chosen += taken
+        self._state = state | {"step": state["step"] + 1}
+        within = state["window"] + state["offset"] / max(len(self._window), 1)
+        epochs = {"pictures": state["epoch"] + within / self._windows}
+        return _Plan([chosen[i] for i in self._mine], self._state, epochs)
+
+    def get_state(self) -> dict[str, int]:
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._state = {name: int(value) for name, value in state.items()}
+        self._window = self._read(self._state["epoch"], self._state["window"])
+
+    def _read(self, epoch: int, window: int) -> list[tuple[Named, bool]]:
+        """The pictures of a window in their order, and whether they are mirrored."""
+        config, units = self._pictures.config, self._pictures.units
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(units))
+        chosen = order[window * self._per_window : (window + 1) * self._per_window]
+        read = ordered_map(lambda n: self._pictures.of_unit(units[n], False), chosen)
+        pictures = [picture for unit in read for picture in unit]
+        random = np.random.default_rng([config.seed, epoch, window])
+        shuffled = random.permutation(len(pictures))
+        mirrored = random.random(len(pictures)) < 0.5
+        return [(pictures[i], config.mirror and bool(mirrored[i])) for i in shuffled]
+
+
+def _without_broken(read: Read, pictures: list[tuple[Named, bool]]) -> Iterator[np.ndarray]:
+    """Pixels of all; the next sound picture stands in for a broken one."""
+    pixels = [_pixels(read, named) for named, _ in pictures]
+    sound = [i for i, each in enumerate(pixels) if each is not None]
+    if not sound:
+        raise RunError(f"not one of {len(pixels)} pictures can be read, such as that of {pictures[0][0].document}")
+    for i, (_, mirrored) in enumerate(pictures):
+        own = pixels[next((j for j in sound if j >= i), sound[0])]
+        yield own[:, ::-1] if mirrored else own
+
+
+def _pixels(read: Read, picture: Named) -> np.ndarray | None:
+    """A picture's pixels; None, and a word on it, where it is broken."""
+    try:
+        return read(picture.image)
+    except BrokenPicture as error:
+        logging.getLogger(__name__).warning("picture of %s: %s; another takes its place", picture.document, error)
+        return None
