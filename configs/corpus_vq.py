@@ -40,8 +40,8 @@ def config() -> Config:
         ),
         data=DataConfig(
             modalities=(
-                Modality("text", "t", size=2048, quota=0.1),
-                Modality("image", "i", size=2048, span=256, quota=0.908),  # 8 whole pictures in a routing group
+                Modality("text", "t", size=2048, quota=0.071),
+                Modality("image", "i", size=2048, span=256, quota=0.93),  # 8 whole pictures in a routing group
             ),
             stores=(StoreConfig("corpus", "stores/corpus_vq", collection="pairs"),),
             prepare=PrepareConfig(
@@ -55,7 +55,7 @@ def config() -> Config:
         ),
         optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=3e-5, schedule="cosine", warmup_steps=100),
         train=TrainConfig(
-            tokens=8e6,
+            tokens=6e6,
             batch_rows=4,
             loss_chunk=1128,
             log_every=50,

@@ -3,6 +3,9 @@
 Command:   moma codec train configs/codec/corpus_f8.py
 Data:      the folder named by MOMA_CORPUS (default ../shared/data; any folder of pictures, or of Parquet with pairs).
 Hardware:  2 CPU cores.
+Time:      45 minutes measured on a machine shared with other work; 61 processor minutes.
+Quality:   held out PSNR 23.61 dB, SSIM 0.790, 99.5% of the codes occur; a palette of as many codes has 18.02 dB. See
+           docs/results/corpus_f8.md.
 """
 
 import os
