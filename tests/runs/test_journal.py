@@ -5,7 +5,9 @@ import math
 import os
 import uuid
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
@@ -103,6 +105,16 @@ def test_tensorboard_gets_numbers_by_kind(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"train/loss" in content and b"eval/heldout/choice/loss" in content and b"mfu" not in content
+
+
+def test_pictures_are_kept_in_the_run_and_in_tensorboard(tmp_path):
+    journal, picture = journal_of(tmp_path, tensorboard=True), Image.new("RGB", (6, 4), "red")
+    journal.draw("heldout", 20, picture)
+    journal.close()
+    kept = Image.open(tmp_path / "sheets" / "heldout-00000020.png")
+    assert np.array_equal(np.asarray(kept), np.asarray(picture))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"sheets/heldout" in events.read_bytes()
 
 
 def test_reading_a_directory_without_records_is_an_input_error(tmp_path):
