@@ -97,9 +97,11 @@ class ParquetSource:
         """Runs of rows within a row group."""
         return len(self._units)
 
-    def picture_units(self) -> list[int]:
+    def picture_units(self, split: str | None = None) -> list[int]:
         """Those of pairs; interleaved documents repeat their pictures."""
-        return [unit for unit, (number, *_) in enumerate(self._units) if self.files[number].collection == "pairs"]
+        files = [self.files[number] for number, *_ in self._units]
+        of_split = [split is None or file.split in (None, split) for file in files]
+        return [unit for unit, file in enumerate(files) if file.collection == "pairs" and of_split[unit]]
 
     def read(self, unit: int) -> Iterator[Document | Broken]:
         """The documents of one run of rows."""

@@ -1,9 +1,10 @@
 """Where documents come from: Parquet, folders of pictures, JSON lines, ready codes, and generated scenes.
 
 Each source offers `name`, `units()` (how many independent pieces of work it has), `read(unit)` (the documents of one
-piece, always the same, in the same order; what is broken comes as `Broken` and never raises), `picture_units()` (the
-pieces that together hold every picture once) and `fingerprint()` (changes with what it reads). A source may be read
-from several threads; every process opens its own.
+piece, always the same, in the same order; what is broken comes as `Broken` and never raises), `picture_units(split)`
+(the pieces that together hold every picture of a split once, those of other splits left out where the source can tell;
+None: of all) and `fingerprint()` (changes with what it reads). A source may be read from several threads; every process
+opens its own.
 """
 
 from __future__ import annotations
@@ -219,9 +220,11 @@ class FolderSource:
                 raise
             return ""
 
-    def picture_units(self) -> range:
-        """All of them."""
-        return range(self.units())
+    def picture_units(self, split: str | None = None) -> list[int]:
+        """Blocks with a picture that may be of the split."""
+        wanted = {None, split}
+        blocks = (self.files[unit * self.block : (unit + 1) * self.block] for unit in range(self.units()))
+        return [n for n, files in enumerate(blocks) if split is None or any(self.splits[f] in wanted for f, _ in files)]
 
     def fingerprint(self) -> str:
         """Changes with the pictures' and captions' names and sizes."""
@@ -260,8 +263,8 @@ class JsonlSource:
         except OSError as error:
             yield Broken(f"{path}:{start}", first_line(error))
 
-    def picture_units(self) -> range:
-        """All of them."""
+    def picture_units(self, split: str | None = None) -> range:
+        """All of them: a line may say another split than its file."""
         return range(self.units())
 
     def _line(self, line: bytes | None, row_id: str, path: str) -> Document | Broken | None:

@@ -19,8 +19,8 @@ from moma_jax.errors import InputError
 from moma_jax.training.codec.config import PicturesConfig
 from moma_jax.training.codec.pictures import Pictures
 
-AT_ONCE, SHOWN = 64, 32
-"""Pictures that are coded together; pictures of a sheet."""
+SHOWN = 32
+"""Pictures of a sheet."""
 
 
 def judge(
@@ -46,10 +46,8 @@ def judge(
         raise InputError(f"{path}: it has no decoder, so there is nothing to compare; import a codec that has one")
     own, crop = side or codec.side, codec.kind != "palette"  # a palette takes pictures as a whole
     pictures = Pictures(PicturesConfig(source=data, held_out=held_out))
-    truth = pictures.held_out(lambda image: load_picture(image, own, crop=crop), most)
     judged, shown = Quality(codec.codebook), []
-    for start in range(0, len(truth), AT_ONCE):
-        some = truth[start : start + AT_ONCE]
+    for some in pictures.held_out(lambda image: load_picture(image, own, crop=crop), most):
         codes = codec.encode(list(some))
         drawn = np.stack([_enlarged(picture, own) for picture in codec.decode(codes)])
         judged.add(some, drawn, codes)

@@ -296,7 +296,7 @@ def test_a_trained_codec_opens_and_is_what_was_judged(folder, tmp_path):
     config = small_training(folder, tmp_path / "run", network={"unit_length": "both"})
     summary = train_codec(config, quiet=True)
     codec = open_codec(config.run.dir)
-    pictures = Pictures(config.data).held_out(codec.read)
+    (pictures,) = Pictures(config.data).held_out(codec.read)
     codes = codec.encode(list(pictures))
     drawn = np.stack([np.asarray(each) for each in codec.decode(codes)])
     error_B = np.square(drawn / 255 - pictures / 255).mean((1, 2, 3))

@@ -6,6 +6,7 @@ a window of consecutive units. A cursor says how far into which window, so going
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -74,23 +75,27 @@ class Pictures:
                 found += [Named(document.id, s.image) for s in document.segments if isinstance(s, Picture)]
         return found
 
-    def held_out(self, read: Read, most: int | None = None) -> np.ndarray:
-        """Held-out pictures in the order of the source, at most so many, uint8 (B, N, N, 3).
+    def held_out(self, read: Read, most: int | None = None, at_once: int = 64) -> Iterator[np.ndarray]:
+        """Held-out pictures in the order of the source, at most so many, some at a time: uint8 (B, N, N, 3).
 
         Raises:
           InputError: there are none.
         """
-        found: list[np.ndarray] = []
-        for pictures in ordered_map(lambda unit: self.of_unit(unit, True), self.units):
-            found += [pixels for pixels in (_pixels(read, each) for each in pictures) if pixels is not None]
-            if most is not None and len(found) >= most:
-                break
-        if not found:
+        sound = (pixels for each in self._each_held_out() if (pixels := _pixels(read, each)) is not None)
+        chosen, empty = itertools.islice(sound, most), True
+        while some := list(itertools.islice(chosen, at_once)):
+            empty = False
+            yield np.stack(some)
+        if empty:
             raise InputError(
                 f"data.source: {self.config.source} has no held-out pictures; raise data.held_out, or give it a folder "
                 "validation beside train"
             )
-        return np.stack(found[:most])
+
+    def _each_held_out(self) -> Iterator[Named]:
+        units = self._source.picture_units("validation")
+        for pictures in ordered_map(lambda unit: self.of_unit(unit, True), units):
+            yield from pictures
 
     def stream(self, read: Read, batch: int, mine: Sequence[int], cursor: dict[str, Any] | None = None) -> Stream:
         """Batches of pictures to learn from, without end: an iterator of PictureBatch that must be closed.

@@ -89,7 +89,7 @@ class CodecTraining:
         self.program, self.config, self.mesh = program, program.config, program.mesh
         self.steps, self._pictures = self.config.train.steps, pictures
         self._reader = VqganCodec(self.config.network, {}).read
-        self._held_out_BHW3 = pictures.held_out(self._reader, self.config.train.eval_pictures)
+        self._held_out_BHW3 = np.concatenate(list(pictures.held_out(self._reader, self.config.train.eval_pictures)))
         self.meta = {
             "config": to_json(self.config),
             "hashes": {"pictures": pictures.fingerprint},
