@@ -4,6 +4,9 @@ Command:   moma codec train configs/codec/corpus_f8.py, then moma train configs/
 Data:      the pairs of the folder named by MOMA_CORPUS (default ../shared/data), prepared on first use into
            stores/corpus_vq with the tokenizer in runs/corpus_f8: 256 codes of 2,048 a picture.
 Hardware:  2 CPU cores.
+Time:      36 minutes measured on a machine shared with other work; 60 processor minutes, the tokenizer's 61 apart.
+Losses:    held out, causal: 3.422 (text 2.909, image 3.460); a unigram model has 6.971 (8.137, 6.884).
+Verdict:   docs/results/corpus_vq.md, by `python docs/results/corpus_vq.py runs/corpus_vq`.
 
 It is configs/pictures.py with other data: two documents a row, norms before the sub-layers, auxiliary routers trained
 beside the model.

@@ -95,7 +95,8 @@ def sheet(cells: list[tuple[list[Image.Image], list[str]]], columns: int) -> Ima
         for n, picture in enumerate(pictures):
             whole.paste(picture, (left + n * (SIDE + 2), top))
             draw.rectangle((left + n * (SIDE + 2), top, left + n * (SIDE + 2) + SIDE, top + SIDE), outline=(200,) * 3)
-        draw.text((left, top + SIDE + 2), "\n".join(text), "black", font)
+        plain = "\n".join(text).replace("\u2014", "-")  # Pillow's own font has no dashes
+        draw.text((left, top + SIDE + 2), plain, "black", font)
     return whole
 
 
