@@ -156,13 +156,13 @@ def test_an_average_codebook_is_a_running_mean():
 
 @pytest.mark.parametrize("codebook", ["gradient", "average"])
 def test_dead_rows_are_put_on_latents(codebook):
-    config = small_training("x", loss={"codebook": codebook, "average_decay": 0.5, "dead_below": 0.05})
+    config = small_training("x", loss={"codebook": codebook, "average_decay": 0.5, "dead_below": 0.5})
     batches = [pixels_of(seed) for seed in range(8)]
     program, states, reports = updates(config, batches)
     for before, after, report, pixels in zip(states[:-1], states[1:], reports, batches, strict=True):
         mean_use = report.chosen_V.sum() / 16
         usage_V = 0.5 * before.usage_V + 0.5 * report.chosen_V
-        dead_V = usage_V < 0.05 * mean_use
+        dead_V = usage_V < 0.5 * mean_use
         assert report.restarted == dead_V.sum()
         np.testing.assert_allclose(after.usage_V, np.where(dead_V, mean_use, usage_V), rtol=1e-6)
         latent_NC = seen_by(program, before.params, pixels)[0].latent_BKC.reshape(-1, 4)

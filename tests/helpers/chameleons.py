@@ -82,7 +82,9 @@ def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
 
 def vision_shapes() -> dict[str, tuple[int, ...]]:
     """The image tokenizer: 4 x 4 pixels become 2 x 2 codes; no decoder, of which one convolution is left."""
-    config = VqganConfig(4, 32, (1, 1), 1, latent=8, codebook=CODES, code_width=3, decoder=False)
+    config = VqganConfig(
+        side=4, channels=32, multipliers=(1, 1), blocks=1, latent=8, codebook=CODES, code_width=3, decoder=False
+    )
     found = {place.name: place.shape for place in places(config, TAMING)} | {"post_quant_conv.bias": (8,)}
     return {f"model.vqmodel.{name}": shape for name, shape in found.items()}
 

@@ -90,8 +90,8 @@ MUTANTS = (
     Mutant(
         "weight decay on norms",
         "training/optimizer.py",
-        'NOT_DECAYED = ("scale", "bias")',
-        'NOT_DECAYED = ("bias",)',
+        'NOT_DECAYED = ("scale", "bias", "codebook")',
+        'NOT_DECAYED = ("bias", "codebook")',
         "training/test_optimizer.py",
     ),
     Mutant(
