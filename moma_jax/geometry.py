@@ -153,11 +153,18 @@ def require_split(config: Config, mesh: Mapping[str, int]) -> None:
     require_shards(micro_groups(config), mesh["data"] * stored)
 
 
-def require_shards(groups: int, shards: int, what: str = "routing groups of a microbatch") -> None:
+GROUPS = "routing groups of a microbatch"
+
+
+def require_shards(groups: int, shards: int, what: str = GROUPS) -> None:
     """Raises InputError where routing groups, or `what` it is, do not split over so many shards of a batch's rows."""
     if groups % shards:
+        remedy = f"use a divisor of {groups}, or another number of {what}"
+        if what == GROUPS:
+            remedy = (
+                f"use a divisor of {groups} (mesh.tensor for the rest), or raise the batch's rows or lower "
+                "train.accumulate or data.group_rows"
+            )
         raise InputError(
-            f"mesh: {groups} {what} do not split over the {shards} devices of data x fsdp x "
-            f"expert; use a divisor of {groups} (mesh.tensor for the rest), or raise the batch's rows or lower "
-            "train.accumulate or data.group_rows"
+            f"mesh: {groups} {what} do not split over the {shards} devices of data x fsdp x expert; {remedy}"
         )

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from pictures import codes_of, held_out_rows
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import binomtest
 
 import moma_jax
-from moma_jax.data.store import KINDS, Store, open_store
+from moma_jax.config import Config
+from moma_jax.data.store import open_store
 from moma_jax.evaluation.scoring import Scorer
 from moma_jax.generation import Guidance, Sampling
 
@@ -32,20 +34,17 @@ SIDE, LINE, GAP = 128, 12, 6
 
 
 class Pairs:
-    """Held-out pairs of a store, of one order."""
+    """Held-out pairs of a run, of one order: "text-first" or "image-first"."""
 
-    def __init__(self, store: Store, kind: str, count: int | None, seed: int):
-        """Draws `count` pairs of `kind`, "text-first" or "image-first", without putting any back; None: all."""
-        view, vocabulary = store.view("pairs", "validation"), store.vocabulary
-        index = view.index(0, view.documents)
-        chosen = np.random.default_rng(seed).permutation(np.flatnonzero(index.kind_N == KINDS.index(kind)))[:count]
-        image = next(m for m in vocabulary.modalities if m.name == "image")
-        code_V = np.full(vocabulary.size, -1)
-        code_V[image.code_ids] = np.arange(image.size)
-        self.rows = view.read(chosen.tolist(), [0] * len(chosen), index.length_N[chosen].tolist())
-        self.captions = [store.text_codec().decode(row[code_V[row] < 0]) for row in self.rows]
-        self.codes = np.stack([code_V[row][code_V[row] >= 0] for row in self.rows])
-        self.is_code = [code_V[row] >= 0 for row in self.rows]
+    def __init__(self, config: Config, kind: str, count: int | None, seed: int):
+        """Draws `count` pairs; None: all."""
+        found = held_out_rows(config, kind, count, seed)
+        code_of = [codes_of(store, row) for store, row in found]
+        self.rows = [row for _, row in found]
+        self.is_code = [code_N >= 0 for code_N in code_of]
+        self.captions = [store.text_codec().decode(row[code_N < 0])
+                         for (store, row), code_N in zip(found, code_of, strict=True)]  # fmt: skip
+        self.codes = np.stack([code_N[code_N >= 0] for code_N in code_of])
 
 
 def ranked_first(model, pairs: Pairs, seed: int) -> tuple[int, int]:
@@ -111,10 +110,10 @@ def main() -> None:
     begin, config, model = time.perf_counter(), moma_jax.recipe(settings.run), moma_jax.load(settings.run)
     store = open_store(config.data.stores[0].path)
     codec, truth = store.image_codec(), true_pictures(config.data.prepare.source)
-    right, asked = ranked_first(model, Pairs(store, "text-first", None, settings.seed), settings.seed)
+    right, asked = ranked_first(model, Pairs(config, "text-first", None, settings.seed), settings.seed)
     interval = binomtest(right, asked).proportion_ci(0.95, "wilson")
 
-    asked_for = Pairs(store, "text-first", SHOWN, settings.seed)
+    asked_for = Pairs(config, "text-first", SHOWN, settings.seed)
     drawn = model.generate(
         [[caption] for caption in asked_for.captions], mode="image", routing=ROUTING, seed=settings.seed, batch=SHOWN,
         guidance=Guidance(text=settings.guidance), image=Sampling(temperature=0.9, top_k=200),
@@ -125,7 +124,7 @@ def main() -> None:
         cells.append(([true, own, *output.images[:1]], textwrap.wrap(caption, 62)[:2]))
     sheet(cells, 3).save(settings.out / "corpus_vq_drawn.png", optimize=True)
 
-    shown = Pairs(store, "image-first", SHOWN, settings.seed)
+    shown = Pairs(config, "image-first", SHOWN, settings.seed)
     pictures = codec.decode(shown.codes)
     prompts = [[nearest_truth(truth, c, own)] for c, own in zip(shown.captions, pictures, strict=True)]
     written = model.generate(

@@ -62,7 +62,12 @@ class Result:
 
 
 def held_out_pairs(config: Config, kind: str, count: int, seed: int) -> list[Pair]:
-    """Draws `count` held-out documents of a kind, "text-first" or "image-first", without putting any back.
+    """`held_out_rows`, read."""
+    return [read_pair(store, token_N) for store, token_N in held_out_rows(config, kind, count, seed)]
+
+
+def held_out_rows(config: Config, kind: str, count: int | None, seed: int) -> list[tuple[Store, np.ndarray]]:
+    """Draws `count` held-out documents of a kind, "text-first" or "image-first", without putting any back; None: all.
 
     Raises InputError where the run's stores have no pictures, or too few such documents.
     """
@@ -74,24 +79,29 @@ def held_out_pairs(config: Config, kind: str, count: int, seed: int) -> list[Pai
         view = store.view("pairs", "validation")
         kind_N = view.index(0, view.documents).kind_N
         found += [(store, view, n) for n in np.flatnonzero(kind_N == KINDS.index(kind)).tolist()]
-    if len(found) < count:
+    if count is not None and len(found) < count:
         raise InputError(f"--count: the run's stores hold out {len(found)} {kind} pairs; give at most that many")
     chosen = np.random.default_rng(seed).permutation(len(found))[:count].tolist()
-    pairs = []
+    rows = []
     for store, view, n in (found[index] for index in chosen):
         length = int(view.index(n, n + 1).length_N[0])
-        pairs.append(read_pair(store, view.read([n], [0], [length])[0]))
-    return pairs
+        rows.append((store, view.read([n], [0], [length])[0]))
+    return rows
 
 
 def read_pair(store: Store, token_N: np.ndarray) -> Pair:
     """The text and the picture of a document's tokens."""
+    code_N = codes_of(store, token_N)
+    (picture,) = store.image_codec().decode(code_N[code_N >= 0][None])
+    return Pair(store.text_codec().decode(token_N[code_N < 0]), np.asarray(picture))
+
+
+def codes_of(store: Store, token_N: np.ndarray) -> np.ndarray:
+    """The code of each token (N,); -1 where it is none of a picture."""
     image = next(m for m in store.vocabulary.modalities if m.name == "image")
     code_V = np.full(store.vocabulary.size, -1)
     code_V[image.code_ids] = np.arange(image.size)
-    code_N = code_V[token_N]
-    (picture,) = store.image_codec().decode(code_N[code_N >= 0][None])
-    return Pair(store.text_codec().decode(token_N[code_N < 0]), np.asarray(picture))
+    return code_V[token_N]
 
 
 # Generation -----------------------------------------------------------------------------------------------------------

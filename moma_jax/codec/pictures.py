@@ -99,6 +99,13 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
 def checked_codes(codes_NC, codes: int, codebook: int) -> np.ndarray:
     """Codes of pictures as an array; raises ValueError for another shape than (N, codes), or codes outside it."""
     codes_NC = np.asarray(codes_NC)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import time
 from typing import Annotated, Any
 
@@ -14,11 +12,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from moma_jax.codec.pictures import png_of
 from moma_jax.commands import print_result
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost
-from moma_jax.data.directory import Directory
+from moma_jax.data.directory import require_new_file, write_file
 from moma_jax.data.store import Store, open_store
 from moma_jax.errors import InputError
 from moma_jax.rules import Unloaded
@@ -52,16 +51,10 @@ def show(
     if n:
         if n < 0 or n > MOST_DOCUMENTS:
             raise InputError(f"--n: {n} is not from 0 to {MOST_DOCUMENTS}")
-        if os.path.lexists(out):
-            raise InputError(f"--out: {out} is there already; choose a new file")
+        require_new_file("--out", out)
         jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the very run
         sheet = store_sheet(open_store(path), n, seed) if is_store else run_sheet(path, n, seed)
-        content = io.BytesIO()
-        sheet.save(content, "PNG")
-        folder, name = os.path.split(os.path.abspath(out))
-        if not os.path.isdir(folder):
-            raise InputError(f"--out: {out} cannot be written: there is no folder {folder}")
-        Directory(folder).write(name, content.getvalue())
+        write_file(out, png_of(sheet))
         found["sheet"] = out
     print_result(found, json, format_store if is_store else format_glance)
     if n and not json:

@@ -153,6 +153,20 @@ class Staged:
         return os.path.join(self._directory.local, name)
 
 
+def require_new_file(option: str, path: str) -> None:
+    """InputError, naming the option, where a local file is there already or has no folder."""
+    if os.path.lexists(path):
+        raise InputError(f"{option}: {path} is there already; choose a new file")
+    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
+        raise InputError(f"{option}: {path} cannot be written: there is no folder {folder}")
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Writes a local file in one atomic step; raises InputError where that is not allowed."""
+    folder, name = os.path.split(os.path.abspath(path))
+    Directory(folder).write(name, content)
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception without the source locations that TensorStore appends."""
     return str(error).partition("\n")[0].partition(" [")[0]

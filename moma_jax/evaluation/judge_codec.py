@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from typing import Any
 
 import numpy as np
@@ -11,9 +9,9 @@ from PIL import Image
 
 from moma_jax.codec import Codec
 from moma_jax.codec.folder import DESCRIPTION, open_codec
-from moma_jax.codec.pictures import load_picture
+from moma_jax.codec.pictures import load_picture, png_of
 from moma_jax.codec.quality import Quality, sheet_of
-from moma_jax.data.directory import Directory
+from moma_jax.data.directory import Directory, require_new_file, write_file
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
 from moma_jax.training.codec.config import PicturesConfig
@@ -36,8 +34,8 @@ def judge(
     Raises:
       InputError: there is no codec, it cannot draw, there are no pictures, or the sheet cannot be written.
     """
-    if sheet is not None and (os.path.lexists(sheet) or not os.path.isdir(os.path.dirname(os.path.abspath(sheet)))):
-        raise InputError(f"--sheet: {sheet} is there already, or its folder is not; choose a new file")
+    if sheet is not None:
+        require_new_file("--sheet", sheet)
     for option, value in (("--pictures", most), ("--side", side)):
         if value is not None and value <= 0:
             raise InputError(f"{option}: {value}; give at least 1")
@@ -53,10 +51,7 @@ def judge(
         judged.add(some, drawn, codes)
         shown += list(zip(some, drawn, strict=True))[: SHOWN - len(shown)]
     if sheet is not None:
-        content = io.BytesIO()
-        sheet_of(*zip(*shown, strict=True)).save(content, "PNG")
-        folder, name = os.path.split(os.path.abspath(sheet))
-        Directory(folder).write(name, content.getvalue())
+        write_file(sheet, png_of(sheet_of(*zip(*shown, strict=True))))
     return {**judged.figures(), "side": own, "codebook": codec.codebook, "codes_per_picture": codec.codes_per_image}
 
 

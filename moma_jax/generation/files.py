@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import tensorstore as ts
 from PIL import Image
 
+from moma_jax.codec.pictures import png_of
 from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
@@ -92,10 +92,9 @@ def write(
 
     def save(number: int) -> Callable[[Image.Image], str]:
         def save_one(picture: Image.Image) -> str:
-            buffer = io.BytesIO()
-            enlarged(picture, scale).save(buffer, "PNG")
+            content = png_of(enlarged(picture, scale))
             files.append(f"{number:03}-{sum(f.startswith(f'{number:03}-') for f in files)}.png")
-            put(files[-1], buffer.getvalue())
+            put(files[-1], content)
             return files[-1]
 
         return save_one

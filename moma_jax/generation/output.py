@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from moma_jax.codec.pictures import png_of
 from moma_jax.data.documents import Codes
 from moma_jax.generation.grammar import IMAGE
 from moma_jax.generation.prompts import Language
@@ -61,9 +61,8 @@ def _as_html(segment: str | Image.Image | Codes) -> str:
             return f"<p style='white-space: pre-wrap'>{html.escape(segment)}</p>"
         case Codes():
             return f"<p>[{len(segment.codes)} codes of {html.escape(segment.modality)}]</p>"
-    buffer = io.BytesIO()
-    enlarged(segment).save(buffer, "PNG")
-    return f"<img alt='picture' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    content = base64.b64encode(png_of(enlarged(segment))).decode()
+    return f"<img alt='picture' src='data:image/png;base64,{content}'>"
 
 
 def enlarged(picture: Image.Image, scale: int | None = None) -> Image.Image:

@@ -14,7 +14,6 @@ goes on from a checkpoint first cuts its records back to that checkpoint's step.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from moma_jax import hosts
+from moma_jax.codec.pictures import png_of
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
 
@@ -132,7 +132,17 @@ def open_journal(run: RunDir, *, step: int, tensorboard: bool, sinks: Sequence[A
     return Journal(*own, *sinks)
 
 
-class FileSink:
+class RunSink:
+    """What keeps its records in the run's own directory keeps pictures there, too."""
+
+    _run: RunDir
+
+    def draw(self, name: str, step: int, picture: Image.Image) -> None:
+        """Writes the picture, as RUN/sheets/NAME-STEP.png."""
+        self._run.write(f"{SHEETS}{name}-{step:08d}.png", png_of(picture))
+
+
+class FileSink(RunSink):
     """metrics.jsonl, a line at a time, each handed to the operating system at once."""
 
     def __init__(self, run: RunDir, step: int):
@@ -151,10 +161,6 @@ class FileSink:
         if written != len(line):
             raise InputError(f"{self._path}: cannot be written: the disk is full")
 
-    def draw(self, name: str, step: int, picture: Image.Image) -> None:
-        """Keeps the picture."""
-        keep_sheet(self._run, name, step, picture)
-
     def seal(self, step: int) -> None:
         """Makes sure that the records survive a crash of the machine, as the checkpoint will."""
         os.fsync(self._file.fileno())
@@ -164,7 +170,7 @@ class FileSink:
         self._file.close()
 
 
-class SegmentSink:
+class SegmentSink(RunSink):
     """Immutable segments on an object store, one per checkpoint."""
 
     def __init__(self, run: RunDir, step: int):
@@ -177,10 +183,6 @@ class SegmentSink:
         """Keeps the record until the next checkpoint."""
         self._lines.append(_line(record))
 
-    def draw(self, name: str, step: int, picture: Image.Image) -> None:
-        """Keeps the picture."""
-        keep_sheet(self._run, name, step, picture)
-
     def seal(self, step: int) -> None:
         """Writes the segment that ends at `step`."""
         if self._lines:
@@ -190,13 +192,6 @@ class SegmentSink:
     def close(self) -> None:
         """Drops what no checkpoint covers: the run that goes on will record it again."""
         self._lines = []
-
-
-def keep_sheet(run: RunDir, name: str, step: int, picture: Image.Image) -> None:
-    """Writes a picture into the run, as RUN/sheets/NAME-STEP.png."""
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    run.write(f"{SHEETS}{name}-{step:08d}.png", content.getvalue())
 
 
 def _line(record: dict[str, Any]) -> bytes:

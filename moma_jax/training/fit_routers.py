@@ -31,7 +31,8 @@ from moma_jax.runs.progress import predictions
 from moma_jax.runs.resume import hashes_of, require_same_stores
 from moma_jax.training.load import ROUTERS, Loaded, config_of, fingerprint, load, with_auxiliary
 from moma_jax.training.loop import run_stage
-from moma_jax.training.metrics import Meter, token_meter
+from moma_jax.training.metrics import Meter, last_figures, token_meter
+from moma_jax.training.optimizer import warmup_warnings
 from moma_jax.training.router_step import (
     HeldOut,
     abstract_routers,
@@ -189,7 +190,10 @@ class RouterFitting(TokenStage):
             "commit": commit(),
         }
         self.cursor, self.doing = saved.cursor, f"fits routers to step {loaded.step}, "
-        self.warnings = _warnings(config.routers)
+        settings = config.routers
+        self.warnings = warmup_warnings(
+            settings.warmup_steps, settings.steps, "routers.warmup_steps", "stage", "--warmup-steps"
+        )
         remedy = f"lower routers.peak_lr, for which {directory} must be removed"
         self.not_finite = ("the cross-entropy or its gradient", remedy)
         # The stage's batch may split over other devices than the run's.
@@ -225,27 +229,8 @@ class RouterFitting(TokenStage):
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """The last record, and the last evaluation of each set."""
-        keys = ("schema", "kind", "time", "step", "eval_set")
-        final, judged = {}, {}
-        for record in records:
-            figures = {name: value for name, value in record.items() if name not in keys}
-            match record["kind"]:
-                case "routers":
-                    final = figures
-                case "routers_eval":
-                    judged[record["eval_set"]] = figures
-        return {"model_step": self.meta["model_step"], "final": final, "eval": judged}
+        return {"model_step": self.meta["model_step"], **last_figures(records, "routers", "routers_eval")}
 
     def held_out_lines(self, name: str, result: dict[str, Any]) -> list[str]:
         """See `loop.Stage`."""
         return [f"held out, {name}:  {predictions(result)}"]
-
-
-def _warnings(settings: RoutersConfig) -> list[str]:
-    """Settings that can be meant but rarely are."""
-    if settings.warmup_steps < settings.steps:
-        return []
-    return [
-        f"warning: routers.warmup_steps {settings.warmup_steps} is not below the stage's {settings.steps} steps, so "
-        f"the learning rate still rises at the last one; set --warmup-steps {settings.steps // 10}"
-    ]

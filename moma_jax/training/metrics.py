@@ -151,6 +151,19 @@ def token_meter(config: Config, sums_of: Callable[[Any], dict[str, Any]], saved:
     return Meter(sums_of, saved, kinds=[m.name for m in config.data.modalities])
 
 
+def last_figures(records: list[dict[str, Any]], kind: str, eval_kind: str) -> dict[str, Any]:
+    """Of records: "final", the last of `kind`; "eval", the last of `eval_kind` by held-out set; figures alone."""
+    about = ("schema", "kind", "time", "step", "eval_set")
+    final, judged = {}, {}
+    for record in records:
+        figures = {name: value for name, value in record.items() if name not in about}
+        if record["kind"] == kind:
+            final = figures
+        elif record["kind"] == eval_kind:
+            judged[record["eval_set"]] = figures
+    return {"final": final, "eval": judged}
+
+
 # Train records --------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,12 @@ class Optimizer(NamedTuple):
 
     transformation: optax.GradientTransformation
     learning_rate: Callable
+
+    def moved(self, grads: Any, opt_state: Any, params: Any, step: Any) -> tuple[Any, Any]:
+        """(parameters, moments) after the gradient of the update that follows `step` updates."""
+        direction, opt_state = self.transformation.update(grads, opt_state, params)
+        rate = self.learning_rate(step + 1)
+        return jax.tree.map(lambda p, d: p - rate * d, params, direction), opt_state
 
 
 def make_optimizer(config: Config) -> Optimizer:
@@ -60,6 +66,23 @@ def make_schedule(settings: OptimizerConfig, total: int) -> Callable:
         return jnp.where(update < warmup, peak * update / max(warmup, 1), decayed)
 
     return learning_rate
+
+
+def warmup_warnings(
+    warmup: int, total: int, field: str = "optimizer.warmup_steps", whose: str = "run", option: str | None = None
+) -> list[str]:
+    """A line where the learning rate never comes down; none where it does.
+
+    Args:
+      field, option: what says how long it rises; option None: the field's own. whose: what has `total` steps.
+    """
+    if warmup < total:
+        return []
+    option = option or f"--{field.replace('_', '-')}"
+    return [
+        f"warning: {field} {warmup} is not below the {whose}'s {total} steps, so the learning rate still rises at the "
+        f"last one; set {option} {total // 10}"
+    ]
 
 
 PARTS = ("model", "auxiliary")

@@ -26,6 +26,7 @@ from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.resume import hashes_of, require_resumable
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, token_meter, train_record
+from moma_jax.training.optimizer import warmup_warnings
 from moma_jax.training.step import (
     Program,
     TrainState,
@@ -188,12 +189,8 @@ class Pretraining(TokenStage):
 
 def _warnings(config: Config) -> list[str]:
     """Settings that can be meant but rarely are."""
-    total, warnings = total_steps(config), []
-    if (warmup := config.optimizer.warmup_steps) >= total:
-        warnings.append(
-            f"warning: optimizer.warmup_steps {warmup} is not below the run's {total} steps, so the learning rate "
-            f"still rises at the last one; set --optimizer.warmup-steps {total // 10}"
-        )
+    total = total_steps(config)
+    warnings = warmup_warnings(config.optimizer.warmup_steps, total)
     if (advice := config.model.router.advice(total)) is not None:
         warnings.append(f"warning: {advice}")
     return warnings

@@ -363,11 +363,8 @@ def _microbatches(program: Program, tree):
 
 def update(program: Program, state: TrainState, grads, routing_state, finite) -> TrainState:
     """The next state; where the gradient is not finite, all but the step stays as it is."""
-    optimizer = program.optimizer
     with jax.named_scope("optimizer"):
-        direction, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
-        rate = optimizer.learning_rate(state.step + 1)
-        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+        params, opt_state = program.optimizer.moved(grads, state.opt_state, state.params, state.step)
     old = (state.params, state.opt_state, state.routing_state)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state, routing_state), old)
     return TrainState(state.step + 1, *new)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import signal
 import sys
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loopback import Blown
 from processes import output, spawn
 from runs import records
 from small_pictures import small_training, write_pictures
@@ -22,7 +22,7 @@ from moma_jax.codec.network import Vqgan
 from moma_jax.codec.vqgan import to_network
 from moma_jax.errors import InputError, RunError
 from moma_jax.training.codec import stage
-from moma_jax.training.codec.config import CodecConfig, from_json, load, resolve, to_json
+from moma_jax.training.codec.config import from_json, load, resolve, to_json
 from moma_jax.training.codec.pictures import Pictures
 from moma_jax.training.codec.stage import train_codec
 from moma_jax.training.codec.step import (
@@ -367,31 +367,16 @@ def test_configs_survive_json(folder, tmp_path):
         from_json({"format_version": 2})
 
 
-def main(directory, folder, number, at, batch=8):
+def main(directory, folder, number, at):
     """Trains; sends itself a signal before batch `at`, counted from 1, where it is not 0."""
-    config, original = small_training(folder, directory, FULL, train={"batch": int(batch)}), Pictures.stream
+    original = Pictures.stream
 
     def stream(self, *arguments):
-        class Signalling:
-            def __init__(self, batches):
-                self.batches, self.count = batches, 0
+        return Blown(original(self, *arguments), Path(directory) / "checkpoints" / "6", int(at), int(number))
 
-            def __iter__(self):
-                return self
-
-            def __next__(self):
-                self.count += 1
-                if self.count == int(at):
-                    os.kill(os.getpid(), int(number))
-                return next(self.batches)
-
-            def close(self):
-                self.batches.close()
-
-        return Signalling(original(self, *arguments))
-
-    Pictures.stream = stream
-    train_codec(CodecConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}))
+    if int(at):
+        Pictures.stream = stream
+    train_codec(small_training(folder, directory, FULL))
 
 
 if __name__ == "__main__":

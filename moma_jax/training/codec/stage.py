@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from moma_jax import hosts, sharding
+from moma_jax.checks import round_up
 from moma_jax.codec.folder import write_codec
-from moma_jax.codec.network import Vqgan
 from moma_jax.codec.quality import Quality, sheet_of, use_of
 from moma_jax.codec.vqgan import VqganCodec, from_network, to_network
 from moma_jax.config import EvalSet, HostsConfig
@@ -40,8 +40,12 @@ from moma_jax.training.codec.step import (
     make_codec_program,
 )
 from moma_jax.training.loop import run_stage
-from moma_jax.training.metrics import Meter, mean
+from moma_jax.training.metrics import Meter, last_figures, mean
+from moma_jax.training.optimizer import warmup_warnings
 from moma_jax.training.step import put
+
+EVAL_BATCH = 32
+"""Held-out pictures that are drawn at once, or a few more, so that devices share them."""
 
 
 def train_codec(config: CodecConfig, *, sink: Any = None, quiet: bool = False) -> dict[str, Any]:
@@ -96,12 +100,12 @@ class CodecTraining:
             "versions": versions(),
             "commit": commit(),
         }
-        self.warnings = _warnings(self.config)
+        self.warnings = warmup_warnings(self.config.optimizer.warmup_steps, self.steps)
         self._drawn = jax.jit(self._reconstructed(), out_shardings=sharding.replicated(self.mesh))
 
     def require_same_data(self, before: dict[str, Any], where: str) -> None:
         """See `loop.Stage`."""
-        if before.get("pictures") != self._pictures.fingerprint:
+        if before.get("pictures") != self.meta["hashes"]["pictures"]:
             raise InputError(
                 f"data.source: its pictures are not those of {where}; restore them or choose another run.dir"
             )
@@ -143,7 +147,7 @@ class CodecTraining:
     def evaluate(self, state: CodecState, eval_set: EvalSet) -> list[dict[str, Any]]:
         """A record of kind "codec_eval", and a sheet."""
         judged, shown, most = Quality(self.config.network.codebook), [], self.config.train.sheet_pictures
-        batch = sharding.shards(self.mesh) * -(-32 // sharding.shards(self.mesh))
+        batch = round_up(EVAL_BATCH, sharding.shards(self.mesh))
         for start in range(0, len(self._held_out_BHW3), batch):
             truth = self._held_out_BHW3[start : start + batch]
             filled = np.concatenate([truth, np.repeat(truth[:1], batch - len(truth), axis=0)])
@@ -162,16 +166,7 @@ class CodecTraining:
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """The last record of each kind."""
-        final, judged = {}, {}
-        for record in records:
-            about = ("schema", "kind", "time", "step", "eval_set")
-            figures = {name: value for name, value in record.items() if name not in about}
-            match record["kind"]:
-                case "codec":
-                    final = figures
-                case "codec_eval":
-                    judged[record["eval_set"]] = figures
-        return {"final": final, "eval": judged}
+        return last_figures(records, "codec", "codec_eval")
 
     def held_out_lines(self, name: str, result: dict[str, Any]) -> list[str]:
         """See `loop.Stage`."""
@@ -182,7 +177,8 @@ class CodecTraining:
         network = self.config.network
 
         def body(params, pixels_BHW3):
-            seen = Vqgan(network).apply({"params": params}, to_network(network, pixels_BHW3), method="reconstruct")
+            truth_BHW3 = to_network(network, pixels_BHW3)
+            seen = self.program.network.apply({"params": params}, truth_BHW3, method="reconstruct")
             return from_network(network, seen.pixels_BHW3), seen.code_BK
 
         rows, whole = sharding.spec("batch"), PartitionSpec()
@@ -193,14 +189,3 @@ def _sums(report: CodecReport) -> dict[str, Any]:
     """What is added up of an update."""
     sums = {f"loss_{name}": value for name, value in report.losses.items()}
     return sums | {name: getattr(report, name) for name in ("psnr", "grad_norm", "chosen_V", "restarted")}
-
-
-def _warnings(config: CodecConfig) -> list[str]:
-    """Settings that can be meant but rarely are."""
-    warmup, steps = config.optimizer.warmup_steps, config.train.steps
-    if warmup < steps:
-        return []
-    return [
-        f"warning: optimizer.warmup_steps {warmup} is not below the run's {steps} steps, so the learning rate still "
-        f"rises at the last one; set --optimizer.warmup-steps {steps // 10}"
-    ]

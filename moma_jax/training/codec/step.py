@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.codec.network import Reconstruction, Vqgan, convolution, to_pixels
+from moma_jax.codec.quality import LEAST_ERROR
 from moma_jax.codec.vqgan import to_network
 from moma_jax.errors import InputError
 from moma_jax.rules import named
@@ -26,8 +27,6 @@ from moma_jax.training.codec.critic import Critic, hinge
 from moma_jax.training.optimizer import Optimizer, optimizer_of
 from moma_jax.training.step import compiled_for
 
-LEAST_ERROR = 1e-10
-"""Mean squared error, of pixels from 0 to 1, below which PSNR rises no further: 100 dB."""
 MOST_ADAPTIVE = 1e4
 """Largest ratio of gradients that the critic's weight is multiplied by."""
 
@@ -133,10 +132,6 @@ def _fresh(program: CodecProgram) -> CodecState:
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
-def _per_picture(x_BX):
-    return x_BX.reshape(len(x_BX), -1).mean(axis=1)
-
-
 def _likeness(program: CodecProgram, drawn_BHW3, truth_BHW3) -> dict[str, Any]:
     """How far drawn pictures are from the truth: the losses that need no codebook and no critic."""
     difference = drawn_BHW3 - truth_BHW3
@@ -172,15 +167,8 @@ def _adaptive(program: CodecProgram, params, critic, features_BHWC, truth_BHW3):
     return jnp.clip(ours / (its + 1e-4), 0, MOST_ADAPTIVE)
 
 
-class _Learned(NamedTuple):
-    """What the network's loss leaves behind."""
-
-    losses: dict[str, Any]
-    seen: Reconstruction
-
-
 def _objective(program: CodecProgram, params, critic, truth_BHW3, adversarial: bool):
-    """(loss of the network on these pictures, _Learned)."""
+    """(loss of the network on these pictures, (its parts by name, the Reconstruction))."""
     config = program.config.loss
     seen, kept = program.network.apply({"params": params}, truth_BHW3, method="reconstruct", mutable=["intermediates"])
     losses = _likeness(program, seen.pixels_BHW3, truth_BHW3)
@@ -202,7 +190,7 @@ def _objective(program: CodecProgram, params, critic, truth_BHW3, adversarial: b
             weight *= _adaptive(program, *fixed, truth_BHW3)
         losses["adversarial_weight"] = jax.lax.stop_gradient(weight)
         total += losses["adversarial_weight"] * losses["adversarial"]
-    return total, _Learned(losses, seen)
+    return total, (losses, seen)
 
 
 # The codebook ---------------------------------------------------------------------------------------------------------
@@ -226,6 +214,8 @@ def _followed(program: CodecProgram, book: _Codebook, seen: Reconstruction, chos
         added_VC = jnp.zeros_like(row_VC).at[seen.code_BK.ravel()].add(latent_NC)
         sum_VC = decay * sum_VC + (1 - decay) * sharding.psum(added_VC, *sharding.BATCH)
         row_VC = jnp.where(usage_V[:, None] > 0, sum_VC / jnp.maximum(usage_V, 1e-20)[:, None], row_VC)
+    if not config.dead_below:
+        return _Codebook(row_VC, usage_V, sum_VC), jnp.int32(0)
     mean_use = jnp.sum(chosen_V) / rows
     dead_V1 = (usage_V < config.dead_below * mean_use)[:, None]
     latents_VC = far_latents(latent_NC, seen.row_BKC.reshape(latent_NC.shape), rows, key)
@@ -238,10 +228,11 @@ def _followed(program: CodecProgram, book: _Codebook, seen: Reconstruction, chos
 def far_latents(latent_NC, row_NC, count: int, key):
     """`count` latents of all devices, drawn in proportion to their squared distance from the rows that they chose."""
     axes = sharding.split_axes(*sharding.BATCH)
-    distance_N = jnp.sum(jnp.square(latent_NC - row_NC), axis=-1)
-    distance_A = jax.lax.all_gather(distance_N, axes, tiled=True) if axes else distance_N
     # All may lie on their rows.
-    drawn_V = jax.random.categorical(key, jnp.log(distance_A + 1e-20), shape=(count,))
+    distance_N = jnp.sum(jnp.square(latent_NC - row_NC), axis=-1) + 1e-20
+    distance_A = jax.lax.all_gather(distance_N, axes, tiled=True) if axes else distance_N
+    total_A = jnp.cumsum(distance_A)
+    drawn_V = jnp.searchsorted(total_A, jax.random.uniform(key, (count,)) * total_A[-1], side="right")
     own_V = drawn_V - (jax.lax.axis_index(axes) * len(latent_NC) if axes else 0)
     here_V = (own_V >= 0) & (own_V < len(latent_NC))
     found_VC = jnp.where(here_V[:, None], latent_NC[jnp.clip(own_V, 0, len(latent_NC) - 1)], 0)
@@ -276,8 +267,7 @@ def _updated(program: CodecProgram, state: CodecState, truth_BHW3, adversarial: 
     differentiate = jax.grad(lambda p: _objective(program, p, state.critic, truth_BHW3, adversarial), has_aux=True)
     grads, (losses, seen) = differentiate(state.params)
     grads = sharding.pmean(grads, *sharding.BATCH)
-    rate = program.optimizer.learning_rate(state.step + 1)
-    params, opt_state = _moved(program, grads, state.opt_state, state.params, rate)
+    params, opt_state = program.optimizer.moved(grads, state.opt_state, state.params, state.step)
     critic, critic_opt, critic_norm = state.critic, state.critic_opt, jnp.float32(0)
     if adversarial:
         drawn_BHW3 = jax.lax.stop_gradient(seen.pixels_BHW3)
@@ -289,7 +279,7 @@ def _updated(program: CodecProgram, state: CodecState, truth_BHW3, adversarial: 
         losses["critic"], critic_grads = jax.value_and_grad(told_apart)(critic)
         critic_grads = sharding.pmean(critic_grads, *sharding.BATCH)
         critic_norm = optax.tree.norm(critic_grads)
-        critic, critic_opt = _moved(program, critic_grads, critic_opt, critic, rate)
+        critic, critic_opt = program.optimizer.moved(critic_grads, critic_opt, critic, state.step)
     elif program.config.loss.adversarial:
         losses["critic"] = jnp.float32(0)
     chosen_V = jnp.zeros(program.config.network.codebook, jnp.int32).at[seen.code_BK.ravel()].add(1)
@@ -310,16 +300,11 @@ def _updated(program: CodecProgram, state: CodecState, truth_BHW3, adversarial: 
     return CodecState(state.step + 1, *kept), report
 
 
-def _moved(program: CodecProgram, grads, opt_state, params, rate):
-    """(parameters, optimizer's state) after a gradient."""
-    direction, opt_state = program.optimizer.transformation.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, d: p - rate * d, params, direction), opt_state
-
-
 def psnr_of(network, drawn_BHW3, truth_BHW3):
     """Peak signal-to-noise ratio of each picture (B,), in dB, of what can be shown; both as the network has pixels."""
     difference = (jnp.clip(drawn_BHW3, network.lowest, 1) - truth_BHW3) / (1 - network.lowest)
-    return -10 * jnp.log10(jnp.maximum(_per_picture(jnp.square(difference)), LEAST_ERROR))
+    error_B = jnp.square(difference).reshape(len(difference), -1).mean(axis=1)
+    return -10 * jnp.log10(jnp.maximum(error_B, LEAST_ERROR))
 
 
 def compile_codec_step(program: CodecProgram, state: CodecState) -> Callable:
