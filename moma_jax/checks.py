@@ -195,7 +195,11 @@ def _check_length(config: Config) -> None:
         len(given) == 1,
         f"train.steps: give exactly one of train.steps, train.tokens, train.flops; given: {', '.join(given) or 'none'}",
     )
-    steps = train.profile_steps
+    require_profile(train.profile_steps)
+
+
+def require_profile(steps: tuple[int, ...]) -> None:
+    """InputError where these are neither () nor the first and last step of a profile."""
     require(
         not steps or (len(steps) == 2 and steps[0] <= steps[1]),
         f"train.profile_steps: give the first and the last step, such as 10 12; is {steps}",

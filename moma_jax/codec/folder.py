@@ -35,7 +35,7 @@ def hash_of(path: str) -> str:
 def _description(folder: Directory) -> dict[str, Any]:
     description = folder.read_json(DESCRIPTION)
     if description is None:
-        raise InputError(f"{folder.path}: no {DESCRIPTION} here; give a folder that moma codec import made")
+        raise InputError(f"{folder.path}: no {DESCRIPTION} here; give a folder that moma codec import or train made")
     return description
 
 

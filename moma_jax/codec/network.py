@@ -52,7 +52,7 @@ class VqganConfig:
     unit_length: Literal["neither", "codes", "both"] = "neither"
     """What has its length divided out. both: latents and codes, before they are compared and after (LlamaGen, Janus);
     codes: codes alone, once they are chosen (transformers' Janus)."""
-    lowest: float = -1.0
+    lowest: float = setting(-1.0, below=1)
     """What a black pixel is to the network; a white one is 1. aMUSEd has 0."""
     norm_groups: int = setting(32, above=0)
     """Groups of channels of a group norm."""

@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 SAMPLE_PIXELS = 1 << 19
 """Pixels that a palette is fitted on, at most."""
 LLOYD_STEPS = 24
+MOST_SIDE = 4096
 
 
 class PaletteCodec:
@@ -90,8 +91,17 @@ class PaletteCodec:
         """Reads `to_json`'s dictionary; raises InputError for another format version or kind."""
         version, kind = data.get("format_version"), data.get("kind")
         if version != FORMAT_VERSION or kind != cls.kind:
-            raise InputError(f"image codec: {kind!r} of format version {version}; this reads palette, {FORMAT_VERSION}")
-        return cls(int(data["side"]), np.asarray(data["palette"], np.int64))
+            raise InputError(
+                f"image codec: {kind!r} of format version {version!r}; this reads palette, {FORMAT_VERSION}"
+            )
+        side, palette = data.get("side"), data.get("palette")
+        try:
+            palette_K3 = np.asarray(palette)
+        except ValueError as error:  # rows of several lengths
+            raise InputError("image codec: its palette is damaged; restore it") from error
+        if type(side) is not int or not 1 <= side <= MOST_SIDE or palette_K3.dtype.kind not in "iu":
+            raise InputError(f"image codec: side {str(side)[:40]}, or its palette, is damaged; restore it")
+        return cls(side, palette_K3)
 
 
 def fit_palette(images: Iterable[bytes | np.ndarray], side: int, colours: int, seed: int) -> PaletteCodec:

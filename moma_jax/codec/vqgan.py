@@ -30,6 +30,8 @@ UNSAID = (("patch", 1),)
 """Fields that came after the first codecs were written, at the value that these have: their hashes stay."""
 BATCH_PIXELS = 1 << 20
 """Pixels that a device encodes or decodes at once: four pictures of 512 x 512, in about 3 GB for Chameleon's."""
+MOST_AT_ONCE = 64
+"""Pictures of a batch at most: a call with fewer pays for all of it, as every batch has the same shape."""
 ROWS = "rows"
 """The mesh axis that pictures are split along."""
 
@@ -146,7 +148,7 @@ class VqganCodec:
         """Reads `to_json`'s dictionary and `weights`; InputError where they do not belong together."""
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise InputError(f"image codec: format version {version}; this reads {FORMAT_VERSION}")
+            raise InputError(f"image codec: format version {version!r}; this reads {FORMAT_VERSION}")
         config = read(VqganConfig, data.get("network"), "codec").check()
         if hashlib.sha256(weights).hexdigest() != data.get("weights"):
             raise InputError("image codec: its weights are not those of its description; restore or import it again")
@@ -155,16 +157,21 @@ class VqganCodec:
         except safetensors.SafetensorError as error:
             raise InputError(f"image codec: its weights are damaged ({error}); import it again") from error
         codec = cls(config, unflatten_dict(flat, sep="/"))
-        for name, wanted in flatten_dict(abstract_parameters(config), sep="/").items():
-            if (shape := getattr(flat.get(name), "shape", None)) != wanted.shape:
-                raise InputError(f"image codec: parameter {name} has shape {shape}, by its description {wanted.shape}")
+        wanted = flatten_dict(abstract_parameters(config), sep="/")
+        for name, own in wanted.items():
+            if (shape := getattr(flat.get(name), "shape", None)) != own.shape:
+                raise InputError(f"image codec: parameter {name} has shape {shape}, by its description {own.shape}")
+            if flat[name].dtype != np.float32 or not np.isfinite(flat[name]).all():
+                raise InputError(f"image codec: parameter {name} is not float32, or not finite; import it again")
+        if strange := sorted(set(flat) - set(wanted)):
+            raise InputError(f"image codec: parameter {strange[0]} is none of its network's; import it again")
         codec.__dict__["weights"] = weights  # as they came: another safetensors might write them otherwise
         return codec
 
 
 def batch_size(side: int) -> int:
     """Pictures of a batch on one device."""
-    return max(1, BATCH_PIXELS // side**2)
+    return min(MOST_AT_ONCE, max(1, BATCH_PIXELS // side**2))
 
 
 def encode_pixels(config: VqganConfig, params: Any, pixels_BHW3) -> jax.Array:

@@ -39,11 +39,14 @@ def judge(
     for option, value in (("--pictures", most), ("--side", side)):
         if value is not None and value <= 0:
             raise InputError(f"{option}: {value}; give at least 1")
+    if not 0 <= held_out < 1:
+        raise InputError(f"--held-out: {held_out}; give a share from 0 to below 1")
     codec = _codec(path)
     if not codec.draws:
         raise InputError(f"{path}: it has no decoder, so there is nothing to compare; import a codec that has one")
     own, crop = side or codec.side, codec.kind != "palette"  # a palette takes pictures as a whole
-    pictures = Pictures(PicturesConfig(source=data, held_out=held_out))
+    options = {"data.source": "--data", "data.held_out": "--held-out"}
+    pictures = Pictures(PicturesConfig(source=data, held_out=held_out), options)
     judged, shown = Quality(codec.codebook), []
     for some in pictures.held_out(lambda image: load_picture(image, own, crop=crop), most):
         codes = codec.encode(list(some))
@@ -65,7 +68,10 @@ def _codec(path: str) -> Codec:
             raise InputError(f"{path}: a store without an image codec; give the folder of one")
         return codec
     if folder.read_json("config.json") is not None:
-        raise InputError(f"{path}: no {DESCRIPTION} yet; the codec is written when its training is complete")
+        raise InputError(
+            f"{path}: no {DESCRIPTION} here; it is written when the training is complete (if it is, remove "
+            "summary.json and run the same moma codec train again)"
+        )
     return open_codec(path)  # says what is missing
 
 

@@ -84,7 +84,9 @@ def quality(record: dict[str, Any]) -> str:
     """`loss 0.0432  PSNR 23.4 dB  SSIM 0.812  use 93.1%` of a record of an image tokenizer."""
     shown = (("reconstruction", "loss {:.4f}"), ("psnr", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.3f}"))
     parts = [form.format(record[name]) for name, form in shown if record.get(name) is not None]
-    return "  ".join([*parts, f"use {record['codebook_use']:.1%}"])
+    if record.get("codebook_use") is not None:  # of an interval whose every update was skipped
+        parts.append(f"use {record['codebook_use']:.1%}")
+    return "  ".join(parts)
 
 
 def likelihood(record: dict[str, Any], gap: float | None) -> str:

@@ -18,6 +18,8 @@ from moma_jax.runs.journal import METRICS, records_of
 from moma_jax.vocab import Vocabulary
 
 CONFIG, STATUS, SUMMARY = "config.json", "status.json", "summary.json"
+OTHERS = ("manifest.json", "codec.json")
+"""What a token store and an image tokenizer have in their folders, which no run may begin in."""
 
 
 def require_resumable(config: Config) -> None:
@@ -54,7 +56,7 @@ def began_with(run: RunDir, read: Callable[[Any], Any]) -> tuple[Any, dict[str, 
         return read(meta["config"]), meta
     if written is not None and summary is not None:
         return written, summary
-    if written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY) if run.read(n) is not None]):
+    if written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY, *OTHERS) if run.read(n) is not None]):
         raise InputError(f"run.dir: {run.path} has {strange[0]} but no run of moma; choose another run.dir")
     return None  # nothing to go on from: the run starts anew
 

@@ -149,3 +149,11 @@ def test_json_round_trip_and_refusals():
         fit_palette([], 16, 8, seed=0)
     with pytest.raises(InputError, match="colours"):
         fit_palette([noise(7)], 16, 0, seed=0)
+
+
+@pytest.mark.parametrize("changes", [{"side": None}, {"side": "x"}, {"side": 4.5}, {"side": 10**7}, {"palette": "abc"},
+                                     {"palette": [[1, 2, 3], [4]]}, {"palette": [[0.5, 1, 2]]}])  # fmt: skip
+def test_a_damaged_description_is_one_line(changes):
+    description = {"format_version": 1, "kind": "palette", "side": 4, "palette": [[0, 0, 0]], **changes}
+    with pytest.raises(InputError, match="palette"):
+        PaletteCodec.from_json(description)

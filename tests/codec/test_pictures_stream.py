@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,7 @@ from small_pictures import write_pictures
 from moma_jax.codec.pictures import load_picture
 from moma_jax.errors import InputError, RunError
 from moma_jax.training.codec.config import PicturesConfig
-from moma_jax.training.codec.pictures import Pictures
+from moma_jax.training.codec.pictures import Pictures, _Order
 
 BATCH = 8
 
@@ -122,3 +123,20 @@ def test_sources_without_pictures_are_refused(tmp_path):
         Pictures(dataclasses.replace(config(folder), source="scenes"))
     with pytest.raises(InputError, match="does not exist"):
         Pictures(dataclasses.replace(config(folder), source=str(tmp_path / "none")))
+
+
+def test_windows_hold_as_many_pictures_as_they_say_whatever_the_units(folder):
+    """Units of a folder hold a few pictures, those of a table 256: a window is filled from as many as it takes."""
+    pictures = Pictures(dataclasses.replace(config(folder), window=60))
+    order = _Order(pictures, 4, (0, 1, 2, 3), None)
+    sizes = [len(order._window) for _ in range(100) if next(order)]
+    assert set(sizes) == {60}, "600 pictures in units of 10"
+    again = _Order(pictures, 4, (0, 1, 2, 3), order.get_state())
+    assert [(n.document, m) for n, m in next(again).pictures] == [(n.document, m) for n, m in next(order).pictures]
+
+
+def test_a_source_without_pictures_to_learn_from_is_refused(tmp_path):
+    source = write_pictures(tmp_path / "source", train=4)
+    shutil.rmtree(source / "train")
+    with pytest.raises(InputError, match="has no pictures to learn from; lower data.held_out"):
+        Pictures(config(source)).require_some()

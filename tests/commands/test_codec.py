@@ -70,10 +70,11 @@ def test_eval_compares_the_palette_of_a_store_at_any_size(folder, tmp_path, caps
     [
         (("{codec}", "--data", "{folder}", "--pictures", "0"), "--pictures: 0; give at least 1"),
         (("{codec}", "--data", "{folder}", "--sheet", "there.png"), "--sheet: there.png is there already"),
-        (("{codec}", "--data", "nowhere"), "nowhere does not exist"),
         (("nowhere", "--data", "{folder}"), "nowhere: no codec.json here"),
         (("blind", "--data", "{folder}"), "blind: it has no decoder"),
-        (("begun", "--data", "{folder}"), "begun: no codec.json yet"),
+        (("{codec}", "--data", "{folder}", "--held-out", "2"), "--held-out: 2.0; give a share from 0 to below 1"),
+        (("{codec}", "--data", "nowhere"), "--data: nowhere does not exist"),
+        (("begun", "--data", "{folder}"), "begun: no codec.json here; it is written when"),
         (("{codec}",), "--data"),
     ],
 )
@@ -112,6 +113,10 @@ def test_a_recipe_becomes_a_codec_that_prepare_takes(folder, tmp_path, monkeypat
         (("mine.py", "--data.source", "nowhere"), "nowhere does not exist"),
         (("mine.py", "--loss.perceptual", "lpips"), "loss.perceptual: lpips"),
         ((str(ROOT / "configs" / "quickstart.py"),), "config() returned Config"),
+        (("mine.py", "--loss.adversarial", "0.5", "--loss.critic-layers", "4"), "loss.critic_layers: 4 halve pictures"),
+        (("mine.py", "--train.profile-steps", "5"), "train.profile_steps: give the first and the last step"),
+        (("mine.py", "--loss.perceptual", "json:dumps"), "loss.perceptual: json:dumps of (drawn, truth) raises TypeE"),
+        (("mine.py", "--network.lowest", "1"), "network.lowest: must be below 1"),
         ((), "name a recipe first"),
     ],
 )
@@ -121,6 +126,29 @@ def test_bad_input_of_train_is_one_line(folder, tmp_path, monkeypatch, capsys, w
     code, _, err = moma(capsys, "codec", "train", *words)
     assert code == 2 and err.count("\n") == 1 and message in err
     assert not list(tmp_path.glob("runs/*")), "nothing is half-written"
+
+
+def test_a_training_does_not_begin_in_the_folder_of_something_else(folder, codec, tmp_path, monkeypatch, capsys):
+    """A codec that was imported, or a store, would be overwritten."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(RECIPE.format(source=str(folder)))
+    for name in ("codec.json", "manifest.json"):
+        (tmp_path / name[:5]).mkdir()
+        (tmp_path / name[:5] / name).write_text("{}")
+        code, _, err = moma(capsys, "codec", "train", "mine.py", "--run.dir", name[:5])
+        assert code == 2 and f"has {name} but no run of moma" in err
+        assert [p.name for p in (tmp_path / name[:5]).iterdir()] == [name]
+
+
+def test_a_codec_that_was_lost_is_written_again(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(RECIPE.format(source=str(folder)))
+    assert moma(capsys, "codec", "train", "mine.py")[0] == 0
+    made = (tmp_path / "runs" / "mine" / "codec.json").read_bytes()
+    for name in ("codec.json", "codec.safetensors", "summary.json"):
+        (tmp_path / "runs" / "mine" / name).unlink()
+    assert moma(capsys, "codec", "train", "mine.py")[0] == 0
+    assert (tmp_path / "runs" / "mine" / "codec.json").read_bytes() == made
 
 
 def test_a_training_is_no_run_of_moma_train(folder, tmp_path, monkeypatch, capsys):

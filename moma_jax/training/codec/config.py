@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moma_jax import recipes
+from moma_jax.checks import require_profile
 from moma_jax.codec.network import VqganConfig
 from moma_jax.config import SEED, HostsConfig, MeshConfig, OptimizerConfig, RunConfig
 from moma_jax.errors import InputError, require
@@ -44,7 +45,7 @@ class LossConfig:
     """What is minimised (Esser et al., 2021, section 3, and its code)."""
 
     reconstruction: Literal["absolute", "squared"] = "absolute"
-    """Error of a pixel, its mean over a picture being the reconstruction loss; pixels run over a range of 2."""
+    """Error of a pixel, its mean over a picture being the reconstruction loss; pixels from network.lowest to 1."""
     perceptual: str | None = None
     """A function of your own, file.py:name or package.module:name, (drawn, truth) -> (B,): pixels (B, N, N, 3) from -1
     to 1. No weights of such networks come with moma_jax."""
@@ -130,6 +131,13 @@ def resolve(config: CodecConfig) -> CodecConfig:
         config.mesh.tensor == 1,
         f"mesh.tensor: {config.mesh.tensor}; the network is whole on every device, so use 1 and more of mesh.data",
     )
+    left = config.network.side >> config.loss.critic_layers
+    require(
+        config.loss.adversarial == 0 or left > 2,
+        f"loss.critic_layers: {config.loss.critic_layers} halve pictures of {config.network.side} pixels to {left}, "
+        "and two more layers of 4 x 4 need 3; give fewer",
+    )
+    require_profile(config.train.profile_steps)
     require(config.run.init_from is None, "run.init_from: an image tokenizer starts from nothing; leave it out")
     return config
 

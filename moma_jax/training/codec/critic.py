@@ -13,7 +13,8 @@ KERNEL, SLOPE, MOST = 4, 0.2, 8
 
 
 class Critic(nn.Module):
-    """Pixels (B, N, N, 3) from -1 to 1 to scores (B, h, w), one for each overlapping patch: high where it looks true.
+    """Pixels (B, N, N, 3), as the network has them, to scores (B, h, w), one for each overlapping patch: high where it
+    looks true.
 
     Layers that halve the picture, then two that do not; channels double up to 8 times the first layer's. Norms are over
     groups of one picture's channels, not over the batch, so that a picture's score depends on no other picture, and no

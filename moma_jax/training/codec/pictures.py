@@ -6,10 +6,10 @@ a window of consecutive units. A cursor says how far into which window, so going
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -19,7 +19,6 @@ from moma_jax.codec.pictures import BrokenPicture
 from moma_jax.config import PrepareConfig
 from moma_jax.data.documents import Document, Picture, is_held_out
 from moma_jax.data.fit import ordered_map
-from moma_jax.data.parquet import UNIT_ROWS
 from moma_jax.data.sources import open_source
 from moma_jax.data.stream import Plans, Stream
 from moma_jax.errors import InputError, RunError
@@ -52,15 +51,34 @@ class PictureBatch(NamedTuple):
 class Pictures:
     """The pictures of a source, those to learn from and those held out."""
 
-    def __init__(self, config: PicturesConfig):
-        """Opens the source; InputError where it has no pictures."""
+    def __init__(self, config: PicturesConfig, called: Mapping[str, str] | None = None):
+        """Opens the source; InputError where it has no pictures. `called`: what the user calls its fields."""
+        self.config, self._called = config, called or {}
         if config.kind == "auto" and config.source == "scenes":
-            raise InputError("data.source: scenes are drawn to be a palette's; give a folder of pictures or of Parquet")
-        self.config = config
-        self._source = open_source(PrepareConfig(source=config.source, kind=config.kind), captions=False)
+            raise self._error(
+                "data.source: scenes are drawn to be a palette's; give a folder of pictures or of Parquet"
+            )
+        try:
+            self._source = open_source(PrepareConfig(source=config.source, kind=config.kind), captions=False)
+        except InputError as error:
+            message = str(error).replace("prepare.source", "data.source").replace("prepare.kind", "data.kind")
+            raise self._error(message.partition(', or "scenes"')[0]) from error
         if not (units := self._source.picture_units()):
-            raise InputError(f"data.source: {config.source} has no pictures")
+            raise self._error(f"data.source: {config.source} has no pictures")
         self.units = units
+
+    def _error(self, message: str) -> InputError:
+        for field, name in self._called.items():
+            message = message.replace(field, name)
+        return InputError(message)
+
+    def require_some(self) -> None:
+        """Raises InputError where there is no picture to learn from."""
+        if not any(self.of_unit(unit, False) for unit in self.units):
+            raise self._error(
+                f"data.source: {self.config.source} has no pictures to learn from; lower data.held_out, or give it a "
+                "folder train beside validation"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -81,15 +99,17 @@ class Pictures:
         Raises:
           InputError: there are none.
         """
-        sound = (pixels for each in self._each_held_out() if (pixels := _pixels(read, each)) is not None)
+        sound = (
+            pixels for each in self._each_held_out() if (pixels := _pixels(read, each, "it is left out")) is not None
+        )
         chosen, empty = itertools.islice(sound, most), True
         while some := list(itertools.islice(chosen, at_once)):
             empty = False
             yield np.stack(some)
         if empty:
-            raise InputError(
-                f"data.source: {self.config.source} has no held-out pictures; raise data.held_out, or give it a folder "
-                "validation beside train"
+            raise self._error(
+                f"data.source: {self.config.source} has no held-out pictures that can be read; raise data.held_out, or "
+                "give it a folder validation beside train"
             )
 
     def _each_held_out(self) -> Iterator[Named]:
@@ -124,28 +144,25 @@ class _Order(grain.DatasetIterator):
     def __init__(self, pictures: Pictures, batch: int, mine: tuple[int, ...], cursor: dict[str, Any] | None):
         super().__init__()
         self._pictures, self._batch, self._mine = pictures, batch, mine
-        self._per_window = math.ceil(pictures.config.window / UNIT_ROWS)
-        self._windows = math.ceil(len(pictures.units) / self._per_window)
         self._state: dict[str, int] = {}
-        self.set_state(cursor or {"step": 0, "epoch": 0, "window": 0, "offset": 0})
+        self.set_state(cursor or {"step": 0, "epoch": 0, "unit": 0, "offset": 0})
 
     def __next__(self) -> _Plan:
-        state, chosen, empty = dict(self._state), [], 0
+        state, chosen, passes = dict(self._state), [], 0
         while len(chosen) < self._batch:
             if state["offset"] == len(self._window):
-                empty = 0 if self._window else empty + 1
-                if empty > self._windows:
-                    raise InputError(f"data.source: {self._pictures.config.source} has no pictures to learn from")
-                state["window"], state["offset"] = state["window"] + 1, 0
-                if state["window"] == self._windows:
-                    state["epoch"], state["window"] = state["epoch"] + 1, 0
-                self._window = self._read(state["epoch"], state["window"])
+                state["unit"], state["offset"] = state["unit"] + self._read_units, 0
+                if state["unit"] >= len(self._pictures.units):
+                    state["epoch"], state["unit"], passes = state["epoch"] + 1, 0, passes + 1
+                    if passes > 1 and not chosen:
+                        raise InputError(f"data.source: {self._pictures.config.source} has no pictures to learn from")
+                self._read(state["epoch"], state["unit"])
             taken = self._window[state["offset"] : state["offset"] + self._batch - len(chosen)]
             state["offset"] += len(taken)
             chosen += taken
         self._state = state | {"step": state["step"] + 1}
-        within = state["window"] + state["offset"] / max(len(self._window), 1)
-        epochs = {"pictures": state["epoch"] + within / self._windows}
+        within = state["unit"] + self._read_units * state["offset"] / max(len(self._window), 1)
+        epochs = {"pictures": state["epoch"] + within / len(self._pictures.units)}
         return _Plan([chosen[i] for i in self._mine], self._state, epochs)
 
     def get_state(self) -> dict[str, int]:
@@ -153,24 +170,29 @@ class _Order(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._state = {name: int(value) for name, value in state.items()}
-        self._window = self._read(self._state["epoch"], self._state["window"])
+        self._read(self._state["epoch"], self._state["unit"])
 
-    def _read(self, epoch: int, window: int) -> list[tuple[Named, bool]]:
-        """The pictures of a window in their order, and whether they are mirrored."""
+    def _read(self, epoch: int, first: int) -> None:
+        """Reads the window that begins with a unit of a pass and ends with the one that fills it: its pictures in their
+        order, and whether they are mirrored."""
         config, units = self._pictures.config, self._pictures.units
         order = np.random.default_rng([config.seed, epoch]).permutation(len(units))
-        chosen = order[window * self._per_window : (window + 1) * self._per_window]
-        read = ordered_map(lambda n: self._pictures.of_unit(units[n], False), chosen)
-        pictures = [picture for unit in read for picture in unit]
-        random = np.random.default_rng([config.seed, epoch, window])
+        pictures, self._read_units = [], 0
+        with contextlib.closing(ordered_map(lambda n: self._pictures.of_unit(units[n], False), order[first:])) as read:
+            for found in read:
+                pictures += found
+                self._read_units += 1
+                if len(pictures) >= config.window:
+                    break
+        random = np.random.default_rng([config.seed, epoch, first])
         shuffled = random.permutation(len(pictures))
         mirrored = random.random(len(pictures)) < 0.5
-        return [(pictures[i], config.mirror and bool(mirrored[i])) for i in shuffled]
+        self._window = [(pictures[i], config.mirror and bool(mirrored[i])) for i in shuffled]
 
 
 def _without_broken(read: Read, pictures: list[tuple[Named, bool]]) -> Iterator[np.ndarray]:
     """Pixels of all; the next sound picture stands in for a broken one."""
-    pixels = [_pixels(read, named) for named, _ in pictures]
+    pixels = [_pixels(read, named, "another takes its place") for named, _ in pictures]
     sound = [i for i, each in enumerate(pixels) if each is not None]
     if not sound:
         raise RunError(f"not one of {len(pixels)} pictures can be read, such as that of {pictures[0][0].document}")
@@ -179,10 +201,10 @@ def _without_broken(read: Read, pictures: list[tuple[Named, bool]]) -> Iterator[
         yield own[:, ::-1] if mirrored else own
 
 
-def _pixels(read: Read, picture: Named) -> np.ndarray | None:
-    """A picture's pixels; None, and a word on it, where it is broken."""
+def _pixels(read: Read, picture: Named, instead: str) -> np.ndarray | None:
+    """A picture's pixels; None, and a word on it and on what happens instead, where it is broken."""
     try:
         return read(picture.image)
     except BrokenPicture as error:
-        logging.getLogger(__name__).warning("picture of %s: %s; another takes its place", picture.document, error)
+        logging.getLogger(__name__).warning("picture of %s: %s; %s", picture.document, error, instead)
         return None

@@ -92,6 +92,7 @@ class CodecTraining:
         """Decodes the held-out pictures; InputError where there are none."""
         self.program, self.config, self.mesh = program, program.config, program.mesh
         self.steps, self._pictures = self.config.train.steps, pictures
+        pictures.require_some()
         self._reader = VqganCodec(self.config.network, {}).read
         self._held_out_BHW3 = np.concatenate(list(pictures.held_out(self._reader, self.config.train.eval_pictures)))
         self.meta = {

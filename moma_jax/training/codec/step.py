@@ -94,11 +94,28 @@ def make_codec_program(config: CodecConfig, devices: Sequence[Any] | None = None
         perceptual = named(loss.perceptual, "loss.perceptual")
         if not callable(perceptual):
             raise InputError(f"loss.perceptual: {loss.perceptual} is no function; give one of (drawn, truth)")
+        _require_distances(perceptual, loss.perceptual, config.network.side)
     mesh = sharding.make_mesh(config.mesh, config.train.batch, devices, what="pictures of train.batch")
     critic = Critic(loss.critic_channels, loss.critic_layers)
     return CodecProgram(
         config, Vqgan(config.network), critic, optimizer_of(config.optimizer, config.train.steps), perceptual, mesh
     )
+
+
+def _require_distances(perceptual: Callable, name: str, side: int) -> None:
+    """InputError where a user's function does not give a number for each pair of pictures."""
+    pixels = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    try:
+        found = jax.eval_shape(perceptual, pixels, pixels)
+    except Exception as error:  # whatever a user's function raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(
+            f"loss.perceptual: {name} of (drawn, truth) raises {type(error).__name__}: {reason}"
+        ) from error
+    if getattr(found, "shape", None) != (2,):
+        raise InputError(
+            f"loss.perceptual: {name} gives {found} of two pairs of pictures; give a number for each, (B,)"
+        )
 
 
 # The state ------------------------------------------------------------------------------------------------------------
