@@ -86,10 +86,22 @@ class PrepareConfig:
     """How `moma prepare` makes a store."""
 
     source: str = "scenes"
-    """A folder of Parquet (pairs/, text/, interleaved/), a folder of images with .txt captions, a .jsonl file of
-    interleaved documents, a folder or file of ready codes, or "scenes"."""
-    kind: Literal["auto", "parquet", "folder", "jsonl", "scenes", "codes"] = "auto"
-    """What the source is; auto looks at it."""
+    """A file or folder of any kind below, local or on gs:// or s3://, or "scenes"."""
+    kind: Literal["auto", "parquet", "tar", "jsonl", "folder", "codes", "scenes"] = "auto"
+    """parquet: pairs, text, interleaved (also as OBELICS); tar: WebDataset; jsonl: documents, text, pairs, MMC4;
+    folder: pictures with .txt captions or metadata.csv/.jsonl; codes: pictures coded elsewhere; auto looks at it."""
+    caption_column: str | None = None
+    """Column or key of the text; None: caption, text, or another of the usual names, where there is one."""
+    image_column: str | None = None
+    """Column or suffix of the picture; None: the one that holds pictures."""
+    image_codes_column: str | None = None
+    """codes only: column or key of a picture's codes, a list or the JSON of one; None: codes."""
+    images: str | None = None
+    """Folder or tars with the pictures that interleaved documents name."""
+    image_map: str | None = None
+    """Parquet, CSV or JSON lines with columns url and key: which picture of `images` is meant by which address."""
+    missing_pictures: Literal["broken", "skip"] = "broken"
+    """Documents that name pictures which `images` has not: broken, or read without them, counted."""
     documents: int = setting(20000, above=0)
     """Training documents that `scenes` generates (a tenth of them as many again are held out)."""
     seed: int = setting(0, **SEED)
@@ -106,6 +118,26 @@ class PrepareConfig:
     """Folder of an image tokenizer (`moma codec import`) to use instead of a palette."""
     vocabulary: str | None = None
     """Another store whose tokenizer, palette and id layout are used as they are."""
+    crop: Literal["auto", "whole", "centre", "random"] = "auto"
+    """How a picture becomes square: scaled as a whole, its middle square, or a square anywhere (by seed and picture);
+    auto: as the image tokenizer was made for."""
+    ground: str = "#ffffff"
+    """Colour under transparent pixels, #rrggbb."""
+    min_side: int = setting(0, least=0, unit="pixels")
+    """Pictures whose shorter side is below are left out, and pairs with them; counted."""
+    max_aspect: float = setting(0.0, least=0)
+    """Pictures whose longer side is more than so many times the shorter are left out; 0: none."""
+    min_caption: int = setting(0, least=0, unit="characters")
+    """Pairs with a shorter caption are left out, counted."""
+    max_caption: int = setting(0, least=0, unit="characters")
+    """Pairs with a longer caption are left out, counted; 0: none."""
+    drop_duplicates: bool = False
+    """Of pairs that show the same picture, pixel by pixel as the image tokenizer reads it, only the first stays
+    (several captions of one row of the source all do), and held-out documents whose pictures are trained on go."""
+    image_first: float = setting(0.5, least=0, most=1)
+    """Share of pairs whose picture comes before the text, by content hash."""
+    prompt_weight: float = setting(1.0, least=0)
+    """Weight in the loss of what comes first in a pair; 0 masks the prompt."""
     codebook: int | None = setting(None, above=0, unit="codes")
     """codes only: size of the codebook."""
     codes_per_image: int | None = setting(None, above=0, unit="codes")

@@ -21,6 +21,8 @@ def format_bench(result: dict[str, Any]) -> str:
             tables = _generate(result)
         case "codec":
             tables = [_codec(result)]
+        case "prepare":
+            tables = [_prepare(result)]
     console = Console(width=120, highlight=False)
     with console.capture() as capture:
         for table in tables:
@@ -87,6 +89,18 @@ def _codec(result: dict[str, Any]) -> Table:
         found = result[name]
         figures = ("-", "-") if found is None else (f"{found['pictures_per_second']:,.2f}", f"{found['spread']:.1%}")
         table.add_row(name, *figures)
+    return table
+
+
+def _prepare(result: dict[str, Any]) -> Table:
+    table = _table("", "pictures per processor second", "spread", "moma prepare reaches of it")
+    shares = {"pillow": result["share_of_pillow"], "pillow_draft": result["share_of_draft"]}
+    names = {"prepare": "moma prepare, tars to store", "pillow": "Pillow: decode, resize",
+             "pillow_draft": "Pillow: decode at the least size, resize"}  # fmt: skip
+    for key, name in names.items():
+        figure = result[key]
+        share = f"{shares[key]:.2f}" if key in shares else ""
+        table.add_row(name, f"{figure['pictures_per_processor_second']:,.0f}", f"{figure['spread']:.1%}", share)
     return table
 
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 
 class Codec(Protocol):
-    """What every image tokenizer offers."""
+    """What every image tokenizer offers. `crop`: how it reads pictures, see pictures.load_picture."""
 
     kind: str
+    crop: str
     side: int
     codes_per_image: int
     codebook: int

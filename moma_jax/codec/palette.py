@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 SAMPLE_PIXELS = 1 << 19
 """Pixels that a palette is fitted on, at most."""
 LLOYD_STEPS = 24
+LOOKED_UP = 4096
+"""Colours whose code is looked up at once: their arrays stay small enough to be reused."""
 MOST_SIDE = 4096
 
 
@@ -27,7 +29,7 @@ class PaletteCodec:
       palette_K3: the colours, uint8 sRGB.
     """
 
-    kind = "palette"
+    kind, crop = "palette", "whole"
 
     def __init__(self, side: int, palette_K3: np.ndarray):
         palette_K3 = np.asarray(palette_K3)
@@ -39,6 +41,7 @@ class PaletteCodec:
             raise InputError("palette: colours are whole numbers from 0 to 255")
         self.side, self.palette_K3 = side, palette_K3.astype(np.uint8)
         self._tree = cKDTree(oklab(self.palette_K3))
+        self._known_C = np.zeros(1 << 24, np.uint32)  # code + 1 of every colour that was met; memory as it is touched
 
     draws, weights = True, None
 
@@ -54,7 +57,7 @@ class PaletteCodec:
 
     def read(self, image: bytes | np.ndarray) -> np.ndarray:
         """One picture at the codec's size, uint8 (side, side, 3), fit for `encode`; raises BrokenPicture."""
-        return load_picture(image, self.side)
+        return load_picture(image, self.side, self.crop)
 
     def encode(self, images: Sequence[bytes | np.ndarray]) -> np.ndarray:
         """Codes of pictures, int32 of shape (N, side * side). Takes files, pixels, or what `read` gave.
@@ -65,10 +68,13 @@ class PaletteCodec:
         if not len(images):
             return np.zeros((0, self.codes_per_image), np.int32)
         pixels_P3 = np.stack([self.read(image) for image in images]).reshape(-1, 3)
-        # Few of the pixels differ, so each colour is looked up once.
-        colour_U, inverse_P = np.unique(_pack(pixels_P3), return_inverse=True)
-        _, code_U = self._tree.query(oklab(_unpack(colour_U)))
-        return code_U.astype(np.int32)[inverse_P].reshape(len(images), -1)
+        colour_P = _pack(pixels_P3)
+        # Each colour is looked up once; several threads may do so at once, and write the same.
+        colour_U = np.unique(colour_P[self._known_C[colour_P] == 0])
+        for start in range(0, len(colour_U), LOOKED_UP):
+            some_U = colour_U[start : start + LOOKED_UP]
+            self._known_C[some_U] = self._tree.query(oklab(_unpack(some_U)))[1] + 1
+        return (self._known_C[colour_P] - 1).astype(np.int32).reshape(len(images), -1)
 
     def decode(self, codes_NC: np.ndarray) -> list[Image.Image]:
         """Pictures of codes of shape (N, side * side); raises ValueError for another shape or codes outside 0..K-1."""
@@ -214,10 +220,14 @@ _TO_LAB = np.array(
 )
 
 
+_SHARE_256 = np.arange(256) / 255
+_LINEAR_256 = np.where(_SHARE_256 <= 0.04045, _SHARE_256 / 12.92, ((_SHARE_256 + 0.055) / 1.055) ** 2.4)
+"""Light of each value of a channel."""
+
+
 def oklab(pixels_P3: np.ndarray) -> np.ndarray:
     """OKLab (L, a, b) of sRGB colours, float64 of the same shape."""
-    share_P3 = np.asarray(pixels_P3, np.float64) / 255
-    linear_P3 = np.where(share_P3 <= 0.04045, share_P3 / 12.92, ((share_P3 + 0.055) / 1.055) ** 2.4)
+    linear_P3 = _LINEAR_256[np.asarray(pixels_P3)]
     return np.cbrt(linear_P3 @ _TO_LMS.T) @ _TO_LAB.T
 
 

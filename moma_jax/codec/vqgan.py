@@ -43,7 +43,7 @@ class VqganCodec:
       config: its network. params: its parameters, NumPy float32.
     """
 
-    kind = "vqgan"
+    kind, crop = "vqgan", "centre"
 
     def __init__(self, config: VqganConfig, params: Mapping[str, Any]):
         self.config, self.params = config, params
@@ -72,7 +72,7 @@ class VqganCodec:
 
     def read(self, image: bytes | np.ndarray) -> np.ndarray:
         """The middle square of one picture at the codec's size, uint8 (side, side, 3); raises BrokenPicture."""
-        return load_picture(image, self.side, crop=True)
+        return load_picture(image, self.side, self.crop)
 
     def encode(self, images: Sequence[bytes | np.ndarray]) -> np.ndarray:
         """Codes of pictures, int32 (N, codes_per_image). Takes files, pixels, or what `read` gave.

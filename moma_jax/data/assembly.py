@@ -38,20 +38,40 @@ class Reader:
         """Reads and assembles a planned batch."""
         store_N, document_N, start_N, stop_N, length_N, row_N = plan.piece_N6.T
         tokens: list[Any] = [None] * len(store_N)
+        weights: list[Any] = [None] * len(store_N)
         ahead_N = np.minimum(stop_N + 1, length_N)
         for store, view in enumerate(self._views):
             place_K = np.flatnonzero(store_N == store)
             if len(place_K):
-                found = view.read(document_N[place_K], start_N[place_K], ahead_N[place_K])
-                for place, token_T in zip(place_K.tolist(), found, strict=True):
+                wanted = document_N[place_K], start_N[place_K], ahead_N[place_K]
+                for place, token_T in zip(place_K.tolist(), view.read(*wanted), strict=True):
                     tokens[place] = token_T
+                if view.weighted:
+                    for place, weight_T in zip(place_K.tolist(), view.read(*wanted, "weights"), strict=True):
+                        weights[place] = weight_T
         ids = self._vocabulary.pad, self._vocabulary.modality_V
-        batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, *ids)
+        weighted = [w if w is not None else np.ones(len(t), np.float32) for w, t in zip(weights, tokens, strict=True)]
+        batch = assemble(
+            tokens,
+            stop_N - start_N,
+            row_N,
+            self._rows,
+            self._frame.sequence,
+            *ids,
+            weights=None if all(w is None for w in weights) else weighted,
+        )
         return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
 
 
 def assemble(
-    tokens: Sequence[np.ndarray], size_N: np.ndarray, row_N: np.ndarray, rows: int, sequence: int, pad: int, modality_V
+    tokens: Sequence[np.ndarray],
+    size_N: np.ndarray,
+    row_N: np.ndarray,
+    rows: int,
+    sequence: int,
+    pad: int,
+    modality_V,
+    weights: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """Lays pieces out in rows.
 
@@ -61,6 +81,7 @@ def assemble(
       row_N: each piece's row, ascending.
       rows, sequence: shape of the batch.
       pad: the padding id. modality_V: int8 modality of every id.
+      weights: of `tokens`, in the loss of predicting them; None: all 1.
     """
     read_N = np.fromiter(map(len, tokens), np.int64, len(tokens))
     continued_N = read_N > size_N
@@ -73,6 +94,8 @@ def assemble(
     source_T = np.flatnonzero(keep_R)
     last_N = np.cumsum(size_N) - 1
     weight_T = np.ones(len(source_T), np.float32)
+    if weights:
+        weight_T = np.concatenate([*weights, [0]]).astype(np.float32)[source_T + 1]
     weight_T[last_N[~continued_N]] = 0
     target_T = token_R[source_T + 1]
     target_T[last_N[~continued_N]] = pad

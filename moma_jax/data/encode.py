@@ -2,30 +2,86 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from moma_jax.codec.pictures import BrokenPicture
+from moma_jax.codec.pictures import BrokenPicture, Read, colour_of, read_picture
+from moma_jax.config import PrepareConfig
+from moma_jax.data.documents import Broken, Codes, Document, Picture, Text, content_hash, is_held_out
 from moma_jax.data.parts import KINDS, Encoded
-from moma_jax.data.sources import Broken, Codes, Document, Picture, Text, content_hash, is_held_out
 from moma_jax.errors import InputError
 from moma_jax.vocab import ModalityIds, Vocabulary
 
 AT_ONCE = 64
-"""Pictures of a unit that lie decoded in memory at once."""
+"""Pictures of a block that lie decoded in memory at once."""
 
 
-class Unit(NamedTuple):
-    """The outcome of one unit of a source: what was encoded, and (id, reason) of what was broken."""
+class Pictures(NamedTuple):
+    """How pictures are read, and which are left out; fields of PrepareConfig.
+
+    Attributes:
+      crop, ground, seed: of `codec.pictures.load_picture`.
+      min_side, max_aspect: of pictures. min_caption, max_caption: of a pair's text, in characters.
+    """
+
+    crop: str
+    ground: tuple[int, int, int]
+    seed: int
+    min_side: int = 0
+    max_aspect: float = 0.0
+    min_caption: int = 0
+    max_caption: int = 0
+
+    @classmethod
+    def of(cls, config: PrepareConfig, crop: str) -> Pictures:
+        """Those of a config; `crop`: as the image tokenizer was made for."""
+        crop = config.crop if config.crop != "auto" else crop
+        limits = config.min_side, config.max_aspect, config.min_caption, config.max_caption
+        try:
+            return cls(crop, colour_of(config.ground), config.seed, *limits)
+        except ValueError as error:
+            raise InputError(f"prepare.ground: {error}") from error
+
+    def refused(self, width: int, height: int) -> str:
+        """Why a picture is left out, "" where it is not."""
+        if min(width, height) < self.min_side:
+            return "pictures smaller than min_side"
+        if self.max_aspect and max(width, height) > self.max_aspect * min(width, height):
+            return "pictures longer than max_aspect"
+        return ""
+
+    def refused_caption(self, caption: str) -> str:
+        """Why a pair with this caption is left out, "" where it is not."""
+        if len(caption) < self.min_caption:
+            return "captions shorter than min_caption"
+        return "captions longer than max_caption" if 0 < self.max_caption < len(caption) else ""
+
+
+class Block(NamedTuple):
+    """The outcome of some documents.
+
+    Attributes:
+      documents: what was encoded. broken: (id, reason) of what could not be.
+      left_out: how often what was left out, by its name.
+      filtered: documents that were left out as a whole, sound as they were.
+      own_split: whether the source itself said of one which split it is in.
+    """
 
     documents: list[Encoded]
     broken: list[tuple[str, str]]
+    left_out: Counter
+    filtered: int
+    own_split: bool
 
 
 class _Draft(NamedTuple):
-    """A document before its tokens: its id, the fields of `Encoded` up to the hash, segments in their final order."""
+    """A document before its tokens: its id, the fields of `Encoded` up to the hash, its row in the source, segments in
+    their final order."""
 
     id: str
     collection: str
@@ -33,90 +89,130 @@ class _Draft(NamedTuple):
     kind: int
     source: str
     hash: bytes
+    row: str
     segments: list
+
+
+class _Filtered(Exception):
+    """A document is left out: its pictures, or its caption, are not wanted."""
 
 
 class Encoder:
     """Turns documents into tokens. Its methods may be called from several threads."""
 
-    def __init__(self, vocabulary: Vocabulary, text_codec, image_codec, held_out: float):
-        """Args: the id layout, the codecs (image_codec may be None), the share of documents to hold out."""
-        self._vocabulary, self._text, self._image, self._held_out = vocabulary, text_codec, image_codec, held_out
+    def __init__(self, vocabulary: Vocabulary, text_codec, image_codec, config: PrepareConfig):
+        """Args: the id layout, the codecs (image_codec may be None), how documents are made of the source's."""
+        self._vocabulary, self._text, self._image, self._config = vocabulary, text_codec, image_codec, config
+        self._pictures = Pictures.of(config, "whole" if image_codec is None else image_codec.crop)
         self._modality = {m.name: index for index, m in enumerate(vocabulary.modalities)}
         self._id_MV = [m.code_ids for m in vocabulary.modalities]
 
-    def encode(self, items: Iterable[Document | Broken]) -> Unit:
+    def encode(self, items: Iterable[Document | Broken]) -> Block:
         """Encodes documents in order; those that cannot be are named with a reason."""
-        drafts, broken = [], []
+        drafts, broken, left_out, own_split = [], [], Counter(), False
         for item in items:
-            drafts.append(self._draft(item)) if isinstance(item, Document) else broken.append((item.id, item.reason))
+            if isinstance(item, Document):
+                drafts.append(self._draft(item))
+                left_out.update(item.left_out)
+                own_split |= item.split is not None
+            else:
+                broken.append((item.id, item.reason))
         segments = [segment for draft in drafts for segment in draft.segments]
         texts = [s.text for s in segments if isinstance(s, Text)]
         encoded_texts = iter(self._text.encode_batch(texts) if texts else ())
-        pictures = iter(self._pictures([s.image for s in segments if isinstance(s, Picture)]))
-        encoded = []
+        pictures = iter(self._coded([s.image for s in segments if isinstance(s, Picture)]))
+        encoded, filtered = [], 0
         for draft in drafts:
             ready = [
                 next(encoded_texts) if isinstance(s, Text) else next(pictures) if isinstance(s, Picture) else s.codes
                 for s in draft.segments
             ]
             try:
-                token_N, spans = self._tokens(draft.segments, ready)
+                encoded.append(self._encoded(draft, ready, left_out))
+            except _Filtered as reason:
+                left_out[str(reason)] += 1
+                filtered += 1
             except InputError:
                 raise
             except ValueError as error:
                 broken.append((draft.id, str(error)))
-            else:
-                encoded.append(
-                    Encoded(draft.collection, draft.split, draft.kind, draft.source, draft.hash, token_N, spans)
-                )
-        return Unit(encoded, broken)
+        return Block(encoded, broken, left_out, filtered, own_split)
 
-    def _pictures(self, images: list) -> list[np.ndarray | BrokenPicture]:
-        """Codes of all pictures, encoded together; what is wrong with one in its place."""
+    def _coded(self, images: list) -> list[tuple[np.ndarray, int] | str | BrokenPicture]:
+        """(codes, key) of all pictures, encoded together; in their place why one is left out, or what is wrong."""
         if images and (self._image is None or "image" not in self._modality):
             raise InputError(
                 "source: it has pictures, but the vocabulary has no image codec; choose another vocabulary"
             )
-        found: list[np.ndarray | BrokenPicture] = []
+        found: list = []
         for start in range(0, len(images), AT_ONCE):
-            some: list[np.ndarray | BrokenPicture] = []
-            for image in images[start : start + AT_ONCE]:
-                try:
-                    some.append(self._image.read(image))
-                except BrokenPicture as error:
-                    some.append(error)
-            sound = [pixels for pixels in some if isinstance(pixels, np.ndarray)]
+            some = [self._read(image) for image in images[start : start + AT_ONCE]]
+            sound = [read.pixels_HW3 for read in some if isinstance(read, Read)]
             codes = iter(self._image.encode(sound) if sound else ())
-            found += [next(codes) if isinstance(own, np.ndarray) else own for own in some]
+            found += [(next(codes), read.key) if isinstance(read, Read) else read for read in some]
         return found
+
+    def _read(self, image) -> Read | str | BrokenPicture:
+        wanted = self._pictures
+        try:
+            read = read_picture(image, self._image.side, *wanted[:3])
+        except BrokenPicture as error:
+            return error
+        return wanted.refused(read.width, read.height) or read
 
     def _draft(self, document: Document) -> _Draft:
         """All that is known of a document without its tokens.
 
-        The order of a pair hangs on one bit of its content hash, not on those that decide what is held out.
+        The order of a pair hangs on the last bits of its content hash, not on those that decide what is held out.
         """
-        digest = content_hash(document)
-        split = "validation" if is_held_out(document, self._held_out) else "train"
+        digest, config = content_hash(document), self._config
+        split = "validation" if is_held_out(document, config.held_out) else "train"
         kind, segments = document.collection, document.segments
         if kind == "pairs":
-            image_first = digest[15] & 1
+            share = int(f"{int.from_bytes(digest[8:]):064b}"[::-1], 2) / 2**64
+            image_first = share >= 1 - config.image_first
             kind, segments = ("image-first", segments[::-1]) if image_first else ("text-first", segments)
-        return _Draft(
-            document.id, document.collection, split, KINDS.index(kind), document.source, digest[:16], segments
-        )
+            if config.prompt_weight != 1:
+                weight = segments[0].weight * config.prompt_weight
+                segments = [dataclasses.replace(segments[0], weight=weight), segments[1]]
+        about = document.collection, split, KINDS.index(kind), document.source, digest[:16]
+        return _Draft(document.id, *about, document.row or document.id, segments)
 
-    def _tokens(self, segments: list, ready: list) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Tokens and spans of one document; raises ValueError with the reason where it is broken.
+    def _encoded(self, draft: _Draft, ready: list, left_out: Counter) -> Encoded:
+        """The tokens of a document whose segments' ids or codes are `ready`; raises _Filtered, or ValueError with the
+        reason where it is broken."""
+        segments, kept, keys = [], [], []
+        for segment, own in zip(draft.segments, ready, strict=True):
+            is_caption = isinstance(segment, Text) and draft.collection == "pairs"
+            if is_caption and (reason := self._pictures.refused_caption(segment.text)):
+                raise _Filtered(reason)
+            if isinstance(own, str):
+                if draft.collection == "pairs":
+                    raise _Filtered(own)
+                left_out[own] += 1
+                continue
+            if isinstance(segment, Picture) and not isinstance(own, BrokenPicture):
+                own, pixels = own
+                keys.append((pixels, _bits(np.ascontiguousarray(own, "<i4").tobytes())))
+            segments.append(segment)
+            kept.append(own)
+        if not segments:
+            raise _Filtered("documents of nothing but such pictures")
+        tokens = self._tokens(segments, kept)
+        return Encoded(*draft[1:6], *tokens, [(*key, _bits(draft.row.encode())) for key in keys])
+
+    def _tokens(self, segments: list, ready: list) -> tuple[np.ndarray, list[tuple[int, int]], np.ndarray | None]:
+        """Tokens, spans and weights of one document; raises ValueError with the reason where it is broken.
 
         Args:
           ready: of each segment, the ids of its text, its codes, or why there are none.
         """
         vocabulary = self._vocabulary
-        pieces, spans = [np.array([vocabulary.begin_document])], [(0, 1)]
+        pieces, spans, weights = [np.array([vocabulary.begin_document])], [(0, 1)], [1.0]
 
-        def add(modality: int, id_N: np.ndarray) -> None:
+        def add(modality: int, id_N: np.ndarray, weight: float) -> None:
             pieces.append(id_N)
+            weights.append(weight)
             if spans[-1][0] == modality:
                 spans[-1] = (modality, spans[-1][1] + len(id_N))
             elif len(id_N):
@@ -124,19 +220,22 @@ class Encoder:
 
         for segment, own in zip(segments, ready, strict=True):
             if isinstance(segment, Text):
-                add(0, own)
+                add(0, own, segment.weight)
                 continue
             index, code_N = self._codes(segment, own)
             modality = vocabulary.modalities[index]
             if modality.span:
-                add(0, np.array([modality.begin]))
-            add(index, self._id_MV[index][code_N])
+                add(0, np.array([modality.begin]), segment.weight)
+            add(index, self._id_MV[index][code_N], segment.weight)
             if modality.span:
-                add(0, np.array([modality.end]))
+                add(0, np.array([modality.end]), segment.weight)
         if sum(len(piece) for piece in pieces) == 1:
             raise ValueError("empty document")
-        add(0, np.array([vocabulary.end_document]))
-        return np.concatenate(pieces).astype(vocabulary.token_dtype), spans
+        add(0, np.array([vocabulary.end_document]), weights[-1])
+        weight_N = None
+        if any(weight != 1 for weight in weights):
+            weight_N = np.repeat(np.array(weights, np.float32), [len(piece) for piece in pieces])
+        return np.concatenate(pieces).astype(vocabulary.token_dtype), spans, weight_N
 
     def _codes(self, segment: Picture | Codes, own) -> tuple[int, np.ndarray]:
         """Modality index and codes of a segment; raises ValueError with the reason where it is broken."""
@@ -148,6 +247,11 @@ class Encoder:
                 raise InputError(f"source: codes of modality {segment.modality!r}, which the vocabulary has not")
             return index, _checked(own, self._vocabulary.modalities[index])
         return self._modality["image"], own
+
+
+def _bits(content: bytes) -> int:
+    """64 bits of a hash."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8])
 
 
 def _checked(codes, modality: ModalityIds) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,10 @@ import numpy as np
 from moma_jax.codec import Codec
 from moma_jax.codec.folder import open_codec
 from moma_jax.codec.palette import fit_palette
-from moma_jax.codec.pictures import BrokenPicture, load_picture
+from moma_jax.codec.pictures import BrokenPicture, read_picture
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
-from moma_jax.data.sources import Broken, Codes, Picture, Text, is_held_out
+from moma_jax.data.documents import Broken, Codes, Picture, Text, is_held_out
+from moma_jax.data.encode import Pictures
 from moma_jax.data.store import Codecs, open_store
 from moma_jax.data.text import TextCodec, fit_tokenizer, load_tokenizer
 from moma_jax.errors import InputError
@@ -26,12 +28,15 @@ SAMPLE_UNITS = 2048
 SAMPLE_CHARACTERS = 50_000_000
 """Enough for a BPE of tens of thousands of ids; more changes little and takes long."""
 SAMPLE_PICTURES = 4096
+LONGEST_WORD = 256
+"""Characters of a run without spaces (or of nothing but spaces) that a BPE learns from at once: its time grows with the
+square of a word's length, and DNA or base64 has no words."""
 
 
 def ordered_map(function: Callable, items: Iterable) -> Iterator:
     """`map` in threads, one for each core, a few items ahead; results in the order of the items."""
     threads = len(os.sched_getaffinity(0))
-    pool, waiting = ThreadPoolExecutor(threads), deque()
+    pool, waiting = ThreadPoolExecutor(threads), deque()  # the items are made in the caller's thread
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -181,7 +186,7 @@ def take_sample(source, config: PrepareConfig, look: Callable) -> Sample:
 
 
 def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Sample:
-    sample = Sample()
+    sample, characters, wanted = Sample(), 0, Pictures.of(config, "whole")
     for document in items:
         if isinstance(document, Broken):
             sample.broken = sample.broken or f"{document.id}: {document.reason}"
@@ -191,15 +196,30 @@ def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Samp
         for segment in document.segments:
             match segment:
                 case Text(text):
-                    sample.texts.append(text)
+                    sample.texts += _pieces(text)
+                    characters += len(text)
                 case Picture(image):
                     sample.beyond_text = True
-                    if not pictures:
+                    if not pictures or len(sample.pictures) >= SAMPLE_PICTURES:
                         continue
                     try:
-                        sample.pictures.append(load_picture(image, config.image_side))
+                        read = read_picture(image, config.image_side, *wanted[:3])
                     except BrokenPicture:
                         continue  # prepare counts and names it
+                    if not wanted.refused(read.width, read.height):
+                        sample.pictures.append(read.pixels_HW3)
                 case Codes():
                     sample.beyond_text = True
+        # A unit may be a whole tar, or a file of any size.
+        enough = characters >= SAMPLE_CHARACTERS and (not pictures or len(sample.pictures) >= SAMPLE_PICTURES)
+        if enough or (len(sample.pictures) >= SAMPLE_PICTURES and characters >= SAMPLE_CHARACTERS // 64):
+            break
     return sample
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, cut where it runs on for too long without a space, or with nothing else."""
+    return [piece for piece in _LONG.split(text) if piece] if _LONG.search(text) else [text]
+
+
+_LONG = re.compile(rf"(\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}})")

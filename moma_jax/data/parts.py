@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
-from moma_jax.data.directory import CONTEXT, Directory
+from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.errors import InputError
 from moma_jax.vocab import Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had neither pictures, kept nor weights."""
 COLLECTIONS = ("text", "pairs", "interleaved")
 SPLITS = ("train", "validation")
 KINDS = ("text", "image-first", "text-first", "interleaved")
 COLUMNS = {"bounds": ("int64", (2,)), "kind": ("uint8", ()), "source": ("uint16", ()), "hash": ("uint8", (16,)),
-           "spans": ("int32", (2,))}  # fmt: skip
+           "spans": ("int32", (2,)), "pictures": ("uint64", (4,)), "weights": ("float32", ())}  # fmt: skip
+OPTIONAL = ("pictures", "weights")
+"""Arrays that are only there where a document has a picture, or a weight other than 1."""
 
 
 def part_name(k: int, n: int) -> str:
@@ -26,9 +30,15 @@ def part_name(k: int, n: int) -> str:
     return f"parts/{k:05d}-of-{n:05d}"
 
 
+def kept_name(k: int, n: int, collection: str) -> str:
+    """Array of the documents of a collection of part k of n that count."""
+    return f"kept/{k:05d}-of-{n:05d}/{collection}"
+
+
 class Encoded(NamedTuple):
     """One document as tokens: its collection, split, kind (index into KINDS), source name, 16-byte content hash,
-    token_N (ids), and spans (modality, tokens) that add up to N."""
+    token_N (ids), spans (modality, tokens) that add up to N, weight_N of its tokens in the loss (None: all 1), and of
+    each picture 64 bits of its pixels, of its codes, and of the source's row that it is in."""
 
     collection: str
     split: str
@@ -37,6 +47,8 @@ class Encoded(NamedTuple):
     hash: bytes
     token_N: np.ndarray
     spans: list[tuple[int, int]]
+    weight_N: np.ndarray | None = None
+    pictures: Sequence[tuple[int, int, int]] = ()
 
 
 class Column:
@@ -52,6 +64,11 @@ class Column:
         self._buffered = self.rows = 0
         self._array = None
         self._hash = hashlib.sha256()
+
+    @property
+    def used(self) -> bool:
+        """Whether it has rows."""
+        return self.rows + self._buffered > 0
 
     def append(self, value_N: np.ndarray) -> None:
         """Appends rows; the values must fit the array's type."""
@@ -77,6 +94,17 @@ class Column:
 
     def _write(self, value_N: np.ndarray) -> None:
         stop = self.rows + len(value_N)
+        try:
+            self._store(value_N, stop)
+        except ValueError as error:
+            place = f"{self._kvstore.get('bucket', '')}{self._kvstore['path']}"
+            full = "the disk is full" if "RESOURCE_EXHAUSTED" in str(error) else first_line(error)
+            raise InputError(
+                f"{place}: cannot be written: {full}; run it again when that is mended: it goes on"
+            ) from error
+        self.rows = stop
+
+    def _store(self, value_N: np.ndarray, stop: int) -> None:
         if self._array is None:
             spec = {"driver": "zarr3", "kvstore": self._kvstore, "metadata": self._metadata(stop)}
             # Zeros are written too, so that what a reader does not find is lost and never a zero.
@@ -85,7 +113,6 @@ class Column:
         elif stop > self._array.shape[0]:
             self._array = self._array.resize(exclusive_max=[stop, *self._row]).result()
         self._array[self.rows : stop].write(value_N).result()
-        self.rows = stop
 
     def _metadata(self, rows: int) -> dict:
         little = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -120,6 +147,7 @@ class _Columns:
         self.documents = 0
 
     def append(self, documents: list[Encoded], source_N: list[int]) -> None:
+        self._append_optional(documents)
         length_N2 = np.array([(len(d.token_N), len(d.spans)) for d in documents], np.int64)
         bounds_N2 = self.end_2 + np.cumsum(length_N2, axis=0)
         self.end_2 = bounds_N2[-1]
@@ -131,8 +159,20 @@ class _Columns:
         self.index["hash"].append(np.frombuffer(b"".join(d.hash for d in documents), np.uint8).reshape(-1, 16))
         self.index["spans"].append(np.array([span for d in documents for span in d.spans]))
 
+    def _append_optional(self, documents: list[Encoded]) -> None:
+        numbered = enumerate(documents, self.documents)
+        if pictures := [(*keys, number) for number, d in numbered for keys in d.pictures]:
+            self.index["pictures"].append(np.array(pictures, np.uint64))
+        if not self.index["weights"].used and all(d.weight_N is None for d in documents):
+            return
+        if not self.index["weights"].used:
+            for start in range(0, int(self.end_2[0]), 1 << 20):
+                self.index["weights"].append(np.ones(min(1 << 20, int(self.end_2[0]) - start)))
+        ones = (np.ones(len(d.token_N)) if d.weight_N is None else d.weight_N for d in documents)
+        self.index["weights"].append(np.concatenate(list(ones)))
+
     def close(self, tokens_M: np.ndarray) -> dict:
-        columns = {"tokens": self.tokens, **self.index}
+        columns = {"tokens": self.tokens, **{k: v for k, v in self.index.items() if k not in OPTIONAL or v.used}}
         with ThreadPoolExecutor(len(columns)) as pool:  # many small files: the waiting is for the disk
             checksums = dict(zip(columns, pool.map(Column.close, columns.values()), strict=True))
         return {"documents": self.documents, "tokens_M": tokens_M.tolist(), "checksums": checksums}

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moma_jax.codec.folder import hash_of
 from moma_jax.config import Modality, PrepareConfig
 from moma_jax.data.directory import Directory
-from moma_jax.data.encode import Encoder
+from moma_jax.data.duplicates import settle
+from moma_jax.data.encode import Block, Encoder
+from moma_jax.data.engines import in_processes, on_ray
 from moma_jax.data.fit import fit_codecs, ordered_map, require_modalities
 from moma_jax.data.parts import FORMAT_VERSION, PartWriter, part_name
 from moma_jax.data.progress import PrepareProgress
-from moma_jax.data.sources import open_source
+from moma_jax.data.sources import open_source, open_with_rest
+from moma_jax.data.sources.lookup import Lookup
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
 from moma_jax.fields import read
 
 MOST_BROKEN = 0.05
 """Share of broken documents above which a source is not used."""
+SUMMED = ("documents", "broken", "filtered")
+"""Counts of a part: documents that were written, that could not be, and that were not wanted."""
 LISTED_IN_PART, LISTED_IN_REPORT = 1000, 10_000
 """Broken documents that are named, at most; all are counted."""
-ELSEWHERE = ("source", "kind", "tokenizer", "codec", "vocabulary", "parts")
+PICTURES_TOLD = {
+    "dropped_duplicates": "dropped: {:,} pairs that show a picture of another",
+    "dropped_held_out": "dropped: {:,} held-out documents that show a picture which is trained on",
+}
+BLOCK = 256
+"""Documents that are encoded at once; a unit may be a tar of ten thousand."""
+ELSEWHERE = ("source", "kind", "tokenizer", "codec", "vocabulary", "parts", "images", "image_map")
 """Fields of PrepareConfig that are recorded by what they lead to (fingerprint, hashes), not as they were written."""
 
 
@@ -37,6 +51,9 @@ def prepare(
     merge: bool = False,
     modalities: Sequence[Modality] | None = None,
     progress: bool = True,
+    workers: int = 1,
+    engine: str = "process",
+    ray_address: str | None = None,
 ) -> dict[str, Any]:
     """Writes the store `out`, or what is missing of it.
 
@@ -50,6 +67,8 @@ def prepare(
       merge: publishes the manifest of parts that were written one by one; looks at nothing else, `config` neither.
       modalities: the id layout that the store must have (config.data.modalities); None: as the source needs.
       progress: shows documents/s and time left on stderr.
+      workers: processes that write parts side by side; 1: this one. With Ray: actors, 0: as many as there are devices.
+      engine: "process", or "ray": see engines.py. ray_address: of the cluster, None: Ray on this machine alone.
 
     Returns:
       The manifest, or with `part` the content of that part's part.json.
@@ -63,39 +82,69 @@ def prepare(
     wanted = range(1, n + 1) if part is None else [part[0]]
     if not (n >= 1 and all(1 <= k <= n for k in wanted)) or (part is not None and merge):
         raise InputError("prepare.parts: at least 1, K of --part K/N from 1 to N, and --merge without --part")
+    if engine not in ("process", "ray") or workers < 0 or (engine == "process" and not workers):
+        raise InputError("prepare: --engine is process or ray, --workers at least 1 (0 with ray: one for each device)")
+    if ray_address is not None and engine != "ray":
+        raise InputError("--ray-address: only with --engine ray")
     directory = Directory(out)
     if merge:
         _require_version(directory, directory.read_json("settings.json"))
         with PrepareProgress(progress) as bar:
             return _told(bar, directory, _publish(directory))
     layout = () if config.vocabulary is None else open_store(config.vocabulary).vocabulary.modalities
-    source = open_source(config, modalities if modalities is not None else layout)
-    content = _made_from(config, source, n)
+    layout = tuple(modalities) if modalities is not None else tuple(layout)
+    opened = open_with_rest(config, layout)
+    source, content = opened.source, _made_from(config, opened.source, n)
     with PrepareProgress(progress) as bar:
-        codecs, encoder = read_codecs(directory) if _is_claimed(directory, content) else None, None
-        if codecs is None:
-            bar.begin("fitting the vocabulary", source.units())
-            codecs = fit_codecs(source, config, modalities, bar.look)
-            encoder = _encoder(codecs, config)
-            # Nothing is written before the input is known to be sound; another process may have begun meanwhile.
-            if not _is_claimed(directory, content):
-                directory.write_json("settings.json", content)
-            codecs.write(directory)
-        require_modalities(codecs.vocabulary, modalities)
+        if opened.unread:
+            bar.say(f"not read: {opened.unread}")
+        codecs, encoder = _codecs(directory, config, source, content, modalities, bar)
         belongs = _belongs(directory, codecs)
         missing = [k for k in wanted if _read_part(directory, k, n, belongs) is None]
-        if missing and encoder is None:
-            encoder = _encoder(codecs, config)
         bar.begin("writing", sum(len(_units(source, k, n)) for k in missing))
-        for k in missing:
-            _write_part(directory, config, source, codecs, encoder, k, n, bar)
+        if missing and engine == "process" and workers == 1:
+            writer = Parts(config, out, n, layout, source, codecs, encoder, bar.advance)
+            for k in missing:
+                writer.write(k)
+        elif missing:
+            make = functools.partial(Parts, config, out, n, layout)
+            ray = engine == "ray"
+            done = on_ray(make, missing, workers, ray_address) if ray else in_processes(make, missing, workers)
+            for k, told in done:
+                bar.advance(told["documents"] + told["broken"], told["broken"], len(_units(source, k, n)))
         result = _publish(directory) if part is None else _read_part(directory, part[0], n, belongs)
         return _told(bar, directory, result)
+
+
+def _codecs(directory: Directory, config: PrepareConfig, source, content: dict, modalities, bar):
+    """(the store's codecs: read, or fitted and written; what encodes by them, None where it was not needed)."""
+    codecs, encoder = read_codecs(directory) if _is_claimed(directory, content) else None, None
+    if codecs is None:
+        bar.begin("fitting the vocabulary", source.units())
+        codecs = fit_codecs(source, config, modalities, bar.look)
+        encoder = _encoder(codecs, config)
+        # Nothing is written before the input is known to be sound; another process may have begun meanwhile.
+        if not _is_claimed(directory, content):
+            directory.write_json("settings.json", content)
+        codecs.write(directory)
+    require_modalities(codecs.vocabulary, modalities)
+    return codecs, encoder
 
 
 def _told(bar: PrepareProgress, directory: Directory, result: dict[str, Any]) -> dict[str, Any]:
     """`result`, after the lines that close the work."""
     bar.say(f"{directory.path}: {result['documents']:,} documents, {result['broken']:,} broken")
+    for name, number in result.get("left_out", {}).items():
+        bar.say(f"left out: {number:,} {name}")
+    pictures = result.get("pictures", {})
+    for name, line in PICTURES_TOLD.items():
+        if number := pictures.get(name, 0):
+            bar.say(line.format(number))
+    if pictures.get("on_both_sides", 0) and not pictures["dropped_held_out"]:
+        bar.say(
+            f"warning: {pictures['on_both_sides']:,} pictures are both trained on and held out, as the source's own "
+            "split has it; --drop-duplicates takes such held-out documents out"
+        )
     counts = result.get("counts", {})
     if counts and not any(name.endswith("-validation") for name in counts):
         bar.say(
@@ -132,6 +181,7 @@ def _made_from(config: PrepareConfig, source, parts: int) -> dict[str, Any]:
         "source": config.source,
         "settings": _settings(config),
         "fingerprint": source.fingerprint(),
+        "images": None if config.images is None else Lookup(config.images, config.image_map).fingerprint(),
         "parts": parts,
         "units": source.units(),
     }
@@ -143,7 +193,9 @@ def _is_claimed(directory: Directory, content: dict[str, Any]) -> bool:
     if found is not None:
         _require_version(directory, found)
         _require_same(directory, content["settings"], found.get("settings", {}), "prepare.")
-        _require_same(directory, {name: content[name] for name in ("fingerprint", "parts", "units")}, found, "")
+        _require_same(
+            directory, {name: content[name] for name in ("fingerprint", "images", "parts", "units")}, found, ""
+        )
         return True
     if directory.local is not None and os.path.isdir(directory.local):
         others = [name for name in sorted(os.listdir(directory.local)) if not name.startswith("settings.json")]
@@ -197,23 +249,62 @@ def _encoder(codecs: Codecs, config: PrepareConfig) -> Encoder:
     except InputError as error:
         where = config.vocabulary or config.codec
         raise InputError(f"{where}: {error}" if where else str(error)) from error
-    return Encoder(codecs.vocabulary, text_codec(codecs), image, config.held_out)
+    return Encoder(codecs.vocabulary, text_codec(codecs), image, config)
 
 
-def _write_part(
-    directory: Directory, config: PrepareConfig, source, codecs: Codecs, encoder: Encoder, k: int, n: int, bar
-) -> None:
-    seen, broken, listed = 0, 0, []
-    with PartWriter(directory, k, n, codecs.vocabulary, config.shard_bytes, config.chunk_tokens) as writer:
-        for unit in ordered_map(lambda number: encoder.encode(source.read(number)), _units(source, k, n)):
-            writer.append(unit.documents)
-            seen += len(unit.documents) + len(unit.broken)
-            broken += len(unit.broken)
-            room = max(0, LISTED_IN_PART - len(listed))
-            listed += [{"id": name[:200], "reason": reason[:200]} for name, reason in unit.broken[:room]]
-            bar.advance(len(unit.documents) + len(unit.broken), len(unit.broken))
-        counts = {"documents": seen - broken, "broken": broken, "listed": listed}
-        writer.finish({**_belongs(directory, codecs), **counts})
+class Parts:
+    """Writes parts of one store, one after the other: the source, codecs and encoder are opened once."""
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        out: str,
+        n: int,
+        modalities: tuple = (),
+        source: Any = None,
+        codecs: Codecs | None = None,
+        encoder: Encoder | None = None,
+        advance: Callable[[int, int, int], None] = lambda documents, broken, units: None,
+    ):
+        """Args: config, out: of a store that was begun. n: its parts. modalities: of ready codes. source, codecs,
+        encoder: where they are open already. advance: told of documents, broken ones, and finished units."""
+        self._config, self._n, self._directory, self._advance = config, n, Directory(out), advance
+        self._source = open_source(config, modalities) if source is None else source
+        self._codecs = read_codecs(self._directory) if codecs is None else codecs
+        self._encoder = _encoder(self._codecs, config) if encoder is None else encoder
+
+    def write(self, k: int) -> dict[str, Any]:
+        """Writes and publishes part k; returns what its part.json says."""
+        layout = self._config.shard_bytes, self._config.chunk_tokens
+        broken, counts = [], Counter(documents=0, broken=0, filtered=0)
+        left_out, own_split = Counter(), False
+        with PartWriter(self._directory, k, self._n, self._codecs.vocabulary, *layout) as writer:
+            for block, units in ordered_map(self._encoded, _blocks(self._source, _units(self._source, k, self._n))):
+                writer.append(block.documents)
+                seen = len(block.documents) + len(block.broken)
+                counts.update(documents=len(block.documents), broken=len(block.broken), filtered=block.filtered)
+                left_out += block.left_out
+                own_split |= block.own_split
+                room = max(0, LISTED_IN_PART - len(broken))
+                broken += [{"id": name[:200], "reason": reason[:200]} for name, reason in block.broken[:room]]
+                self._advance(seen, len(block.broken), units)
+            told = {"listed": broken, "left_out": dict(sorted(left_out.items())), "own_split": own_split}
+            return writer.finish({**_belongs(self._directory, self._codecs), **counts, **told})
+
+    def _encoded(self, block: tuple[list, int]) -> tuple[Block, int]:
+        items, units = block
+        return self._encoder.encode(items), units
+
+
+def _blocks(source, units: range) -> Iterator[tuple[list, int]]:
+    """Documents of units, so many at a time, and how many units end with them."""
+    for unit in units:
+        items = iter(source.read(unit))
+        block = list(itertools.islice(items, BLOCK))
+        while following := list(itertools.islice(items, BLOCK)):
+            yield block, 0
+            block = following
+        yield block, 1
 
 
 def _read_part(directory: Directory, k: int, n: int, belongs: dict[str, Any]) -> dict | None:
@@ -242,10 +333,15 @@ def _publish(directory: Directory) -> dict[str, Any]:
         raise InputError(
             f"{directory.path}: parts not written yet: {names} of {n}; write them with --part {missing[0]}/{n} etc."
         )
-    documents, broken = (sum(part[name] for part in parts.values()) for name in ("documents", "broken"))
-    seen = documents + broken
+    documents, broken, filtered = (sum(part[name] for part in parts.values()) for name in SUMMED)
+    seen = documents + broken + filtered
     listed = [entry for part in parts.values() for entry in part.pop("listed")][:LISTED_IN_REPORT]
-    directory.write_json("report.json", {"documents": seen, "broken": broken, "listed": listed})
+    left_out = sum((Counter(part.pop("left_out")) for part in parts.values()), Counter())
+    own_split = sum(part.pop("own_split") for part in parts.values()) > 0
+    pictures = settle(directory, list(parts.values()), settings["settings"]["drop_duplicates"], own_split)
+    documents = sum(c["documents"] for part in parts.values() for c in part["collections"].values())
+    report = {"documents": seen, "broken": broken, "filtered": filtered, "left_out": left_out, "pictures": pictures}
+    directory.write_json("report.json", {**report, "listed": listed})
     if broken > MOST_BROKEN * seen:
         raise RunError(
             f"{broken} of {seen} documents are broken, more than {MOST_BROKEN:.0%}: see {directory.path}/report.json; "
@@ -261,8 +357,9 @@ def _publish(directory: Directory) -> dict[str, Any]:
         "hashes": codecs.hashes,
         "token_dtype": codecs.vocabulary.token_dtype,
         "modalities": [m.name for m in codecs.vocabulary.modalities],
+        **report,
         "documents": documents,
-        "broken": broken,
+        "own_split": own_split,
         "counts": _counts(list(parts.values()), [m.name for m in codecs.vocabulary.modalities]),
         "parts": list(parts.values()),
     }

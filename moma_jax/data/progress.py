@@ -28,11 +28,11 @@ class PrepareProgress(Display):
         self._total = total
         self._show(done)
 
-    def advance(self, documents: int, broken: int) -> None:
-        """One more unit, with that many documents, the broken ones among them."""
+    def advance(self, documents: int, broken: int, units: int) -> None:
+        """So many more documents, the broken ones among them, and units that are done."""
         self._documents += documents
         self._broken += broken
-        self._show(self._done + 1)
+        self._show(self._done + units)
 
     def say(self, line: str) -> None:
         """Prints a line."""

@@ -5,7 +5,7 @@
     vocabulary.json tokenizer.json codec-image.json codec-image.safetensors
     report.json                       broken documents
     parts/00001-of-00008/part.json    one part's counts and checksums
-    parts/00001-of-00008/pairs-train/{tokens,bounds,kind,source,hash,spans}/   zarr3 arrays
+    parts/00001-of-00008/pairs-train/{tokens,bounds,kind,source,hash,spans,...}/   zarr3 arrays
 
 The arrays of one (part, collection, split) with N documents and K spans:
 
@@ -15,6 +15,11 @@ The arrays of one (part, collection, split) with N documents and K spans:
     source  (N,)      uint16: index into the part's list of source names
     hash    (N, 16)   uint8: the content hash
     spans   (K, 2)    int32: runs (modality, tokens) over the token sequence
+    pictures (P, 4)   uint64: of each picture 64 bits of its pixels, of its codes, and of its row in the source, and the
+                      document that it is in
+    weights (total,)  float32: every token's weight in the loss; only where one is not 1
+
+    kept/00001-of-00008/pairs-train  (N',) int64: the documents that count, where some were dropped as duplicates
 
 All are raw bytes in zarr3's sharding codec and are read by range, so a store of any size opens at once.
 """
@@ -34,13 +39,14 @@ import tensorstore as ts
 from moma_jax.codec import Codec, codec_of
 from moma_jax.codec.interface import description_hash
 from moma_jax.data.directory import CONTEXT, Directory, first_line
-from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, part_name
+from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, kept_name, part_name
 from moma_jax.data.text import TextCodec
 from moma_jax.errors import InputError, RunError
 from moma_jax.vocab import Vocabulary
 
 __all__ = ["COLLECTIONS", "KINDS", "SPLITS", "Codecs", "Index", "Store", "View", "open_store", "require_same_codecs"]
 
+READABLE = range(1, FORMAT_VERSION + 1)
 WEIGHTS = "codec-image.safetensors"
 """Weights of the image codec, where it has some."""
 
@@ -183,10 +189,10 @@ class Store:
                 raise InputError(f"{self.path}: unfinished; run the same `moma prepare` again (--merge after --part)")
             raise InputError(f"{self.path}: no store here; make it with `moma prepare SOURCE --out {self.path}`")
         version = self.manifest.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise InputError(
-                f"{self.path}: store format {version}; this version of moma_jax reads {FORMAT_VERSION}: prepare the "
-                "store again"
+                f"{self.path}: store format {version}; this version of moma_jax reads 1 to {FORMAT_VERSION}: "
+                "prepare the store again"
             )
         for name in ("hashes", "modalities", "parts"):
             if name not in self.manifest:
@@ -265,8 +271,12 @@ class Store:
         parts = self.manifest["parts"]
         for k, part in enumerate(parts, 1):
             for collection, description in part["collections"].items():
-                for array, checksum in description["checksums"].items():
-                    name = f"{part_name(k, len(parts))}/{collection}/{array}"
+                arrays = {
+                    f"{part_name(k, len(parts))}/{collection}/{a}": c for a, c in description["checksums"].items()
+                }
+                if "kept" in description:
+                    arrays[kept_name(k, len(parts), collection)] = description["kept"]
+                for name, checksum in arrays.items():
                     if self._checksum(name) != checksum:
                         raise RunError(f"{self.path}/{name}: damaged, its checksum is not that of the manifest")
 
@@ -288,15 +298,18 @@ class View:
     """
 
     def __init__(self, store: Store, collections: tuple[str, ...], split: str):
-        self._store, self._pieces, counts = store, [], []
+        self._store, self._pieces, self._kept, counts = store, [], [], []
         parts = store.manifest["parts"]
         tokens_M = np.zeros(len(store.manifest["modalities"]), np.int64)
-        self._sources = []
+        self._sources, self._weighted = [], []
         for collection in collections:
             for k, part in enumerate(parts, 1):
                 description = part["collections"].get(f"{collection}-{split}")
                 if description is not None:
                     self._pieces.append(f"{part_name(k, len(parts))}/{collection}-{split}")
+                    kept = kept_name(k, len(parts), f"{collection}-{split}") if "kept" in description else None
+                    self._kept.append(kept)
+                    self._weighted.append("weights" in description["checksums"])
                     self._sources.append(part["sources"])
                     counts.append(description["documents"])
                     tokens_M += description["tokens_M"]
@@ -304,18 +317,21 @@ class View:
         self.documents = int(self._start_P[-1])
         self.tokens_M = tokens_M
 
+    @property
+    def weighted(self) -> bool:
+        """Whether a token may have another weight in the loss than 1."""
+        return any(self._weighted)
+
     def index(self, start: int, stop: int) -> Index:
         """Lengths, kinds and spans of documents [start, stop); reads only these. Raises IndexError outside."""
         pieces, wait = self._overlaps(start, stop), self._store.wait
-        bounds = [self._array(p, "bounds")[a : b + 1].read() for p, a, b in pieces]
-        kinds = [self._array(p, "kind")[a:b].read() for p, a, b in pieces]
-        bounds = [wait(future) for future in bounds]
-        spans = [
-            self._array(p, "spans")[int(bound_N2[0, 1]) : int(bound_N2[-1, 1])].read()
-            for (p, _, _), bound_N2 in zip(pieces, bounds, strict=True)
-        ]
-        step_N2 = np.concatenate([np.zeros((0, 2), np.int64), *(np.diff(b, axis=0) for b in bounds)])
-        span_K2 = np.concatenate([np.zeros((0, 2), np.int32), *(wait(future) for future in spans)])
+        rows = [self._rows(p, a, b) for p, a, b in pieces]
+        kinds = [self._array(p, "kind")[own].read() for (p, _, _), own in zip(pieces, rows, strict=True)]
+        bounds = [self._both_bounds(p, own) for (p, _, _), own in zip(pieces, rows, strict=True)]
+        bounds = [found() for found in bounds]
+        spans = [self._spans(p, bound_N22[:, :, 1]) for (p, _, _), bound_N22 in zip(pieces, bounds, strict=True)]
+        step_N2 = np.concatenate([np.zeros((0, 2), np.int64), *(np.diff(b, axis=1)[:, 0] for b in bounds)])
+        span_K2 = np.concatenate([np.zeros((0, 2), np.int32), *(found() for found in spans)])
         return Index(
             length_N=step_N2[:, 0],
             kind_N=np.concatenate([np.zeros(0, np.uint8), *(wait(future) for future in kinds)]),
@@ -324,41 +340,72 @@ class View:
             span_length_K=span_K2[:, 1],
         )
 
-    def read(self, doc_N, start_N, stop_N) -> list[np.ndarray]:
+    def read(self, doc_N, start_N, stop_N, array: str = "tokens") -> list[np.ndarray]:
         """Tokens [start, stop) of each document, uint16 or uint32; all reads are in flight together.
 
-        Args: equally long sequences of document numbers and of positions in those documents. Raises IndexError for a
-        document or a position that does not exist.
+        Args: equally long sequences of document numbers and of positions in those documents; array "weights" gives the
+        tokens' weights in the loss instead, float32. Raises IndexError for a document or position that does not exist.
         """
         doc_N, start_N, stop_N = (np.asarray(a, np.int64) for a in (doc_N, start_N, stop_N))
         if len(doc_N) and (doc_N.min() < 0 or doc_N.max() >= self.documents):
             raise IndexError(f"document numbers {doc_N.min()} to {doc_N.max()}; the view has {self.documents}")
         piece_N = np.searchsorted(self._start_P, doc_N, "right") - 1
         groups = [(int(p), np.flatnonzero(piece_N == p)) for p in np.unique(piece_N)]
-        bounds = [self._bounds(p, doc_N[chosen_N] - self._start_P[p]) for p, chosen_N in groups]
+        bounds = [self._bounds(p, self._row(p, doc_N[chosen_N] - self._start_P[p])) for p, chosen_N in groups]
         futures: list[Any] = [None] * len(doc_N)
         for (p, chosen_N), bound_N2 in zip(groups, bounds, strict=True):
             begin_N, end_N = self._store.wait(bound_N2).reshape(-1, 2).T
             first_N, last_N = begin_N + start_N[chosen_N], begin_N + stop_N[chosen_N]
             if np.any((start_N[chosen_N] < 0) | (first_N > last_N) | (last_N > end_N)):
                 raise IndexError("positions outside a document")
-            tokens = self._array(p, "tokens")
+            there = array != "weights" or self._weighted[p]
+            values = self._array(p, array) if there else None
             for n, first, last in zip(chosen_N.tolist(), first_N.tolist(), last_N.tolist(), strict=True):
-                futures[n] = tokens[first:last].read()
-        return [self._store.wait(future) for future in futures]
+                futures[n] = values[first:last].read() if there else np.ones(last - first, np.float32)
+        return [found if isinstance(found, np.ndarray) else self._store.wait(found) for found in futures]
 
     def provenance(self, start: int, stop: int) -> tuple[list[str], np.ndarray]:
         """Source names and content hashes, uint8 (N, 16), of documents [start, stop)."""
         names, hashes = [], [np.zeros((0, 16), np.uint8)]
         for p, a, b in self._overlaps(start, stop):
-            source_N = self._store.wait(self._array(p, "source")[a:b].read())
+            rows = self._rows(p, a, b)
+            source_N = self._store.wait(self._array(p, "source")[rows].read())
             names += [self._sources[p][s] for s in source_N]
-            hashes.append(self._store.wait(self._array(p, "hash")[a:b].read()))
+            hashes.append(self._store.wait(self._array(p, "hash")[rows].read()))
         return names, np.concatenate(hashes)
 
-    def _bounds(self, piece: int, doc_N: np.ndarray):
-        """A future of the bounds of documents of a piece, (N, 2, 1): where their tokens begin and end."""
-        return self._array(piece, "bounds")[np.stack([doc_N, doc_N + 1], axis=1), 0].read()
+    def _rows(self, piece: int, start: int, stop: int) -> slice | np.ndarray:
+        """Where documents [start, stop) of a piece stand in its arrays."""
+        return slice(start, stop) if self._kept[piece] is None else self._row(piece, np.arange(start, stop))
+
+    def _row(self, piece: int, doc_N: np.ndarray) -> np.ndarray:
+        """Where documents of a piece stand in its arrays, (N,)."""
+        kept = self._kept[piece]
+        return doc_N if kept is None else self._store.wait(self._store.array(kept)[doc_N].read())
+
+    def _bounds(self, piece: int, row_N: np.ndarray):
+        """A future of where the tokens of documents of a piece begin and end, (N, 2, 1)."""
+        return self._array(piece, "bounds")[np.stack([row_N, row_N + 1], axis=1), 0].read()
+
+    def _both_bounds(self, piece: int, rows: slice | np.ndarray) -> Callable[[], np.ndarray]:
+        """What gives where tokens and spans of documents begin and end, (N, 2, 2); the read is in flight."""
+        array = self._array(piece, "bounds")
+        if isinstance(rows, slice):
+            future = array[rows.start : rows.stop + 1].read()
+            return lambda: np.stack([self._store.wait(future)[:-1], self._store.wait(future)[1:]], axis=1)
+        future = array[np.stack([rows, rows + 1], axis=1)].read()
+        return lambda: self._store.wait(future)
+
+    def _spans(self, piece: int, bound_N2: np.ndarray) -> Callable[[], np.ndarray]:
+        """What gives the spans of documents whose spans begin and end there, (K, 2); the read is in flight."""
+        if not len(bound_N2):
+            return lambda: np.zeros((0, 2), np.int32)
+        first, last = int(bound_N2[0, 0]), int(bound_N2[-1, 1])
+        future, count_N = self._array(piece, "spans")[first:last].read(), np.diff(bound_N2, axis=1)[:, 0]
+        if count_N.sum() == last - first:
+            return lambda: self._store.wait(future)
+        place_K = np.repeat(bound_N2[:, 0] - first - np.cumsum(count_N) + count_N, count_N) + np.arange(count_N.sum())
+        return lambda: self._store.wait(future)[place_K]
 
     def _array(self, piece: int, array: str) -> ts.TensorStore:
         return self._store.array(f"{self._pieces[piece]}/{array}")

@@ -1,8 +1,8 @@
-"""Text to ids and back: byte-level BPE, trained here or read from any tokenizer.json.
+"""Text to ids and back: byte-level BPE, trained here, or any tokenizer.json that gives its text back.
 
 The special ids of the vocabulary come first, 0..n-1. Text never encodes to them: "<image>" in a caption is seven
-letters, not a mark. A tokenizer.json from elsewhere is renumbered: its own ids follow the special ones. What is saved
-is again a tokenizer.json, whose ids are those of the vocabulary.
+letters, not a mark. A tokenizer.json from elsewhere (BPE of bytes or with byte fallback, Unigram) is renumbered: its
+own ids follow the special ones. What is saved is again a tokenizer.json, whose ids are those of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from moma_jax.errors import InputError
 
 BYTES = 256
+MODELS = ("BPE", "Unigram")
+PROBES = (
+    "The quick brown fox, 1234.5!",
+    " a space before, two  within, one behind ",
+    "lines\nand\ttabs\r\n\n",
+    "na\u00efve \u00df \u6f22\u5b57 \u0e44\u0e17\u0e22 \U0001f389",
+    "\ufb01 \u00b2 \u2160",
+    "<0x41>",
+)
+"""Texts that a tokenizer must give back: spaces, line ends, letters of the world, signs that are easily lost, a
+byte's name."""
 
 
 def fit_tokenizer(texts: Iterable[str], size: int, special_tokens: Sequence[str]) -> Tokenizer:
@@ -50,7 +61,7 @@ def fit_tokenizer(texts: Iterable[str], size: int, special_tokens: Sequence[str]
 
 
 def load_tokenizer(path: str, special_tokens: Sequence[str], size: int | None = None) -> TextCodec:
-    """Reads a tokenizer.json with a BPE model; its ids are moved up unless it has the special tokens at 0..n-1.
+    """Reads a tokenizer.json; its ids are moved up unless it has the special tokens at 0..n-1.
 
     Args:
       path: a local file.
@@ -58,20 +69,22 @@ def load_tokenizer(path: str, special_tokens: Sequence[str], size: int | None = 
       size: text ids of the vocabulary, which must hold all of the tokenizer's; None: not checked.
 
     Raises:
-      InputError: no such file, no BPE tokenizer, or more ids than `size`.
+      InputError: no such file, a model that is neither BPE nor Unigram, one that cannot give its text back, or more ids
+        than `size`.
     """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         kind = content["model"].get("type", "BPE")
-        codec = TextCodec.from_json(json.dumps(_renumbered(content, special_tokens))) if kind == "BPE" else None
+        codec = TextCodec.from_json(json.dumps(_renumbered(content, special_tokens))) if kind in MODELS else None
     except InputError as error:
         raise InputError(f"prepare.tokenizer: {path}: {error}") from error
     except Exception as error:  # tokenizers raises bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"prepare.tokenizer: {path} cannot be read as a tokenizer.json: {reason}") from error
     if codec is None:
-        raise InputError(f"prepare.tokenizer: {path} has a {kind} model; give one with a BPE model")
+        raise InputError(f"prepare.tokenizer: {path} has a {kind} model; give one with a BPE or Unigram model")
+    _require_round_trip(codec, path)
     if size is not None and codec.size > size:
         raise InputError(
             f"prepare.text_size: {path} needs {codec.size} ids with the special ones, not {size}; "
@@ -139,6 +152,16 @@ class TextCodec:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
+def _require_round_trip(codec: TextCodec, path: str) -> None:
+    """Raises InputError where text does not come back from its ids."""
+    for probe in PROBES:
+        if (back := codec.decode(codec.encode(probe))) != probe:
+            raise InputError(
+                f"prepare.tokenizer: {path} cannot give its text back: {probe!r} becomes {back!r}; use one of bytes or "
+                "with byte fallback, which neither folds letters nor drops spaces"
+            )
+
+
 def _renumbered(content: dict[str, Any], special_tokens: Sequence[str]) -> dict[str, Any]:
     """A tokenizer.json's content with `special_tokens` at 0..n-1 and all else, where they were not, moved up by n.
 
@@ -146,20 +169,63 @@ def _renumbered(content: dict[str, Any], special_tokens: Sequence[str]) -> dict[
     can encode to a special id. Truncation, padding and templates go too: a document's marks are set by the caller.
     """
     model, added = content["model"], content.get("added_tokens") or []
-    vocabulary = {**{token["content"]: token["id"] for token in added}, **model["vocab"]}
+    unigram = model.get("type") == "Unigram"
+    pieces = {piece: i for i, (piece, _) in enumerate(model["vocab"])} if unigram else model["vocab"]
+    vocabulary = {**{token["content"]: token["id"] for token in added}, **pieces}
     own = all(vocabulary.get(token) == i for i, token in enumerate(special_tokens))
     shift = 0 if own else len(special_tokens)
-    renamed = {f"\0{t}" if t in special_tokens else t: i + shift for t, i in vocabulary.items() if not own}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     taken = set(special_tokens)
-    model = {
-        **model,
-        "ignore_merges": False,
-        "vocab": {**{token: i for i, token in enumerate(special_tokens)}, **(vocabulary if own else renamed)},
-        "merges": [merge for merge in merges if not taken & {*merge, "".join(merge)}],
-    }
+    if unigram:
+        model = _unigram(model, special_tokens, own)
+    else:
+        renamed = {f"\0{t}" if t in taken else t: i + shift for t, i in vocabulary.items() if not own}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model = {
+            **model,
+            "ignore_merges": False,
+            "vocab": {**{token: i for i, token in enumerate(special_tokens)}, **(vocabulary if own else renamed)},
+            "merges": [merge for merge in merges if not taken & {*merge, "".join(merge)}],
+        }
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     marks = [{"id": i, "content": token, **plain} for i, token in enumerate(special_tokens)]
     rest = [{**token, "id": token["id"] + shift} for token in added if token["content"] not in taken]
     cleared = {"truncation": None, "padding": None, "post_processor": None}
-    return {**content, **cleared, "model": model, "added_tokens": sorted(marks + rest, key=lambda token: token["id"])}
+    tokens = sorted(marks + rest, key=lambda token: token["id"])
+    content = {**content, **cleared, "model": model, "added_tokens": tokens}
+    if own:  # one of ours, read again
+        return content
+    return _with_first_space(_apart(content) if unigram else content)
+
+
+def _unigram(model: dict[str, Any], special_tokens: Sequence[str], own: bool) -> dict[str, Any]:
+    """A Unigram model with `special_tokens` first; see `_apart` for why no text is cut into one."""
+    pieces = [
+        [f"\0{piece}" if piece in special_tokens and not own else piece, score] for piece, score in model["vocab"]
+    ]
+    marks, unknown = [[token, 0.0] for token in special_tokens], model.get("unk_id")
+    shifted = unknown if own or unknown is None else unknown + len(marks)
+    return {**model, "vocab": model["vocab"] if own else marks + pieces, "unk_id": shifted}
+
+
+def _apart(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with every "<" a word of its own, so that no text is cut into a mark or the name of a byte."""
+    split = {"type": "Split", "pattern": {"String": "<"}, "behavior": "Isolated", "invert": False}
+    before = content.get("pre_tokenizer")
+    steps = [split, *([before] if before else [])]
+    return {**content, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+def _with_first_space(content: dict[str, Any]) -> dict[str, Any]:
+    """The same where a mark for a space is put before every text, and not only before those that begin without one:
+    else a space at the begin is lost."""
+    steps_before = content.get("pre_tokenizer") or {}
+    each = steps_before.get("pretokenizers", [steps_before])
+    spaces = [step for step in each if step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"]
+    if not spaces:
+        return content
+    mark, normalizer = spaces[0].get("replacement", "\u2581"), content.get("normalizer")
+    steps = [normalizer] if normalizer else []
+    steps += [{"type": "Replace", "pattern": {"String": " "}, "content": mark}, {"type": "Prepend", "prepend": mark}]
+    each = [{**step, "prepend_scheme": "never"} if step in spaces else step for step in each]
+    before = {"type": "Sequence", "pretokenizers": each}
+    return {**content, "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": before}

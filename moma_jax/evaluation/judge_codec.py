@@ -44,11 +44,11 @@ def judge(
     codec = _codec(path)
     if not codec.draws:
         raise InputError(f"{path}: it has no decoder, so there is nothing to compare; import a codec that has one")
-    own, crop = side or codec.side, codec.kind != "palette"  # a palette takes pictures as a whole
+    own = side or codec.side
     options = {"data.source": "--data", "data.held_out": "--held-out"}
     pictures = Pictures(PicturesConfig(source=data, held_out=held_out), options)
     judged, shown = Quality(codec.codebook), []
-    for some in pictures.held_out(lambda image: load_picture(image, own, crop=crop), most):
+    for some in pictures.held_out(lambda image: load_picture(image, own, codec.crop), most):
         codes = codec.encode(list(some))
         drawn = np.stack([_enlarged(picture, own) for picture in codec.decode(codes)])
         judged.add(some, drawn, codes)

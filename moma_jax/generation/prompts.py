@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from moma_jax.codec import Codec
 from moma_jax.codec.pictures import BrokenPicture
+from moma_jax.config import PrepareConfig
 from moma_jax.data.documents import Codes, Document, Picture, Text
 from moma_jax.data.encode import Encoder
 from moma_jax.data.store import open_store
@@ -82,8 +83,8 @@ def encode_prompt(prompt: Piece | Sequence[Piece], language: Language, name: str
     segments = [_segment(part, language, f"{name}, part {i}") for i, part in enumerate(parts)]
     if not segments:
         return np.array([language.vocabulary.begin_document], np.int32)
-    encoder = Encoder(language.vocabulary, language.text, language.image, 0.0)
-    documents, broken = encoder.encode([Document(name, "", "interleaved", segments, split="train")])
+    encoder = Encoder(language.vocabulary, language.text, language.image, PrepareConfig(held_out=0.0))
+    documents, broken, *_ = encoder.encode([Document(name, "", "interleaved", segments, split="train")])
     if broken:
         raise InputError(f"{name}: {broken[0][1]}")
     return np.asarray(documents[0].token_N, np.int32)[:-1]  # a document's end mark is for the model to write

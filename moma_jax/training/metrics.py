@@ -180,6 +180,7 @@ def step_sums(report: StepReport) -> dict[str, Any]:
         "nats_M": report.sums.cross_entropy_J,
         "weight_M": report.sums.weight_J,
         "square_log_partition": report.sums.square_log_partition,
+        "masked_2": report.masked_2,
         "taken_M3": report.taken_M3,
         "grad_norm": report.grad_norm,
         "predicted_M4": report.predicted_M4,
@@ -213,6 +214,7 @@ def _losses(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
     nats_M, weight_M = seen.get("nats_M", zero_M), seen.get("weight_M", zero_M)
     losses = {"loss": mean(nats_M.sum(), weight_M.sum())}
     losses |= {f"loss_{n}": mean(a, w) for n, a, w in zip(names, nats_M, weight_M, strict=True)}
+    losses["masked"] = mean(*seen.get("masked_2", np.zeros(2)))
     square = mean(seen.get("square_log_partition", 0.0), weight_M.sum())
     losses["z_loss"] = None if square is None else config.train.z_loss * square
     losses["grad_norm"] = mean(seen.get("grad_norm", 0.0), steps)

@@ -50,6 +50,7 @@ class StepReport(NamedTuple):
     Attributes:
       sums: cross-entropy, weights and squared log-partition (`objective.Sums`).
       tokens_M: int32 real tokens (padding apart) by modality.
+      masked_2: int32 tokens that follow another in their row and have no weight in the loss, and all that follow one.
       taken_M3: int32 (token, layer) pairs by modality of the token, taken by 0, 1, 2 or more experts.
       predicted_M4, entered_M4: the auxiliary routers' (token, expert) pairs, and those of mixture of depths
         (`RoutingReport`), summed over layers.
@@ -61,6 +62,7 @@ class StepReport(NamedTuple):
 
     sums: objective.Sums
     tokens_M: Any
+    masked_2: Any
     taken_M3: Any
     predicted_M4: Any
     entered_M4: Any
@@ -230,7 +232,7 @@ def make_train_step(program: Program) -> Callable:
         new_state = update(program, state, grads, routing_state, finite)
         tokens_M = tokens_by_modality(program, batch)
         norms = grad_norm, router_norm(grads)
-        report = StepReport(sums, tokens_M, *routed[:3], *norms, *routed[3:], finite)
+        report = StepReport(sums, tokens_M, masked_in(batch), *routed[:3], *norms, *routed[3:], finite)
         return new_state, report
 
     return train_step
@@ -368,6 +370,13 @@ def update(program: Program, state: TrainState, grads, routing_state, finite) ->
     old = (state.params, state.opt_state, state.routing_state)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, opt_state, routing_state), old)
     return TrainState(state.step + 1, *new)
+
+
+def masked_in(batch: Batch) -> jax.Array:
+    """Tokens that follow one of their document in their row and have weight 0, and all that follow one: int32 (2,)."""
+    follows_BS = (batch.segment_BS[:, 1:] == batch.segment_BS[:, :-1]) & (batch.segment_BS[:, 1:] > 0)
+    masked_BS = follows_BS & (batch.weight_BS[:, :-1] == 0)
+    return jnp.stack([jnp.sum(masked_BS), jnp.sum(follows_BS)]).astype(jnp.int32)
 
 
 def tokens_by_modality(program: Program, batch: Batch):

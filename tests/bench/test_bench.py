@@ -265,6 +265,18 @@ def test_generate_refuses_modalities_that_it_cannot_write():
         bench.bench_generate(dataclasses.replace(config, data=alone), ("dense",), batch=(1,))
 
 
+def test_preparing_is_measured_beside_pillow(capsys):
+    words = ("--pictures", "40", "--side", "32", "--codes-side", "4", "--repeats", "2")
+    code, out, _ = moma(capsys, "bench", "prepare", *words, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["shape"] == {"pictures": 40, "side": 32, "codes_side": 4}
+    rates = [found[name]["pictures_per_processor_second"] for name in ("prepare", "pillow", "pillow_draft")]
+    assert found["share_of_pillow"] == pytest.approx(rates[0] / rates[1]) and min(rates) > 0
+    assert "Pillow: decode, resize" in moma(capsys, "bench", "prepare", *words)[1]
+    with pytest.raises(InputError, match="--pictures: 0; give 1 or more"):
+        bench.bench_prepare(pictures=0)
+
+
 def test_codecs_are_measured_both_ways(capsys, tmp_path):
     write_codec(str(tmp_path), small_codec())
     code, out, _ = moma(capsys, "bench", "codec", tmp_path, "--pictures", "3", "--repeats", "2", "--json")

@@ -41,7 +41,7 @@ def test_larger_pictures_are_averaged_and_need_not_be_square():
 
 def test_the_middle_square_can_be_taken():
     pixels = noise(3, (4, 8, 3))
-    assert np.array_equal(load_picture(encoded(pixels), 4, crop=True), pixels[:, 2:6])
+    assert np.array_equal(load_picture(encoded(pixels), 4, crop="centre"), pixels[:, 2:6])
 
 
 def test_what_is_transparent_becomes_white():

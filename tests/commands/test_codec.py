@@ -97,7 +97,7 @@ def test_a_recipe_becomes_a_codec_that_prepare_takes(folder, tmp_path, monkeypat
     assert "runs/mine: starts at step 0" in out and "held out, heldout:" in out
     code, _, err = moma(capsys, "codec", "train", "mine.py", "--loss.codebook", "average")
     assert code == 2 and "network.codebook: 8 -> 16" in err
-    config = dataclasses.replace(settings(make_source(tmp_path / "source")), codec="runs/mine")
+    config = dataclasses.replace(settings(make_source(tmp_path / "source", documents=60)), codec="runs/mine")
     manifest = prepare(config, "store", progress=False)
     assert manifest["broken"] == 0
     code, out, _ = moma(capsys, "codec", "eval", "store", "--data", folder, "--json")

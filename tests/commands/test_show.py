@@ -46,9 +46,11 @@ def test_documents_are_drawn_as_the_model_sees_them(store, tmp_path, capsys):
 
 def test_codes_that_cannot_be_drawn_are_counted(tmp_path):
     write_codec(str(tmp_path / "codec"), small_codec(decoder=False))
-    config = dataclasses.replace(settings(make_source(tmp_path / "source")), codec=str(tmp_path / "codec"))
+    config = dataclasses.replace(
+        settings(make_source(tmp_path / "source", documents=30)), codec=str(tmp_path / "codec")
+    )
     prepare(config, str(tmp_path / "store"), progress=False)
-    shown = shown_documents(open_store(str(tmp_path / "store")), 300)
+    shown = shown_documents(open_store(str(tmp_path / "store")), 30)
     pieces = [piece for document in shown for piece in document.pieces]
     assert "<64 codes of image>" in pieces and all(isinstance(piece, str) for piece in pieces)
 

@@ -10,8 +10,8 @@ import pytest
 from paths import ROOT
 from reading import everything, opened, png, write_parquet
 
-from moma_jax.data import parquet
 from moma_jax.data.documents import Broken, Picture, Text
+from moma_jax.data.sources import parquet
 from moma_jax.errors import InputError
 
 CORPUS = Path(os.environ.get("MOMA_CORPUS", ROOT.parent / "shared" / "data"))

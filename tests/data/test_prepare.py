@@ -239,8 +239,9 @@ def test_held_out_and_order_of_pairs_depend_on_content_alone(source, made, tmp_p
         rows = [json.loads(line) for line in file]
     random.Random(1).shuffle(rows)
     shuffled = write_rows(tmp_path / "shuffled", [{**row, "id": f"x{row['id']}"} for row in rows])
-    for number in range(12):
-        os.link(f"{source}/{number}.png", f"{shuffled}/{number}.png")
+    for name in os.listdir(source):
+        if name.endswith(".png"):
+            os.link(f"{source}/{name}", f"{shuffled}/{name}")
     prepare(settings(shuffled, seed=7, parts=2), str(tmp_path / "store"), progress=False)
     first, second = open_store(made), open_store(str(tmp_path / "store"))
     for split in ("train", "validation"):
@@ -295,8 +296,8 @@ def test_ready_codes_and_a_given_tokenizer(made, tmp_path):
     assert sorted(found) == sorted(codes)
 
 
-def test_a_learned_codec_is_used_kept_and_required(source, tmp_path):
-    codec = small_codec()
+def test_a_learned_codec_is_used_kept_and_required(tmp_path):
+    source, codec = make_source(tmp_path / "source", documents=30), small_codec()
     write_codec(str(tmp_path / "codec"), codec)
     config = dataclasses.replace(settings(source), codec=str(tmp_path / "codec"))
     manifest = prepare(config, str(tmp_path / "store"), progress=False)

@@ -11,7 +11,7 @@ from reading import everything, opened, png, write_lines, write_parquet
 
 from moma_jax.data import sources
 from moma_jax.data.documents import Codes, Document, Picture, Text, content_hash, is_held_out
-from moma_jax.data.folders import Folder, splits
+from moma_jax.data.sources.files import Folder, splits
 from moma_jax.errors import InputError
 
 # Documents ------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_a_folder_and_json_lines_follow_the_names(tmp_path):
 def test_large_files_are_not_read(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png() + bytes(2048))
     (tmp_path / "a.txt").write_text("a")
-    monkeypatch.setattr("moma_jax.data.folders.MAX_FILE_BYTES", 1 << 10)
+    monkeypatch.setattr("moma_jax.data.sources.files.MAX_FILE_BYTES", 1 << 10)
     _, broken = everything(opened(tmp_path))
     assert "larger than" in broken["a.png"]
 
@@ -211,7 +211,7 @@ def test_a_line_starting_on_a_boundary_is_read_once(tmp_path):
 
 
 def test_a_line_that_is_too_long_is_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 500)
+    monkeypatch.setattr(sources.jsonl, "MAX_LINE_BYTES", 500)
     write_lines(tmp_path / "a.jsonl", [{"segments": [{"text": t}]} for t in ("a", "b" * 9000, "c")])
     documents, broken = everything(opened(tmp_path))
     assert [d.segments[0].text for d in documents] == ["a", "c"]

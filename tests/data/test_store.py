@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from small_stores import make_source, settings
 
+from moma_jax.data.documents import Picture, Text, content_hash, is_held_out
 from moma_jax.data.prepare import prepare
-from moma_jax.data.sources import Picture, Text, content_hash, is_held_out, open_source
+from moma_jax.data.sources import open_source
 from moma_jax.data.store import COLLECTIONS, KINDS, SPLITS, open_store
 from moma_jax.errors import InputError, RunError
 

@@ -1,10 +1,14 @@
 """Text codec: special ids stay out of reach, any Unicode comes back, training is deterministic."""
 
+import functools
+import json
+import tempfile
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from moma_jax.data.text import TextCodec, fit_tokenizer, load_tokenizer
 from moma_jax.errors import InputError
@@ -104,3 +108,92 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):
         load_tokenizer(str(tmp_path / "missing.json"), SPECIAL)
     with pytest.raises(InputError, match="no special tokens"):
         TextCodec(Tokenizer(models.BPE()))
+
+
+# Tokenizers of other families -----------------------------------------------------------------------------------------
+
+CORPUS = ["the quick brown fox", "naïve ß 漢字 🎉", "a  b\tc\n\n d", "Straße, ﬁne ² Ⅰ"] * 40
+BYTE_PIECES = [f"<0x{i:02X}>" for i in range(256)]
+
+
+def byte_level_bpe():
+    return fit_tokenizer(CORPUS, 400, ["<|endoftext|>"])
+
+
+def byte_fallback_bpe():
+    """As Llama 2's: spaces are a letter, unknown letters are bytes."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "<s>", "</s>", *BYTE_PIECES]
+    made.train_from_iterator(
+        CORPUS[:1] * 40, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    return made
+
+
+def unigram(bytes_too=True):
+    """As SentencePiece's, with Metaspace."""
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    made.train_from_iterator(
+        CORPUS[:1] * 40,
+        trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "<s>"], unk_token="<unk>", show_progress=False),
+    )
+    content = json.loads(made.to_str())
+    if bytes_too:
+        content["model"]["vocab"][2:2] = [[piece, 0.0] for piece in BYTE_PIECES]
+        content["model"]["byte_fallback"] = True
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def folding():
+    """Letters lose their marks and their case, as BERT's do."""
+    made = byte_level_bpe()
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    return made
+
+
+@pytest.mark.parametrize("make", [byte_level_bpe, byte_fallback_bpe, unigram])
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40).filter(lambda text: "▁" not in text))
+def test_text_comes_back_from_every_family(make, text):
+    codec = loaded(make)
+    ids = codec.encode(text)
+    assert codec.decode(ids) == text and (ids >= codec.special_ids).all() and (ids < codec.size).all()
+
+
+@functools.cache
+def loaded(make):
+    """A tokenizer as `prepare` reads it, after a second round through its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        make().save(f"{folder}/tokenizer.json")
+        codec = load_tokenizer(f"{folder}/tokenizer.json", SPECIAL)
+        again = TextCodec.from_json(codec.to_json())
+        codec.save(f"{folder}/again.json")
+        assert load_tokenizer(f"{folder}/again.json", SPECIAL).hash == codec.hash, "read again it stays as it is"
+    return again
+
+
+@pytest.mark.parametrize("make", [byte_level_bpe, byte_fallback_bpe, unigram])
+def test_no_text_becomes_a_mark_or_a_byte(make):
+    codec = loaded(make)
+    for text in [*SPECIAL, "<0x41>", f"a{SPECIAL[0]}b", "<<s>>"]:
+        ids = codec.encode(text)
+        assert (ids >= codec.special_ids).all() and codec.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: unigram(False), "cannot give its text back: 'The quick brown fox, 1234.5!' becomes"),
+        (folding, "cannot give its text back: 'The quick brown fox, 1234.5!' becomes 'the quick"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, make, reason):
+    make().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=reason) as caught:
+        load_tokenizer(str(tmp_path / "tokenizer.json"), SPECIAL)
+    assert "\n" not in str(caught.value)

@@ -47,6 +47,8 @@ class FakeView:
             token_T[chosen_T] = ids.code_ids[place_T[chosen_T] % ids.size]
         return token_T.astype(np.uint16)
 
+    weighted = False
+
     def read(self, doc_N, start_N, stop_N):
         return [self.tokens(d)[a:b] for d, a, b in zip(doc_N, start_N, stop_N, strict=True)]
 

@@ -1,6 +1,7 @@
 """Sources made up for tests, and settings for tiny stores."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,19 +23,19 @@ def write_rows(folder, rows):
     return str(folder)
 
 
-def make_source(folder, documents=300, pictures=12, seed=0):
-    """Text, pairs and interleaved documents in about equal number; `folder` is made."""
-    choice = random.Random(seed)
+def make_source(folder, documents=300, seed=0):
+    """Text, pairs and interleaved documents in about equal number, no picture twice; `folder` is made."""
+    choice, numbers = random.Random(seed), itertools.count()
     os.makedirs(folder, exist_ok=True)
-    for number in range(pictures):
-        pixels = np.random.default_rng(number).integers(0, 255, (9, 9, 3), np.uint8)
-        Image.fromarray(pixels).save(f"{folder}/{number}.png")
 
     def text():
         return {"text": " ".join(choice.choices(WORDS, k=choice.randint(2, 40)))}
 
     def picture():
-        return {"image": f"{choice.randrange(pictures)}.png"}
+        number = next(numbers)
+        pixels = np.random.default_rng(number).integers(0, 255, (9, 9, 3), np.uint8)
+        Image.fromarray(pixels).save(f"{folder}/{number}.png")
+        return {"image": f"{number}.png"}
 
     kinds = [lambda: [text()], lambda: [text(), picture()], lambda: [text(), picture(), text(), picture(), text()]]
     return write_rows(folder, [{"id": str(n), "segments": kinds[n % 3]()} for n in range(documents)])

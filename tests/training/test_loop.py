@@ -13,12 +13,14 @@ from runs import changed_batches, my_choice, parameters, records
 from tiny import tiny
 
 import moma_jax
+from moma_jax.batch import batch_of
 from moma_jax.cost import flops_per_token
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.profiler import profile_warnings
 from moma_jax.training import pretrain
+from moma_jax.training.step import masked_in
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_records_say_what_the_readme_promises(whole):
     assert threshold["gap_percent"] == pytest.approx(100 * (threshold["loss"] / choice["loss"] - 1))
     by_modality = {f"{n}_{m}" for n in ("tokens", "fill") for m in ("text", "image")}
     taken = {f"taken_{m}_{n}" for m in ("text", "image") for n in ("0", "1", "2plus")}
-    more = {"z_loss", "grad_norm", "grad_norm_router", "learning_rate", "tokens", "flops"}
+    more = {"z_loss", "masked", "grad_norm", "grad_norm_router", "learning_rate", "tokens", "flops"}
     more |= {
         f"{n}{g}{e}"
         for n, e in (("threshold_load_", ""), ("threshold_load_", "_least"), ("dropped_", ""))
@@ -79,7 +81,7 @@ def test_records_say_what_the_readme_promises(whole):
     assert found[1]["tokens"] >= 1.9 * train["tokens"]
     assert train["flops"] == pytest.approx(train["tokens"] * flops_per_token(whole[0]))
     assert sum(train[f"taken_text_{n}"] for n in ("0", "1", "2plus")) == pytest.approx(1)
-    assert 0 < train["fill_text"] <= 1
+    assert 0 < train["fill_text"] <= 1 and train["masked"] == 0
     assert {r["mfu"] for r in moma_jax.read_metrics(whole[0].run.dir) if r["kind"] == "train"} == {None}
 
 
@@ -247,3 +249,12 @@ def test_evaluation_sets_without_documents_are_found_before_training(tmp_path, m
     with pytest.raises(InputError, match="heldout: no held-out"):
         moma_jax.train(tiny(tmp_path / "a"), quiet=True)
     assert not (tmp_path / "a").exists()
+
+
+def test_masked_tokens_are_those_that_follow_and_have_no_weight():
+    """Not the first of a document, which nothing predicts, nor padding; a target has its weight one place before."""
+    segment_BS = np.array([[1, 1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    weight_BS = np.array([[0, 0, 1, 0, 0.5, 0, 0, 0], [1, 1, 1, 0, 1, 1, 1, 0]], np.float32)
+    other = np.zeros((2, 8), np.int32)
+    batch = batch_of(other, other, segment_BS, other, weight_BS, np.zeros(1, np.int8))
+    assert masked_in(batch).tolist() == [3, 11]

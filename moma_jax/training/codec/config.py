@@ -23,8 +23,8 @@ class PicturesConfig:
     """Which pictures, in which order."""
 
     source: str = ""
-    """A folder of pictures, a folder of Parquet with pairs, or a .jsonl file of documents, as `moma prepare` reads."""
-    kind: Literal["auto", "parquet", "folder", "jsonl"] = "auto"
+    """Pictures in folders, tars, Parquet or documents, as `moma prepare` reads them."""
+    kind: Literal["auto", "parquet", "tar", "folder", "jsonl"] = "auto"
     """What the source is; auto looks at it."""
     held_out: float = setting(0.05, least=0, below=1)
     """Share of pictures held out, by content hash, where the source has no split of its own."""

@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import pyarrow as pa
 from pyarrow import fs
 
 from moma_jax.errors import InputError
 
-SPLIT_WORDS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
-               "dev": "validation", "test": "test"}  # fmt: skip
+SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
+               "valid": "validation", "dev": "validation", "eval": "validation", "heldout": "validation",
+               "test": "test"}  # fmt: skip
 MAX_FILE_BYTES = 256 << 20
 """Largest picture or caption file that is read whole."""
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -28,30 +31,48 @@ class Folder:
     local: bool = False
 
     def files(self, *suffixes: str) -> list[tuple[str, int]]:
-        """Relative names and bytes of all files with one of these (lower-case) suffixes, sorted by name.
+        """Relative names and bytes of all files, or those with one of these (lower-case) suffixes, sorted by name.
 
         Linked directories are not entered.
         """
-        found = self._local_files(suffixes) if self.local else self._remote_files(suffixes)
-        return sorted(found)
+        found = self._local_files() if self.local else self._remote_files()
+        return sorted((name, size) for name, size in found if not suffixes or name.lower().endswith(suffixes))
 
-    def _local_files(self, suffixes: tuple[str, ...]) -> Iterable[tuple[str, int]]:
+    def _local_files(self) -> Iterable[tuple[str, int]]:
         for folder, _, names in os.walk(self.base, followlinks=False):
             for name in names:
                 path = os.path.join(folder, name)
-                if name.lower().endswith(suffixes):
-                    # A link that leads nowhere stays in the list: reading it will name it as broken.
-                    size = os.path.getsize(path) if os.path.exists(path) else 0
-                    yield os.path.relpath(path, self.base).replace(os.sep, "/"), size
+                # A link that leads nowhere stays in the list: reading it will name it as broken.
+                size = os.path.getsize(path) if os.path.exists(path) else 0
+                yield os.path.relpath(path, self.base).replace(os.sep, "/"), size
 
-    def _remote_files(self, suffixes: tuple[str, ...]) -> Iterable[tuple[str, int]]:
+    def _remote_files(self) -> Iterable[tuple[str, int]]:
         for info in self.filesystem.get_file_info(fs.FileSelector(self.base, recursive=True)):
-            if info.type == fs.FileType.File and info.path.lower().endswith(suffixes):
+            if info.type == fs.FileType.File:
                 yield posixpath.relpath(info.path, self.base), info.size
 
     def open(self, name: str):
         """The file as a seekable binary stream (pyarrow.NativeFile); raises OSError."""
         return self.filesystem.open_input_file(posixpath.join(self.base, name))
+
+    def stream(self, name: str):
+        """The file as a binary stream, unpacked where its name says that it is compressed; raises OSError."""
+        file = self.open(name)
+        if not is_packed(name):
+            return file
+        return pa.CompressedInputStream(file, COMPRESSIONS[posixpath.splitext(name.lower())[1]])
+
+    def damage(self, name: str) -> str:
+        """What is wrong with a compressed file, whose checksum stands at its end; "" where nothing is or can be."""
+        if not is_packed(name):
+            return ""
+        try:
+            with self.stream(name) as stream:
+                while stream.read(1 << 20):
+                    pass
+        except (OSError, pa.ArrowException) as error:
+            return first_line(error)
+        return ""
 
     def read(self, name: str) -> bytes:
         """The whole file; raises ValueError where the name leaves the folder (also by a link), OSError otherwise."""
@@ -59,7 +80,8 @@ class Folder:
         first = posixpath.normpath(name).split("/")[0]
         inside = not posixpath.isabs(name) and first != ".." and "\0" not in name
         if inside and self.local:
-            inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.base), ""))
+            real = os.path.realpath(path)
+            inside = any(real.startswith(os.path.join(os.path.realpath(home), "")) for home in self._homes())
         if not inside:
             raise ValueError(f"{name!r} leads out of the folder")
         if self.local and os.path.exists(path) and not os.path.isfile(path):
@@ -69,33 +91,45 @@ class Folder:
                 raise ValueError(f"{name!r} is larger than {MAX_FILE_BYTES >> 20} MiB")
             return file.read()
 
+    def _homes(self) -> list[str]:
+        """Where files may lie: the folder, and the blobs that a snapshot of the Hugging Face Hub's cache links to."""
+        above, _, below = self.base.rpartition("/snapshots/")
+        return [self.base, *([f"{above}/blobs"] if above and below else [])]
 
-def locate(path: str) -> tuple[Folder, str | None]:
+
+def is_packed(name: str) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return posixpath.splitext(name.lower())[1] in COMPRESSIONS
+
+
+def locate(path: str, option: str = "prepare.source") -> tuple[Folder, str | None]:
     """The folder at `path`, or the folder of the file at `path` and the file's name; raises InputError."""
     path = path.removeprefix("file://")
     try:
         local = "://" not in path
-        filesystem, base = (fs.LocalFileSystem(), os.path.abspath(path)) if local else fs.FileSystem.from_uri(path)
+        plain = os.path.abspath(os.path.expanduser(path)) if local else path
+        filesystem, base = (fs.LocalFileSystem(), plain) if local else fs.FileSystem.from_uri(path)
         kind = filesystem.get_file_info(base).type
     except (OSError, ValueError) as error:
-        raise InputError(f"prepare.source: cannot reach {path}: {first_line(error)}") from error
+        raise InputError(f"{option}: cannot reach {path}: {first_line(error)}") from error
     if kind == fs.FileType.Directory:
         return Folder(filesystem, base, local), None
     if kind == fs.FileType.File:
         folder, name = posixpath.split(base)
         return Folder(filesystem, folder, local), name
-    raise InputError(f'prepare.source: {path} does not exist; give a folder, a .jsonl or .parquet file, or "scenes"')
+    raise InputError(f'{option}: {path} does not exist; give a file or a folder, or "scenes" as a source')
 
 
 def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
     """The split of each file: "train", "validation", or None for all of them where no name says one.
 
-    A folder called train, validation, val, valid or dev, at any depth, decides for the files below it.
+    A folder called train, validation, val, valid, dev or eval, at any depth, decides for the files below it; so do
+    train2017, split=val and cc3m_train.
 
     Args:
       paths: relative to the source.
-      names: the first word of a file's name (train-00000-of-00001.parquet) decides as well. Not for pictures: a picture
-        called train.png may show one.
+      names: words of a file's name (train-00000-of-00001.parquet, cc3m-train-0.tar) decide as well. Not for pictures: a
+        picture called train.png may show one.
 
     Raises:
       InputError: a split test, two splits in one path, or names that say a split beside names that do not.
@@ -112,9 +146,8 @@ def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
 
 
 def _split(path: str, names: bool) -> str | None:
-    *words, name = path.lower().split("/")
-    if names:
-        words.append(re.split(r"[-_.]", name)[0])
+    *parts, name = path.lower().split("/")
+    words = [word for part in [*parts, *([name] if names else [])] for word in re.findall("[a-z]+", part)]
     found = sorted({SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS})
     if "test" in found:
         raise InputError(

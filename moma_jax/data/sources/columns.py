@@ -1,0 +1,103 @@
+"""Which column of a table, or key of a JSON object, holds what: by the usual names, by Arrow's types, or as told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pyarrow as pa
+
+from moma_jax.errors import InputError
+
+CAPTIONS = ("caption", "captions", "text", "texts", "txt", "prompt", "description", "alt_text", "sentence", "sentences")
+"""What people call the text beside a picture; capitals do not matter."""
+PICTURE_NAMES = ("image", "file_name", "image_path", "img", "picture")
+"""Keys of JSON lines and metadata that name a picture's file."""
+ADDRESSES = ("url", "image_url", "img_url", "image_urls", "urls")
+
+
+def chosen(names: Iterable[str], usual: Iterable[str], asked: str | None, option: str, where: str) -> str | None:
+    """The one of `names` that is meant: `asked`, or the only one with a usual name; None where there is none.
+
+    Raises:
+      InputError: there is no column `asked`, or several have usual names.
+    """
+    names, usual = list(names), set(usual)
+    if asked is not None:
+        if asked not in names:
+            raise InputError(f"{option}: {where} has no column {asked}; it has {', '.join(sorted(names))}")
+        return asked
+    found = [name for name in names if name.lower() in usual]
+    if len(found) > 1:
+        raise InputError(f"{where}: both {' and '.join(found)} may be meant; say which with {option}")
+    return found[0] if found else None
+
+
+def caption_column(schema: pa.Schema, asked: str | None, where: str) -> str | None:
+    """The column of text, or of lists of text."""
+    textual = {f.name: f.type for f in schema if is_text(item_of(f.type))}
+    if asked is not None and asked not in textual:
+        textual |= {f.name: f.type for f in schema if is_bytes(f.type)}  # UTF-8 that was written as bytes
+        if asked in schema.names and asked not in textual:
+            raise InputError(f"--caption-column: {asked} of {where} holds {schema.field(asked).type}, which is no text")
+        if asked not in textual:
+            raise InputError(f"--caption-column: {where} has no column {asked}; it has {', '.join(schema.names)}")
+    return chosen(textual, CAPTIONS, asked, "--caption-column", where)
+
+
+def image_column(schema: pa.Schema, asked: str | None, where: str) -> str | None:
+    """The column of pictures: bytes of files, or structs {bytes, path}."""
+    kinds = {f.name: f.type for f in schema}
+    if asked is not None and asked not in kinds:
+        raise InputError(f"--image-column: {where} has no column {asked}; it has {', '.join(schema.names)}")
+    if asked is not None and not is_picture(kinds[asked]):
+        raise InputError(f"--image-column: {asked} of {where} holds {kinds[asked]}, which are no pictures' bytes")
+    pictures = [name for name, kind in kinds.items() if is_picture(kind)]
+    if asked is None and len(pictures) > 1:
+        raise InputError(f"{where}: both {' and '.join(pictures)} hold bytes; say which with --image-column")
+    return asked or (pictures[0] if pictures else None)
+
+
+# Arrow's types --------------------------------------------------------------------------------------------------------
+
+
+def _any_of(*names: str) -> Callable[[pa.DataType], bool]:
+    tests = [getattr(pa.types, f"is_{name}") for name in names if hasattr(pa.types, f"is_{name}")]
+    return lambda kind: any(test(kind) for test in tests)
+
+
+is_list = _any_of("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+_is_string = _any_of("string", "large_string", "string_view")
+_is_binary = _any_of("binary", "large_binary", "binary_view", "fixed_size_binary")
+
+
+def item_of(kind: pa.DataType) -> pa.DataType:
+    """What a list is of, whatever the kind of list; the type itself of what is no list."""
+    return kind.value_type if is_list(kind) else kind
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without Arrow's ways of saying equal values once."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(kind.storage_type)
+    return _plain(kind.value_type) if _any_of("dictionary", "run_end_encoded")(kind) else kind
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values are text."""
+    return _is_string(_plain(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether values are bytes."""
+    return _is_binary(_plain(kind))
+
+
+def is_picture(kind: pa.DataType) -> bool:
+    """Whether values may be pictures' files: bytes, or a struct with bytes as Hugging Face's datasets write it."""
+    kind = _plain(kind)
+    return is_bytes(kind) or any(name == "bytes" and is_bytes(field) for name, field in fields_of(kind).items())
+
+
+def fields_of(kind: pa.DataType) -> dict[str, pa.DataType]:
+    """Fields of a struct by name; {} of anything else."""
+    return {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if pa.types.is_struct(kind) else {}
