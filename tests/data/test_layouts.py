@@ -97,10 +97,10 @@ def test_tars_follow_splits_and_name_what_is_broken(tmp_path):
         "cc3m-validation-0000.tar:x": ("validation", "an x"),
         "cc3m-validation-0000.tar:y#0": ("validation", "y"),
         "cc3m-validation-0000.tar:y#1": ("validation", "why"),
-        "cc3m-validation-0000.tar:w": ("validation", "text alone"),
     }
     reasons = {name.split(":")[1]: reason for name, reason in broken.items()}
     assert reasons["b"] == "was not downloaded: HTTP Error 404: Not Found"
+    assert reasons["w"] == "has no picture"
     assert reasons["z"] == "its caption is missing or empty"
     assert reasons["two"] == "has .png besides; name its picture with --image-column"
     assert reasons["npy"] == "has .npy besides; name its picture with --image-column"
@@ -110,6 +110,16 @@ def test_tars_follow_splits_and_name_what_is_broken(tmp_path):
         (tmp_path / name).unlink()
     documents, _ = everything(opened(tmp_path, image_column="png"))
     assert {d.id.split(":")[1] for d in documents} == {"two", "y#0", "y#1"}
+
+
+def test_a_tar_without_pictures_is_refused(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        for n in range(3):
+            writer.write({"__key__": f"{n}", "txt": b"a caption"})
+    assert "a.tar:0: has no picture; check that a.tar is a tar of samples" in refused(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    assert "a.tar holds no samples" in refused(tmp_path)
 
 
 def damaged(content: bytes, how: str) -> bytes:

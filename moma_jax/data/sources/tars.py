@@ -1,7 +1,7 @@
 """WebDataset tars, as img2dataset writes them: a sample is the run of members that share a name up to its first dot.
 
-A sample is a pair (KEY.jpg and KEY.txt, or a caption in KEY.json), or text alone (KEY.txt). KEY.json may give split,
-group, source and weight besides. A sample of img2dataset whose download failed has no picture and is broken.
+A sample is a pair: KEY.jpg and KEY.txt, or a caption in KEY.json, which may give split, group, source and weight
+besides. A sample without a picture, such as one of img2dataset whose download failed, is broken.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ class TarSource:
             )
         if not pictures and about.get("status") not in (None, "success"):
             raise Refused(f"was not downloaded: {str(about.get('error_message') or about['status'])[:80]}")
-        if not pictures and (self.suffix is not None or "url" in about):
+        if not pictures:
             raise Refused(f"has no picture {self.suffix or ''}".rstrip())
         captions = self._captions(members, about)
-        if not captions and (self.captions or not pictures):
+        if not captions and self.captions:
             raise Refused("its caption is missing or empty")
         shown = [Picture(members[suffix]) for suffix in pictures]
         return [[Text(caption), *shown] for caption in captions] or [shown], facts
