@@ -147,3 +147,14 @@ def test_the_corpus_is_read_whole():
         ("interleaved", "validation"): 160,
     }
     assert pictures == {"train": 7764 + 11958, "validation": 401 + 609}
+
+
+def test_ids_of_pairs_that_interleaved_documents_name_must_be_unique(tmp_path):
+    """Shards that each count from 0 would give documents the picture of another shard."""
+    small_corpus(tmp_path)
+    write_parquet(
+        tmp_path / "pairs" / "train-00001-of-00002.parquet",
+        {"id": ["train/0"], "image": [png(9)], "caption": ["another"]},
+    )
+    with pytest.raises(InputError, match="two pairs have the id 'train/0', the second in pairs/train-00001"):
+        everything(opened(tmp_path))

@@ -1,6 +1,7 @@
 """`moma prepare`: the same bytes whatever happens on the way, and clear refusals."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -17,9 +18,10 @@ from small_stores import files_of, make_source, settings, write_rows
 
 from moma_jax.codec.folder import write_codec
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
+from moma_jax.data import fit
 from moma_jax.data import prepare as prepare_lib
 from moma_jax.data.directory import Directory
-from moma_jax.data.parts import PartWriter
+from moma_jax.data.parts import Column, PartWriter
 from moma_jax.data.prepare import prepare
 from moma_jax.data.store import KINDS, open_store, require_same_codecs
 from moma_jax.errors import InputError, RunError
@@ -60,7 +62,7 @@ def test_killed_process_goes_on_to_the_same_bytes(source, made, tmp_path):
     out = str(tmp_path / "store")
     script = """if True:
         import sys, time
-        from moma_jax.data.parts import PartWriter
+        from moma_jax.data.parts import Column, PartWriter
         from moma_jax.data.prepare import prepare
         from small_stores import settings
         append = PartWriter.append
@@ -362,3 +364,33 @@ def test_text_alone_and_nothing_at_all(tmp_path, capsys):
     assert store.view("all", "validation").documents == 0
     with pytest.raises(InputError, match="no usable training document"):
         prepare(settings(write_rows(tmp_path / "empty", [])), str(tmp_path / "b"), progress=False)
+
+
+def test_a_run_of_letters_without_spaces_is_cut_for_the_tokenizer(tmp_path):
+    """The time of a BPE's training grows with the square of a word's length."""
+    texts = ["a b", "x" * 1000, " " * 300, "no spaces" + "\u6f22" * 600 + " end"]
+    pieces = [piece for text in texts for piece in fit._pieces(text)]
+    assert "".join(pieces) == "".join(texts) and pieces[0] == "a b"
+    assert max(len(word) for piece in pieces for word in piece.split(" ")) <= fit.LONGEST_WORD
+    rows = [{"segments": [{"text": "".join(random.Random(0).choices("ACGT", k=100_000))}]}] * 2
+    rows += [{"segments": [{"text": f"a line number {n}"}]} for n in range(50)]
+    store = str(tmp_path / "store")
+    assert (
+        prepare(settings(write_rows(tmp_path / "source", rows), held_out=0), store, progress=False)["documents"] == 52
+    )
+
+
+def test_a_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "source", documents=30)
+    real, calls = Column._store, itertools.count()
+
+    def full(self, value_N, stop):
+        if next(calls) == 9:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device")
+        real(self, value_N, stop)
+
+    monkeypatch.setattr(Column, "_store", full)
+    with pytest.raises(InputError, match="cannot be written: the disk is full; run it again") as caught:
+        prepare(settings(source), str(tmp_path / "store"), progress=False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "store" / "manifest.json").exists()
+    assert prepare(settings(source), str(tmp_path / "store"), progress=False)["documents"] == 30

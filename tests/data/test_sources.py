@@ -94,6 +94,8 @@ def test_splits_are_read_from_names_at_any_depth():
     assert splits(["train.png", "b.png"], names=False) == {"train.png": None, "b.png": None}
     names = ["text/train-00000-of-00001.parquet", "valid.parquet", "val_0.parquet", "a/dev.b.parquet"]
     assert list(splits(names, names=True).values()) == ["train", "validation", "validation", "validation"]
+    names = ["cc3m-train-0.tar", "cc3m-validation-0.tar", "train2017/a.png", "val2017/b.png", "split=val/c.parquet"]
+    assert list(splits(names, names=True).values()) == ["train", "validation", "train", "validation", "validation"]
     for paths, word in [
         (["train-0.parquet", "other.parquet"], "train-0.parquet names its split, other.parquet does not; name every"),
         (["train/a.parquet", "test-0.parquet"], "test-0.parquet is of the split test, .*; move it out"),
