@@ -50,13 +50,14 @@ def ordered_map(function: Callable, items: Iterable) -> Iterator:
 
 @dataclass
 class Sample:
-    """Training texts, training pictures as pixels (side, side, 3), whether anything but text was seen, and what the
-    first broken document suffers from."""
+    """Training texts, training pictures as pixels (side, side, 3), whether anything but text was seen, what the first
+    broken document suffers from, and why a picture was left out."""
 
     texts: list[str] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
     beyond_text: bool = False
     broken: str = ""
+    left_out: str = ""
 
 
 def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | None, look: Callable) -> Codecs:
@@ -132,6 +133,11 @@ def _image_codec(config: PrepareConfig, sample: Sample) -> Codec | None:
             )
         return codec
     if not sample.pictures:
+        if sample.left_out:
+            raise InputError(
+                f"prepare.source: no picture is left to fit the palette on, as {sample.left_out} are left out; widen "
+                "prepare.min_side or prepare.max_aspect"
+            )
         return None
     return fit_palette(sample.pictures, config.image_side, config.colours, config.seed)
 
@@ -173,7 +179,7 @@ def take_sample(source, config: PrepareConfig, look: Callable) -> Sample:
 
     for looked, found in enumerate(ordered_map(read, order), 1):
         sample.beyond_text |= found.beyond_text
-        sample.broken = sample.broken or found.broken
+        sample.broken, sample.left_out = sample.broken or found.broken, sample.left_out or found.left_out
         if wanted and characters < SAMPLE_CHARACTERS:
             sample.texts += found.texts
             characters += sum(map(len, found.texts))
@@ -206,7 +212,9 @@ def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Samp
                         read = read_picture(image, config.image_side, *wanted[:3])
                     except BrokenPicture:
                         continue  # prepare counts and names it
-                    if not wanted.refused(read.width, read.height):
+                    if reason := wanted.refused(read.width, read.height):
+                        sample.left_out = reason
+                    else:
                         sample.pictures.append(read.pixels_HW3)
                 case Codes():
                     sample.beyond_text = True

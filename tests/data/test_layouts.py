@@ -369,12 +369,13 @@ def test_lines_with_pictures_and_weights(tmp_path):
         {"segments": [{"text": "question", "weight": 0}, {"image": "a.png"}, {"text": "answer"}]},
         {"segments": [{"text": "both", "image": "a.png"}]},
         {"text": "negative", "weight": -1},
+        {"text": "beyond any float", "weight": 10**400},
         {"something": "else"},
     ]
     write_lines(tmp_path / "docs.jsonl", rows)
     documents, broken = everything(opened(tmp_path))
     assert [[s.weight for s in d.segments] for d in documents] == [[0.5, 0.5], [0.5, 0.5], [0, 1, 1]]
-    assert len(broken) == 3 and any("weight is -1" in reason for reason in broken.values())
+    assert len(broken) == 4 and any("weight is '-1'" in reason for reason in broken.values())
 
 
 def test_ready_codes_of_other_projects(tmp_path):

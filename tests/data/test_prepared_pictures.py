@@ -210,6 +210,9 @@ def test_the_share_of_pairs_with_the_picture_first(tmp_path, share):
 
 
 def test_bad_settings_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="no picture is left to fit the palette on, as pictures smaller than min_side"):
+        store_of(tmp_path, {"image": [encoded(noise(0))], "caption": ["a"]}, held_out=0, min_side=100)
+    assert not (tmp_path / "store").exists()
     for changes, line in [({"ground": "white"}, "prepare.ground: 'white' is not #rrggbb")]:
         with pytest.raises(InputError, match=line):
             store_of(tmp_path, {"image": [encoded(noise(0))], "caption": ["a"]}, held_out=0, **changes)

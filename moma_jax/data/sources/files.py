@@ -53,7 +53,10 @@ class Folder:
 
     def open(self, name: str):
         """The file as a seekable binary stream (pyarrow.NativeFile); raises OSError."""
-        return self.filesystem.open_input_file(posixpath.join(self.base, name))
+        path = posixpath.join(self.base, name)
+        if self.local and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(f"{name!r} is no regular file")  # reading a pipe would wait for ever
+        return self.filesystem.open_input_file(path)
 
     def stream(self, name: str):
         """The file as a binary stream, unpacked where its name says that it is compressed; raises OSError."""
@@ -84,9 +87,7 @@ class Folder:
             inside = any(real.startswith(os.path.join(os.path.realpath(home), "")) for home in self._homes())
         if not inside:
             raise ValueError(f"{name!r} leads out of the folder")
-        if self.local and os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{name!r} is no regular file")  # reading a pipe would wait for ever
-        with self.filesystem.open_input_file(path) as file:
+        with self.open(name) as file:
             if file.size() > MAX_FILE_BYTES:
                 raise ValueError(f"{name!r} is larger than {MAX_FILE_BYTES >> 20} MiB")
             return file.read()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from moma_jax.errors import InputError
 
 MISSING = "pictures that the folder of pictures has not"
 """What a document lacks that was read without some of its pictures."""
+MOST_WEIGHT = 1e6
 INTERLEAVED = {"texts", "images"}, {"text_list", "image_info"}
 """Keys of documents that name pictures kept elsewhere."""
 
@@ -154,8 +154,8 @@ def weight_of(row: dict) -> float:
     weight = row.get("weight")
     if weight is None:
         return 1.0
-    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-        raise Refused(f"weight is {weight!r}, not a number of at least 0")
+    if type(weight) not in (int, float) or not 0 <= weight <= MOST_WEIGHT:
+        raise Refused(f"weight is {str(weight)[:40]!r}, not a number from 0 to {MOST_WEIGHT:g}")
     return float(weight)
 
 
