@@ -83,9 +83,10 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 def limited(function, *arguments):
-    """What a function says in a process of its own with little memory."""
-    here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_run, args=(there, function, arguments))
+    """What a function says in a process of its own with little memory; a fresh one, as JAX reserves more than that."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(there, function, arguments))
     process.start()
     there.close()
     try:
