@@ -264,6 +264,16 @@ def test_an_image_folder_with_metadata(tmp_path, kind):
     }
 
 
+def test_a_picture_whose_first_caption_is_empty_is_broken_and_two_tables_are_refused(tmp_path):
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,\n0.png,a\n1.png,b\n")
+    documents, broken = everything(opened(tmp_path))
+    assert [d.id for d in documents] == ["1.png"] and "caption is missing" in broken["0.png"]
+    write_lines(tmp_path / "metadata.jsonl", [{"file_name": "0.png", "text": "c"}])
+    assert "the folder has both metadata.csv and metadata.jsonl; move one away" in refused(tmp_path)
+
+
 def test_a_snapshot_of_the_hubs_cache(tmp_path):
     """Every file is a link to ../../blobs/HASH, and nothing else may be reached so."""
     hub = tmp_path / "datasets--me--set"

@@ -51,6 +51,11 @@ class FolderSource:
             raise InputError(
                 f"prepare.source: {tables[0]} and {sorted(described)[0]}.txt both have captions; move one kind away"
             )
+        homes = [posixpath.dirname(table) for table in tables]
+        if twice := sorted({home for home in homes if homes.count(home) > 1}):
+            raise InputError(
+                f"prepare.source: {twice[0] or 'the folder'} has both {' and '.join(METADATA)}; move one away"
+            )
         self.rows = {k: v for table in tables for k, v in _metadata(folder, table, caption).items()} if tables else None
         self.lost = sorted(set(self.rows or ()) - {path for path, _ in files})
         if self.rows is None:
@@ -144,7 +149,8 @@ def _metadata(folder: Folder, path: str, caption: str | None) -> dict[str, dict]
         name = posixpath.normpath(posixpath.join(posixpath.dirname(path), str(row.get(named))))
         text = row.get(column) if column else None
         if name in found:  # another caption of the same picture
-            found[name]["caption"] = [*captions_in(found[name]["caption"]), text]
+            before = found[name]["caption"]
+            found[name]["caption"] = [*(before if isinstance(before, list) else [before]), text]
         else:
             found[name] = {**row, "caption": text}
     return found
