@@ -153,7 +153,7 @@ def test_duplicates_are_counted_and_dropped_where_asked(tmp_path):
     pixels = [noise(n) for n in range(30)]
     files = [encoded(p) for p in pixels] + [encoded(p, compress_level=0) for p in pixels[:10]]
     captions = [[f"{n}", f"{n} again"] if n == 3 else [f"{n}"] for n in range(40)]
-    columns = {"image": files, "caption": captions, "split": ["train"] * 40}
+    columns = {"image": files, "caption": captions, "split": ["train"] * 40, "id": [n % 30 for n in range(40)]}
     manifest, _ = store_of(tmp_path, columns)
     assert manifest["documents"] == 41 and manifest["pictures"]["distinct"] == 30
     manifest, store = store_of(tmp_path, columns, "without", drop_duplicates=True)

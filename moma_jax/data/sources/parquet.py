@@ -173,7 +173,7 @@ class ParquetSource:
                 yield from self._documents(file, row, row_id, pictures)
 
     def _documents(self, file: _File, row: dict, row_id: str, pictures: dict) -> Iterator[Document | Broken]:
-        row_id = printable(str(row["id"])) if row.get("id") not in (None, "") else row_id
+        place, row_id = row_id, printable(str(row["id"])) if row.get("id") not in (None, "") else row_id
         try:
             facts = facts_of(row, self.name, file.split)
             if file.collection == "interleaved":
@@ -185,7 +185,7 @@ class ParquetSource:
         except (OSError, ValueError) as error:
             yield Broken(row_id, first_line(error))
             return
-        yield from assembled(row_id, alternatives, facts)
+        yield from assembled(row_id, alternatives, facts, place=place)
 
     def _picture(self, file: _File, image: Any) -> Picture:
         """A picture of bytes, or of a struct {bytes, path}: a file beside the table where there are no bytes."""

@@ -82,6 +82,7 @@ def documents_of(
       row: the row by column, or a line's JSON. row_id: its id where it has none.
       split: of its file. read: the bytes of a picture file by its path beside the row's file; None: there are none.
     """
+    place = row_id
     try:
         if not isinstance(row, dict):
             raise Refused("not an object")
@@ -93,17 +94,23 @@ def documents_of(
     except (OSError, ValueError) as error:
         yield Broken(row_id, first_line(error))
         return
-    yield from assembled(row_id, alternatives, about, left_out)
+    yield from assembled(row_id, alternatives, about, left_out, place)
 
 
 def assembled(
-    row_id: str, alternatives: list[list[Segment]], about: Facts, left_out: tuple[str, ...] = ()
+    row_id: str,
+    alternatives: list[list[Segment]],
+    about: Facts,
+    left_out: tuple[str, ...] = (),
+    place: str | None = None,
 ) -> Iterator[Document | Broken]:
-    """A document of each list of segments; empty texts are left out of them, and a document of nothing is broken."""
+    """A document of each list of segments; empty texts are left out of them, and a document of nothing is broken.
+
+    `place` tells a row from every other of the source, as its id may not; None: its id does."""
     for number, segments in enumerate(alternatives):
         own_id = row_id if len(alternatives) == 1 else f"{row_id}#{number}"
         try:
-            yield _document(own_id, row_id, segments, about, left_out)
+            yield _document(own_id, place or row_id, segments, about, left_out)
         except ValueError as error:
             yield Broken(own_id, first_line(error))
 
