@@ -25,7 +25,7 @@ class Reader:
     """Turns plans into batches.
 
     Args:
-      views: stores' views, with `read(doc_N, start_N, stop_N)`.
+      views: stores' views, with `weighted` and `read(doc_N, start_N, stop_N, array)`.
       frame: the room of a group.
       rows: rows of a batch on this host.
       vocabulary: says the padding id, and which id is of which modality.
@@ -36,31 +36,26 @@ class Reader:
 
     def packed(self, plan: Plan) -> Packed:
         """Reads and assembles a planned batch."""
-        store_N, document_N, start_N, stop_N, length_N, row_N = plan.piece_N6.T
-        tokens: list[Any] = [None] * len(store_N)
-        weights: list[Any] = [None] * len(store_N)
+        _, _, start_N, stop_N, _, row_N = plan.piece_N6.T
+        tokens = self._read(plan.piece_N6, "tokens")
+        weighted = any(view.weighted for view in self._views)
+        weights = self._read(plan.piece_N6, "weights") if weighted else None
+        ids = self._vocabulary.pad, self._vocabulary.modality_V
+        batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, *ids, weights)
+        return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
+
+    def _read(self, piece_N6: np.ndarray, array: str) -> list[np.ndarray]:
+        """Tokens or weights of all pieces, each with the next of its document where there is one."""
+        store_N, document_N, start_N, stop_N, length_N, _ = piece_N6.T
+        values: list[Any] = [None] * len(store_N)
         ahead_N = np.minimum(stop_N + 1, length_N)
         for store, view in enumerate(self._views):
             place_K = np.flatnonzero(store_N == store)
             if len(place_K):
-                wanted = document_N[place_K], start_N[place_K], ahead_N[place_K]
-                for place, token_T in zip(place_K.tolist(), view.read(*wanted), strict=True):
-                    tokens[place] = token_T
-                if view.weighted:
-                    for place, weight_T in zip(place_K.tolist(), view.read(*wanted, "weights"), strict=True):
-                        weights[place] = weight_T
-        ids = self._vocabulary.pad, self._vocabulary.modality_V
-        weighted = [w if w is not None else np.ones(len(t), np.float32) for w, t in zip(weights, tokens, strict=True)]
-        batch = assemble(
-            tokens,
-            stop_N - start_N,
-            row_N,
-            self._rows,
-            self._frame.sequence,
-            *ids,
-            weights=None if all(w is None for w in weights) else weighted,
-        )
-        return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
+                found = view.read(document_N[place_K], start_N[place_K], ahead_N[place_K], array)
+                for place, value_T in zip(place_K.tolist(), found, strict=True):
+                    values[place] = value_T
+        return values
 
 
 def assemble(
@@ -94,7 +89,7 @@ def assemble(
     source_T = np.flatnonzero(keep_R)
     last_N = np.cumsum(size_N) - 1
     weight_T = np.ones(len(source_T), np.float32)
-    if weights:
+    if weights is not None:
         weight_T = np.concatenate([*weights, [0]]).astype(np.float32)[source_T + 1]
     weight_T[last_N[~continued_N]] = 0
     target_T = token_R[source_T + 1]

@@ -118,9 +118,14 @@ def _ends(content: bytes) -> bytes:
     return len(content).to_bytes(8) + content[:END_BYTES] + content[-END_BYTES:]
 
 
+def hash_bits(content: bytes) -> int:
+    """64 bits that depend on the content alone."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8])
+
+
 def hash_share(content: bytes) -> float:
     """A number in [0, 1) that depends on the content alone."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
+    return hash_bits(content) / 2**64
 
 
 def arrange(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:

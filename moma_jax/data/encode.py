@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 
 from moma_jax.codec.pictures import BrokenPicture, Read, colour_of, read_picture
 from moma_jax.config import PrepareConfig
-from moma_jax.data.documents import Broken, Codes, Document, Picture, Text, content_hash, is_held_out
+from moma_jax.data.documents import Broken, Codes, Document, Picture, Text, content_hash, hash_bits, is_held_out
 from moma_jax.data.parts import KINDS, Encoded
 from moma_jax.errors import InputError
 from moma_jax.vocab import ModalityIds, Vocabulary
@@ -47,13 +46,15 @@ class Pictures(NamedTuple):
         except ValueError as error:
             raise InputError(f"prepare.ground: {error}") from error
 
-    def refused(self, width: int, height: int) -> str:
-        """Why a picture is left out, "" where it is not."""
-        if min(width, height) < self.min_side:
+    def read(self, image: bytes | np.ndarray, side: int) -> Read | str:
+        """A picture at `side`, or why it is left out; raises BrokenPicture."""
+        read = read_picture(image, side, self.crop, self.ground, self.seed)
+        short, long = sorted((read.width, read.height))
+        if short < self.min_side:
             return "pictures smaller than min_side"
-        if self.max_aspect and max(width, height) > self.max_aspect * min(width, height):
+        if self.max_aspect and long > self.max_aspect * short:
             return "pictures longer than max_aspect"
-        return ""
+        return read
 
     def refused_caption(self, caption: str) -> str:
         """Why a pair with this caption is left out, "" where it is not."""
@@ -153,12 +154,10 @@ class Encoder:
         return found
 
     def _read(self, image) -> Read | str | BrokenPicture:
-        wanted = self._pictures
         try:
-            read = read_picture(image, self._image.side, *wanted[:3])
+            return self._pictures.read(image, self._image.side)
         except BrokenPicture as error:
             return error
-        return wanted.refused(read.width, read.height) or read
 
     def _draft(self, document: Document) -> _Draft:
         """All that is known of a document without its tokens.
@@ -193,13 +192,13 @@ class Encoder:
                 continue
             if isinstance(segment, Picture) and not isinstance(own, BrokenPicture):
                 own, pixels = own
-                keys.append((pixels, _bits(np.ascontiguousarray(own, "<i4").tobytes())))
+                keys.append((pixels, hash_bits(np.ascontiguousarray(own, "<i4").tobytes())))
             segments.append(segment)
             kept.append(own)
         if not segments:
             raise _Filtered("documents of nothing but such pictures")
         tokens = self._tokens(segments, kept)
-        return Encoded(*draft[1:6], *tokens, [(*key, _bits(draft.row.encode())) for key in keys])
+        return Encoded(*draft[1:6], *tokens, [(*key, hash_bits(draft.row.encode())) for key in keys])
 
     def _tokens(self, segments: list, ready: list) -> tuple[np.ndarray, list[tuple[int, int]], np.ndarray | None]:
         """Tokens, spans and weights of one document; raises ValueError with the reason where it is broken.
@@ -247,11 +246,6 @@ class Encoder:
                 raise InputError(f"source: codes of modality {segment.modality!r}, which the vocabulary has not")
             return index, _checked(own, self._vocabulary.modalities[index])
         return self._modality["image"], own
-
-
-def _bits(content: bytes) -> int:
-    """64 bits of a hash."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8])
 
 
 def _checked(codes, modality: ModalityIds) -> np.ndarray:

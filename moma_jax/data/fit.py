@@ -14,7 +14,7 @@ import numpy as np
 from moma_jax.codec import Codec
 from moma_jax.codec.folder import open_codec
 from moma_jax.codec.palette import fit_palette
-from moma_jax.codec.pictures import BrokenPicture, read_picture
+from moma_jax.codec.pictures import BrokenPicture
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
 from moma_jax.data.documents import Broken, Codes, Picture, Text, is_held_out
 from moma_jax.data.encode import Pictures
@@ -209,11 +209,11 @@ def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Samp
                     if not pictures or len(sample.pictures) >= SAMPLE_PICTURES:
                         continue
                     try:
-                        read = read_picture(image, config.image_side, *wanted[:3])
+                        read = wanted.read(image, config.image_side)
                     except BrokenPicture:
                         continue  # prepare counts and names it
-                    if reason := wanted.refused(read.width, read.height):
-                        sample.left_out = reason
+                    if isinstance(read, str):
+                        sample.left_out = read
                     else:
                         sample.pictures.append(read.pixels_HW3)
                 case Codes():

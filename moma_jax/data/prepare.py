@@ -21,8 +21,7 @@ from moma_jax.data.engines import in_processes, on_ray
 from moma_jax.data.fit import fit_codecs, ordered_map, require_modalities
 from moma_jax.data.parts import FORMAT_VERSION, PartWriter, part_name
 from moma_jax.data.progress import PrepareProgress
-from moma_jax.data.sources import open_source, open_with_rest
-from moma_jax.data.sources.lookup import Lookup
+from moma_jax.data.sources import Opened, open_source, open_with_rest
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
 from moma_jax.fields import read
@@ -94,7 +93,7 @@ def prepare(
     layout = () if config.vocabulary is None else open_store(config.vocabulary).vocabulary.modalities
     layout = tuple(modalities) if modalities is not None else tuple(layout)
     opened = open_with_rest(config, layout)
-    source, content = opened.source, _made_from(config, opened.source, n)
+    source, content = opened.source, _made_from(config, opened, n)
     with PrepareProgress(progress) as bar:
         if opened.unread:
             bar.say(f"not read: {opened.unread}")
@@ -174,16 +173,16 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     return settings
 
 
-def _made_from(config: PrepareConfig, source, parts: int) -> dict[str, Any]:
+def _made_from(config: PrepareConfig, opened: Opened, parts: int) -> dict[str, Any]:
     """The content of settings.json."""
     return {
         "format_version": FORMAT_VERSION,
         "source": config.source,
         "settings": _settings(config),
-        "fingerprint": source.fingerprint(),
-        "images": None if config.images is None else Lookup(config.images, config.image_map).fingerprint(),
+        "fingerprint": opened.source.fingerprint(),
+        "images": None if opened.lookup is None else opened.lookup.fingerprint(),
         "parts": parts,
-        "units": source.units(),
+        "units": opened.source.units(),
     }
 
 

@@ -49,7 +49,7 @@ class FakeView:
 
     weighted = False
 
-    def read(self, doc_N, start_N, stop_N):
+    def read(self, doc_N, start_N, stop_N, array="tokens"):
         return [self.tokens(d)[a:b] for d, a, b in zip(doc_N, start_N, stop_N, strict=True)]
 
 

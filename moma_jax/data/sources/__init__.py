@@ -29,7 +29,7 @@ from moma_jax.data.sources.rows import CodesRule, Layout
 from moma_jax.data.sources.tars import TARS, TarSource
 from moma_jax.errors import InputError
 
-__all__ = ["CodesRule", "Opened", "open_source", "open_with_rest"]
+__all__ = ["Opened", "open_source", "open_with_rest"]
 
 SUFFIXES = {"parquet": (".parquet",), "tar": TARS, "jsonl": LINES, "folder": PICTURES}
 """Files of each kind of source."""
@@ -55,10 +55,12 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Opened:
-    """A source, and the files beside it that are not read, in words; "" where all are."""
+    """A source, the files beside it that are not read, in words ("" where all are), and what finds the pictures that
+    its documents name (None where they name none)."""
 
     source: Any
     unread: str
+    lookup: Lookup | None
 
 
 def open_source(prepare: PrepareConfig, modalities=(), captions: bool = True):
@@ -78,34 +80,35 @@ def open_with_rest(prepare: PrepareConfig, modalities=(), captions: bool = True)
     Raises:
       InputError: nothing there, nothing readable in it, several kinds of data, or codes without their size declared.
     """
+    lookup = None if prepare.images is None else Lookup(prepare.images, prepare.image_map)
     if prepare.kind == "scenes" or (prepare.kind == "auto" and prepare.source == "scenes"):
-        return Opened(ScenesSource(prepare.documents, prepare.seed, prepare.image_side), "")
+        return Opened(ScenesSource(prepare.documents, prepare.seed, prepare.image_side), "", lookup)
     folder, only = locate(prepare.source)
-    listing = [(name, size) for name, size in folder.files() if only in (None, name)]
+    everything = folder.files()
+    listing = [(name, size) for name, size in everything if only in (None, name)]
     files = {kind: _with(listing, suffixes) for kind, suffixes in SUFFIXES.items()}
     kind = _kind(folder, files, listing, prepare)
     if kind == "folder" and only is not None:  # its caption lies beside it
         stem = posixpath.splitext(only)[0]
-        listing = [(n, size) for n, size in folder.files() if n in (only, f"{stem}.txt")]
+        listing = [(n, size) for n, size in everything if n in (only, f"{stem}.txt")]
     label = posixpath.basename(posixpath.normpath(prepare.source))
-    source, used = _open(kind, label, folder, files, listing, prepare, modalities, captions)
-    if prepare.images is None and prepare.image_map is not None:
-        raise InputError("prepare.image_map: maps addresses to pictures of prepare.images, which is not given")
-    return Opened(source, _unread(listing, used, prepare))
-
-
-def _open(kind: str, label: str, folder: Folder, files, listing, prepare: PrepareConfig, modalities, captions: bool):
-    """(the source of a kind, names of the files that it reads)."""
-    rules = _rules(prepare, modalities) if kind == "codes" else {}
-    lookup = None if prepare.images is None else Lookup(prepare.images, prepare.image_map)
     layout = Layout(
         label,
         prepare.caption_column,
         prepare.image_codes_column,
-        rules,
+        _rules(prepare, modalities) if kind == "codes" else {},
         None if lookup is None else lookup.read,
         prepare.missing_pictures == "skip",
     )
+    source, used = _open(kind, layout, folder, files, listing, prepare, captions)
+    if prepare.images is None and prepare.image_map is not None:
+        raise InputError("prepare.image_map: maps addresses to pictures of prepare.images, which is not given")
+    return Opened(source, _unread(listing, used, prepare), lookup)
+
+
+def _open(kind: str, layout: Layout, folder: Folder, files, listing, prepare: PrepareConfig, captions: bool):
+    """(the source of a kind, names of the files that it reads)."""
+    label = layout.source
     if kind == "codes":
         kind = "parquet" if files["parquet"] else "jsonl"
     if kind not in files or not files[kind]:
@@ -119,13 +122,13 @@ def _open(kind: str, label: str, folder: Folder, files, listing, prepare: Prepar
             mine = [*mine, *about]
         case "tar":
             source = TarSource(label, folder, mine, prepare.caption_column, prepare.image_column, captions)
+            source.require_known()
         case "jsonl":
             source = JsonlSource(label, folder, mine, layout)
+            source.require_known()
             mine = [*mine, *files["folder"]]  # which its lines name
         case "parquet":
             source = ParquetSource(label, folder, mine, layout, prepare.image_column, captions)
-    if hasattr(source, "require_known"):
-        source.require_known()
     return source, {name for name, _ in mine}
 
 

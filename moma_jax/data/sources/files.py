@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
 import os
 import posixpath
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 from pyarrow import fs
@@ -29,6 +32,7 @@ class Folder:
     filesystem: fs.FileSystem
     base: str
     local: bool = False
+    _damages: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def files(self, *suffixes: str) -> list[tuple[str, int]]:
         """Relative names and bytes of all files, or those with one of these (lower-case) suffixes, sorted by name.
@@ -67,8 +71,11 @@ class Folder:
 
     def damage(self, name: str) -> str:
         """What is wrong with a compressed file, whose checksum stands at its end; "" where nothing is or can be."""
-        if not is_packed(name):
-            return ""
+        if is_packed(name) and name not in self._damages:  # it takes reading the whole file
+            self._damages[name] = self._first_damage(name)
+        return self._damages.get(name, "")
+
+    def _first_damage(self, name: str) -> str:
         try:
             with self.stream(name) as stream:
                 while stream.read(1 << 20):
@@ -157,6 +164,17 @@ def _split(path: str, names: bool) -> str | None:
     if len(found) > 1:
         raise InputError(f"prepare.source: {printable(path)} names both train and validation; keep one of them")
     return found[0] if found else None
+
+
+def text_rows(content: bytes, name: str) -> list[dict]:
+    """The rows of a small table: CSV, or else lines of JSON objects; raises ValueError, RecursionError, csv.Error."""
+    text = content.decode("utf-8-sig")
+    if name.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(text)))
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is not an object")
+    return rows
 
 
 def fingerprint(kind: str, files: list[tuple[str, int]], *settings: object) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 import math
 import posixpath
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from moma_jax.data.documents import Broken, Document, Picture, Text
 from moma_jax.data.sources.columns import CAPTIONS, PICTURE_NAMES, chosen
-from moma_jax.data.sources.files import Folder, fingerprint, first_line, printable, splits
+from moma_jax.data.sources.files import Folder, fingerprint, first_line, printable, splits, text_rows
 from moma_jax.data.sources.rows import Refused, assembled, captions_in, facts_of
 from moma_jax.errors import InputError
 
@@ -129,13 +127,7 @@ def _is_about(name: str) -> bool:
 def _metadata(folder: Folder, path: str, caption: str | None) -> dict[str, dict]:
     """The rows of a metadata file by the path of their picture, each with its caption under "caption"."""
     try:
-        content = folder.read(path).decode("utf-8-sig")
-        if path.endswith(".csv"):
-            rows = list(csv.DictReader(io.StringIO(content)))
-        else:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is not an object")
+        rows = text_rows(folder.read(path), path)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"prepare.source: {path} cannot be read: {first_line(error)}") from error
     if not rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 import tarfile
 import threading
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moma_jax.data.sources.columns import ADDRESSES
-from moma_jax.data.sources.files import MAX_FILE_BYTES, fingerprint, first_line, locate
+from moma_jax.data.sources.files import MAX_FILE_BYTES, fingerprint, first_line, locate, text_rows
 from moma_jax.data.sources.rows import Missing
 from moma_jax.errors import InputError
 
@@ -40,8 +39,8 @@ class Lookup:
 
     def __init__(self, path: str, addresses: str | None):
         """Lists the files; raises InputError where there are no pictures."""
-        self.path, self._folder = path, locate(path, "prepare.images")[0]
-        _, only = locate(path, "prepare.images")
+        self.path = path
+        self._folder, only = locate(path, "prepare.images")
         listing = [(name, size) for name, size in self._folder.files() if only in (None, name)]
         self._tars = [name for name, _ in listing if name.lower().endswith(".tar")]
         self._files = [name for name, _ in listing if name.lower().endswith(PICTURES)]
@@ -124,7 +123,7 @@ def _addresses(folder, name: str):
                 table = pq.read_table(file)
                 columns = {column: table.column(column) for column in table.column_names}
             else:
-                rows = _text_rows(file.read().decode("utf-8-sig"), name)
+                rows = text_rows(file.read(), name)
                 columns = {column: [row.get(column) for row in rows] for column in (rows[0] if rows else ())}
     except (OSError, ValueError, pa.ArrowException, csv.Error) as error:
         raise InputError(f"prepare.image_map: {name} cannot be read: {first_line(error)}") from error
@@ -135,12 +134,3 @@ def _addresses(folder, name: str):
         found, key = (value.as_py() if isinstance(value, pa.Scalar) else value for value in (found, key))
         if found is not None and key is not None:
             yield str(found), str(key)
-
-
-def _text_rows(content: str, name: str) -> list[dict]:
-    if name.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(content)))
-    rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is not an object")
-    return rows

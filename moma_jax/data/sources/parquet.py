@@ -35,7 +35,7 @@ from moma_jax.data.sources.columns import (
     is_picture,
     item_of,
 )
-from moma_jax.data.sources.files import Folder, fingerprint, first_line, printable, splits
+from moma_jax.data.sources.files import Folder, fingerprint, first_line, splits
 from moma_jax.data.sources.rows import (
     INTERLEAVED,
     Layout,
@@ -44,6 +44,7 @@ from moma_jax.data.sources.rows import (
     captions_in,
     documents_of,
     facts_of,
+    id_of,
     layout_name,
     weight_of,
 )
@@ -166,14 +167,14 @@ class ParquetSource:
             yield from (Broken(f"{file.path}:{first + i}", first_line(error)) for i in range(stop - start))
             return
         for i, row in enumerate(rows):
-            row_id = f"{file.path}:{first + i}"
+            place = f"{file.path}:{first + i}"
             if file.collection == "rows":
-                yield from documents_of(row, row_id, self.layout, file.split, None)
+                yield from documents_of(row, place, self.layout, file.split, None)
             else:
-                yield from self._documents(file, row, row_id, pictures)
+                yield from self._documents(file, row, place, pictures)
 
-    def _documents(self, file: _File, row: dict, row_id: str, pictures: dict) -> Iterator[Document | Broken]:
-        place, row_id = row_id, printable(str(row["id"])) if row.get("id") not in (None, "") else row_id
+    def _documents(self, file: _File, row: dict, place: str, pictures: dict) -> Iterator[Document | Broken]:
+        row_id = id_of(row, place)
         try:
             facts = facts_of(row, self.name, file.split)
             if file.collection == "interleaved":
@@ -219,7 +220,7 @@ class ParquetSource:
                 self._cache.popitem(last=False)
         return found
 
-    def _pictures(self, split: str | None, rows: list[dict]) -> dict[str, Picture]:
+    def _pictures(self, split: str | None, rows: list[dict]) -> dict[str, Picture | None]:
         """The pictures that these interleaved rows refer to, by id; each row group is read once."""
         places = self._split_places(split)
         wanted: dict[tuple[int, int], dict[str, int]] = {}
@@ -233,8 +234,10 @@ class ParquetSource:
         for (number, group), indices in sorted(wanted.items()):
             file = self.files[number]
             images = self._column(number, group, file.image).take(list(indices.values())).to_pylist()
-            found.update((name, (file, image)) for name, image in zip(indices, images, strict=True))
-        return {name: self._picture_or_none(file, image) for name, (file, image) in found.items()}
+            found.update(
+                (name, self._picture_or_none(file, image)) for name, image in zip(indices, images, strict=True)
+            )
+        return found
 
     def _picture_or_none(self, file: _File, image: Any) -> Picture | None:
         try:
@@ -264,13 +267,10 @@ class ParquetSource:
         with self._lock:
             return self._places.setdefault(split, places)
 
-    def require_known(self) -> None:
-        """Nothing: opening looked at every file's columns."""
-
     def fingerprint(self) -> str:
         """Changes with the files' names, sizes and rows, and how rows are read."""
-        rules = sorted((k, v.codebook, v.span) for k, v in self.layout.rules.items())
-        return fingerprint("parquet", self._listing, [f.metadata.num_rows for f in self.files], rules)
+        rows = [f.metadata.num_rows for f in self.files]
+        return fingerprint("parquet", self._listing, rows, self.layout.sizes)
 
 
 def _footer(folder: Folder, path: str) -> pq.FileMetaData:

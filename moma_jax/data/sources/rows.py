@@ -72,6 +72,11 @@ class Layout:
     find: Callable[[str], bytes] | None = None
     skip_missing: bool = False
 
+    @property
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """The rules in plain values, for fingerprints."""
+        return sorted((name, rule.codebook, rule.span) for name, rule in self.rules.items())
+
 
 def documents_of(
     row: Any, row_id: str, layout: Layout, split: str | None, read: Callable[[str], bytes] | None
@@ -86,7 +91,7 @@ def documents_of(
     try:
         if not isinstance(row, dict):
             raise Refused("not an object")
-        row_id = printable(str(row["id"])) if row.get("id") not in (None, "") else row_id
+        row_id = id_of(row, place)
         about = facts_of(row, layout.source, split)
         alternatives, left_out = _alternatives(row, layout, read)
     except InputError:  # of the whole source, such as a map of addresses that cannot be read
@@ -95,6 +100,11 @@ def documents_of(
         yield Broken(row_id, first_line(error))
         return
     yield from assembled(row_id, alternatives, about, left_out, place)
+
+
+def id_of(row: dict, place: str) -> str:
+    """The id that a row gives itself, else the place where it stands."""
+    return printable(str(row["id"])) if row.get("id") not in (None, "") else place
 
 
 def assembled(
@@ -192,7 +202,7 @@ def layout_name(keys, layout: Layout) -> str | None:
 
 def _alternatives(row: dict, layout: Layout, read) -> tuple[list[list[Segment]], tuple[str, ...]]:
     """(segments of each document of a row, what was left out of them)."""
-    match _of_row(layout_name, row, layout):
+    match of_row(layout_name, row, layout):
         case "segments":
             return [_own_segments(row["segments"], layout, read)], ()
         case "codes":
@@ -212,7 +222,7 @@ def _alternatives(row: dict, layout: Layout, read) -> tuple[list[list[Segment]],
     raise Refused(f"has none of the known layouts, but {', '.join(map(str, list(row)[:8]))}")
 
 
-def _of_row(function: Callable, *arguments: Any) -> Any:
+def of_row(function: Callable, *arguments: Any) -> Any:
     """What a function says; what would be wrong input for a whole source is one row's own fault here."""
     try:
         return function(*arguments)
@@ -228,7 +238,7 @@ def _picture_name(row: dict) -> str:
 
 
 def _captions(row: dict, layout: Layout) -> list[str]:
-    key = _of_row(chosen, row, CAPTIONS, layout.caption, "--caption-column", "the row")
+    key = of_row(chosen, row, CAPTIONS, layout.caption, "--caption-column", "the row")
     return captions_in(None if key is None else row[key])
 
 

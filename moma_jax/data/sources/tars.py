@@ -19,7 +19,7 @@ from moma_jax.data.documents import Broken, Document, Picture, Text
 from moma_jax.data.sources.columns import CAPTIONS, chosen
 from moma_jax.data.sources.files import MAX_FILE_BYTES, Folder, fingerprint, first_line, is_packed, printable, splits
 from moma_jax.data.sources.lookup import PICTURES
-from moma_jax.data.sources.rows import Refused, assembled, captions_in, facts_of, unharmed
+from moma_jax.data.sources.rows import Refused, assembled, captions_in, facts_of, of_row, unharmed
 from moma_jax.errors import InputError
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -149,10 +149,7 @@ class TarSource:
         if self.caption is None and ".txt" in members:
             caption = members[".txt"].decode("utf-8-sig").strip()
             return [caption] if caption else []
-        try:
-            key = chosen(about, CAPTIONS, self.caption, "--caption-column", "its .json")
-        except InputError as error:
-            raise Refused(str(error)) from error
+        key = of_row(chosen, about, CAPTIONS, self.caption, "--caption-column", "its .json")
         return captions_in(about[key]) if key is not None and about[key] else []
 
     def fingerprint(self) -> str:
