@@ -70,7 +70,7 @@ class Block(NamedTuple):
       documents: what was encoded. broken: (id, reason) of what could not be.
       left_out: how often what was left out, by its name.
       filtered: documents that were left out as a whole, sound as they were.
-      own_split: whether the source itself said of one which split it is in.
+      own_split: whether the source itself said of all which split they are in.
     """
 
     documents: list[Encoded]
@@ -110,12 +110,12 @@ class Encoder:
 
     def encode(self, items: Iterable[Document | Broken]) -> Block:
         """Encodes documents in order; those that cannot be are named with a reason."""
-        drafts, broken, left_out, own_split = [], [], Counter(), False
+        drafts, broken, left_out, own_split = [], [], Counter(), True
         for item in items:
             if isinstance(item, Document):
                 drafts.append(self._draft(item))
                 left_out.update(item.left_out)
-                own_split |= item.split is not None
+                own_split &= item.split is not None
             else:
                 broken.append((item.id, item.reason))
         segments = [segment for draft in drafts for segment in draft.segments]
@@ -190,9 +190,9 @@ class Encoder:
                     raise _Filtered(own)
                 left_out[own] += 1
                 continue
-            if isinstance(segment, Picture) and not isinstance(own, BrokenPicture):
-                own, pixels = own
-                keys.append((pixels, hash_bits(np.ascontiguousarray(own, "<i4").tobytes())))
+            if not isinstance(segment, Text):
+                own, key = self._codes(segment, own)
+                keys.append(key)
             segments.append(segment)
             kept.append(own)
         if not segments:
@@ -204,7 +204,7 @@ class Encoder:
         """Tokens, spans and weights of one document; raises ValueError with the reason where it is broken.
 
         Args:
-          ready: of each segment, the ids of its text, its codes, or why there are none.
+          ready: of each segment, the ids of its text, or its modality's index and its codes.
         """
         vocabulary = self._vocabulary
         pieces, spans, weights = [np.array([vocabulary.begin_document])], [(0, 1)], [1.0]
@@ -221,7 +221,7 @@ class Encoder:
             if isinstance(segment, Text):
                 add(0, own, segment.weight)
                 continue
-            index, code_N = self._codes(segment, own)
+            index, code_N = own
             modality = vocabulary.modalities[index]
             if modality.span:
                 add(0, np.array([modality.begin]), segment.weight)
@@ -236,16 +236,28 @@ class Encoder:
             weight_N = np.repeat(np.array(weights, np.float32), [len(piece) for piece in pieces])
         return np.concatenate(pieces).astype(vocabulary.token_dtype), spans, weight_N
 
-    def _codes(self, segment: Picture | Codes, own) -> tuple[int, np.ndarray]:
-        """Modality index and codes of a segment; raises ValueError with the reason where it is broken."""
+    def _codes(self, segment: Picture | Codes, own) -> tuple[tuple[int, np.ndarray], tuple[int, int]]:
+        """Modality index and codes of a segment, and 64 bits of its content and of its codes, which are the same for
+        ready ones; raises ValueError with the reason where it is broken."""
         if isinstance(own, BrokenPicture):
             raise own
-        if isinstance(segment, Codes):
-            index = self._modality.get(segment.modality)
-            if index is None:
-                raise InputError(f"source: codes of modality {segment.modality!r}, which the vocabulary has not")
-            return index, _checked(own, self._vocabulary.modalities[index])
-        return self._modality["image"], own
+        if isinstance(segment, Picture):
+            code_N, pixels = own
+            return (self._modality["image"], code_N), (pixels, _bits(code_N))
+        index = self._modality.get(segment.modality)
+        if index is None:
+            raise InputError(f"source: codes of modality {segment.modality!r}, which the vocabulary has not")
+        code_N = _checked(own, self._vocabulary.modalities[index])
+        bits = _bits(code_N) if segment.modality == "image" else hash_bits(segment.modality.encode() + _bytes(code_N))
+        return (index, code_N), (bits, bits)
+
+
+def _bytes(code_N: np.ndarray) -> bytes:
+    return np.ascontiguousarray(code_N, "<i4").tobytes()
+
+
+def _bits(code_N: np.ndarray) -> int:
+    return hash_bits(_bytes(code_N))
 
 
 def _checked(codes, modality: ModalityIds) -> np.ndarray:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from typing import Any, Protocol
 
+from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError, RunError
 
 ANSWER_SECONDS = 10.0
@@ -50,7 +51,10 @@ def in_processes(make: Callable[[], Writer], parts: Sequence[int], workers: int)
                     try:
                         yield part, future.result()
                     except BrokenExecutor as error:  # none of them lives long enough to be given a part
-                        raise RunError(f"the {workers} workers end as they begin: {error}; try --workers 1") from error
+                        raise RunError(
+                            f"the {workers} workers end as they begin: {error}; try --workers 1, and in a script call "
+                            'prepare below `if __name__ == "__main__":`'
+                        ) from error
                     except ProcessExpired as error:
                         _count_death(deaths, part, f"exit code {error.exitcode}")
                         running[pool.schedule(_write, [part])] = part
@@ -85,7 +89,7 @@ def on_ray(make: Callable[[], Writer], parts: Sequence[int], workers: int, addre
     ray = _ray(address)
     try:
         kinds = [(kind, int(ray.cluster_resources().get(kind, 0))) for kind in ("TPU", "GPU", "CPU")]
-        device, there = next((kind, count) for kind, count in kinds if count)
+        device, there = next(((kind, count) for kind, count in kinds if count), ("CPU", 1))
         actor = ray.remote(**_share(device))(_Actor)
         crew = [actor.remote(make) for _ in range(min(workers or there, len(parts)))]
         yield from _dealt(ray, actor, make, crew, list(parts))
@@ -160,7 +164,7 @@ def _dealt(ray, actor, make, crew: list, parts: list[int]) -> Done:
             member = actor.remote(make)
             waiting.append(part)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+            raise (error.cause or RunError(f"part {part}: {first_line(error)}")) from error
         else:
             yield part, found
         if waiting:

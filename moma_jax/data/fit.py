@@ -18,6 +18,7 @@ from moma_jax.codec.pictures import BrokenPicture
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
 from moma_jax.data.documents import Broken, Codes, Picture, Text, is_held_out
 from moma_jax.data.encode import Pictures
+from moma_jax.data.options import require_sizes
 from moma_jax.data.store import Codecs, open_store
 from moma_jax.data.text import TextCodec, fit_tokenizer, load_tokenizer
 from moma_jax.errors import InputError
@@ -27,6 +28,8 @@ SAMPLE_UNITS = 2048
 """Units of the source that are looked at, at most."""
 SAMPLE_CHARACTERS = 50_000_000
 """Enough for a BPE of tens of thousands of ids; more changes little and takes long."""
+UNIT_CHARACTERS = SAMPLE_CHARACTERS // 64
+"""Of one unit that has pictures for all of the sample: others shall have their say."""
 SAMPLE_PICTURES = 4096
 LONGEST_WORD = 256
 """Characters of a run without spaces (or of nothing but spaces) that a BPE learns from at once: its time grows with the
@@ -73,12 +76,9 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
       InputError: the settings contradict `modalities`, or there is nothing to fit on.
     """
     if config.vocabulary is not None:
-        if config.codec is not None:
-            raise InputError(
-                "prepare.codec: the store of prepare.vocabulary has a codec of its own; give one of the two"
-            )
         codecs = open_store(config.vocabulary).codecs
         require_modalities(codecs.vocabulary, modalities)
+        require_sizes(config, codecs.vocabulary)
         if codecs.image is None:
             _require_image(codecs, take_sample(source, config, look))
         return codecs
@@ -99,6 +99,7 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
     codec = _image_codec(config, sample) if any(m.name == IMAGE.name for m in layout) else None
     vocabulary = contiguous([_sized(layout[0], size, 0), *(_declared(m, config, codec) for m in layout[1:])])
     require_modalities(vocabulary, modalities)
+    require_sizes(config, vocabulary)
     codecs = Codecs.of(vocabulary, text.to_json().encode(), codec)
     _require_image(codecs, sample)
     return codecs
@@ -192,6 +193,8 @@ def take_sample(source, config: PrepareConfig, look: Callable) -> Sample:
 
 
 def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Sample:
+    """Of one unit: at most what is wanted in all, and little text more once there are pictures enough, as a unit may be
+    a whole tar, or a file of any size."""
     sample, characters, wanted = Sample(), 0, Pictures.of(config, "whole")
     for document in items:
         if isinstance(document, Broken):
@@ -218,9 +221,8 @@ def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Samp
                         sample.pictures.append(read.pixels_HW3)
                 case Codes():
                     sample.beyond_text = True
-        # A unit may be a whole tar, or a file of any size.
         enough = characters >= SAMPLE_CHARACTERS and (not pictures or len(sample.pictures) >= SAMPLE_PICTURES)
-        if enough or (len(sample.pictures) >= SAMPLE_PICTURES and characters >= SAMPLE_CHARACTERS // 64):
+        if enough or (len(sample.pictures) >= SAMPLE_PICTURES and characters >= UNIT_CHARACTERS):
             break
     return sample
 

@@ -95,11 +95,13 @@ def prepare(
     opened = open_with_rest(config, layout)
     source, content = opened.source, _made_from(config, opened, n)
     with PrepareProgress(progress) as bar:
-        if opened.unread:
-            bar.say(f"not read: {opened.unread}")
+        for note in opened.notes:
+            bar.say(note)
         codecs, encoder = _codecs(directory, config, source, content, modalities, bar)
         belongs = _belongs(directory, codecs)
         missing = [k for k in wanted if _read_part(directory, k, n, belongs) is None]
+        if part is None and not missing and (manifest := directory.read_json("manifest.json")) is not None:
+            return _told(bar, directory, manifest)  # someone may be reading it
         bar.begin("writing", sum(len(_units(source, k, n)) for k in missing))
         if missing and engine == "process" and workers == 1:
             writer = Parts(config, out, n, layout, source, codecs, encoder, bar.advance)
@@ -196,6 +198,8 @@ def _is_claimed(directory: Directory, content: dict[str, Any]) -> bool:
             directory, {name: content[name] for name in ("fingerprint", "images", "parts", "units")}, found, ""
         )
         return True
+    if directory.local is not None and os.path.lexists(directory.local) and not os.path.isdir(directory.local):
+        raise InputError(f"{directory.path}: is a file; choose a new directory")
     if directory.local is not None and os.path.isdir(directory.local):
         others = [name for name in sorted(os.listdir(directory.local)) if not name.startswith("settings.json")]
         if others:
@@ -276,14 +280,14 @@ class Parts:
         """Writes and publishes part k; returns what its part.json says."""
         layout = self._config.shard_bytes, self._config.chunk_tokens
         broken, counts = [], Counter(documents=0, broken=0, filtered=0)
-        left_out, own_split = Counter(), False
+        left_out, own_split = Counter(), True
         with PartWriter(self._directory, k, self._n, self._codecs.vocabulary, *layout) as writer:
             for block, units in ordered_map(self._encoded, _blocks(self._source, _units(self._source, k, self._n))):
                 writer.append(block.documents)
                 seen = len(block.documents) + len(block.broken)
                 counts.update(documents=len(block.documents), broken=len(block.broken), filtered=block.filtered)
                 left_out += block.left_out
-                own_split |= block.own_split
+                own_split &= block.own_split
                 room = max(0, LISTED_IN_PART - len(broken))
                 broken += [{"id": name[:200], "reason": reason[:200]} for name, reason in block.broken[:room]]
                 self._advance(seen, len(block.broken), units)
@@ -336,18 +340,20 @@ def _publish(directory: Directory) -> dict[str, Any]:
     seen = documents + broken + filtered
     listed = [entry for part in parts.values() for entry in part.pop("listed")][:LISTED_IN_REPORT]
     left_out = sum((Counter(part.pop("left_out")) for part in parts.values()), Counter())
-    own_split = sum(part.pop("own_split") for part in parts.values()) > 0
+    own_split = not sum(not part.pop("own_split") for part in parts.values())
     pictures = settle(directory, list(parts.values()), settings["settings"]["drop_duplicates"], own_split)
     documents = sum(c["documents"] for part in parts.values() for c in part["collections"].values())
     report = {"documents": seen, "broken": broken, "filtered": filtered, "left_out": left_out, "pictures": pictures}
     directory.write_json("report.json", {**report, "listed": listed})
     if broken > MOST_BROKEN * seen:
         raise RunError(
-            f"{broken} of {seen} documents are broken, more than {MOST_BROKEN:.0%}: see {directory.path}/report.json; "
-            "mend the source and prepare into another directory"
+            f"{broken} of {seen} documents are broken, more than {MOST_BROKEN:.0%}, such as {listed[0]['id']}: "
+            f"{listed[0]['reason']}; see {directory.path}/report.json, mend the source and prepare into another "
+            "directory"
         )
     if not documents:
-        raise InputError(f"prepare.source: {settings['source']} has no documents")
+        most = "".join(f"; left out: {number:,} {name}" for name, number in left_out.most_common(1))
+        raise InputError(f"prepare.source: no document of {settings['source']} is left{most}; delete {directory.path}")
     for part in parts.values():
         for name in ("hashes", "made_from", "format_version"):
             del part[name]

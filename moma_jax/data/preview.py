@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from moma_jax.codec.folder import open_codec
 from moma_jax.codec.pictures import FORMATS
 from moma_jax.config import PrepareConfig
 from moma_jax.data.documents import Broken, Document, Picture, Text, is_held_out
 from moma_jax.data.sources import open_with_rest
+from moma_jax.data.store import open_store
+from moma_jax.errors import InputError
 
 MOST_FILES, MOST_DOCUMENTS, MOST_CHARACTERS = 50, 5, 60
 """Files, documents, and characters of each text that are shown."""
@@ -19,18 +22,23 @@ MOST_FILES, MOST_DOCUMENTS, MOST_CHARACTERS = 50, 5, 60
 
 def preview(config: PrepareConfig, modalities: tuple = ()) -> Iterator[str]:
     """Lines about the source that a config names; raises InputError where it cannot be used."""
+    if config.codec is not None:
+        open_codec(config.codec)
+    if config.vocabulary is not None:
+        modalities = modalities or tuple(open_store(config.vocabulary).vocabulary.modalities)
     opened = open_with_rest(config, modalities)
     lines = opened.source.describe()
     yield f"{config.source}: {opened.source.units():,} units of work in {config.parts} parts"
     yield from (f"  {line}" for line in lines[:MOST_FILES])
     if len(lines) > MOST_FILES:
         yield f"  and {len(lines) - MOST_FILES:,} more"
-    if opened.unread:
-        yield f"not read: {opened.unread}"
+    yield from opened.notes
     items = (item for unit in range(opened.source.units()) for item in opened.source.read(unit))
+    first = list(itertools.islice(items, MOST_DOCUMENTS))
+    if not first:
+        raise InputError(f"prepare.source: {config.source} has no documents")
     yield f"the first {MOST_DOCUMENTS} documents:"
-    for item in itertools.islice(items, MOST_DOCUMENTS):
-        yield f"  {_line(item, config.held_out)}"
+    yield from (f"  {_line(item, config.held_out)}" for item in first)
 
 
 def _line(item: Document | Broken, held_out: float) -> str:

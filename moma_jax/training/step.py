@@ -308,6 +308,7 @@ def _gradient(program: Program, state: TrainState, batch: Batch):
     over the update's weight."""
     accumulate = program.config.train.accumulate
     weight = jnp.sum(batch.weight_BS)
+    weight = jnp.where(weight > 0, weight, 1)  # an update of nothing but masked tokens has no loss, and no gradient
 
     def objective_of(params, micro: Batch, group_G):
         total, sums, output = _forward(program, params, micro, state.step, group_G, state.routing_state)

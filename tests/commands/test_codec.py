@@ -1,6 +1,5 @@
 """`moma codec train` and `moma codec eval`."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -97,7 +96,8 @@ def test_a_recipe_becomes_a_codec_that_prepare_takes(folder, tmp_path, monkeypat
     assert "runs/mine: starts at step 0" in out and "held out, heldout:" in out
     code, _, err = moma(capsys, "codec", "train", "mine.py", "--loss.codebook", "average")
     assert code == 2 and "network.codebook: 8 -> 16" in err
-    config = dataclasses.replace(settings(make_source(tmp_path / "source", documents=60)), codec="runs/mine")
+    source = make_source(tmp_path / "source", documents=60)
+    config = settings(source, codec="runs/mine", image_side=4, colours=8)
     manifest = prepare(config, "store", progress=False)
     assert manifest["broken"] == 0
     code, out, _ = moma(capsys, "codec", "eval", "store", "--data", folder, "--json")

@@ -1,6 +1,5 @@
 """`moma show` of a store, and contact sheets."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -46,9 +45,8 @@ def test_documents_are_drawn_as_the_model_sees_them(store, tmp_path, capsys):
 
 def test_codes_that_cannot_be_drawn_are_counted(tmp_path):
     write_codec(str(tmp_path / "codec"), small_codec(decoder=False))
-    config = dataclasses.replace(
-        settings(make_source(tmp_path / "source", documents=30)), codec=str(tmp_path / "codec")
-    )
+    source = make_source(tmp_path / "source", documents=30)
+    config = settings(source, codec=str(tmp_path / "codec"), image_side=8, colours=32)
     prepare(config, str(tmp_path / "store"), progress=False)
     shown = shown_documents(open_store(str(tmp_path / "store")), 30)
     pieces = [piece for document in shown for piece in document.pieces]

@@ -71,7 +71,7 @@ def test_tars_of_img2dataset(tmp_path, suffix):
     found = pairs_of(documents)
     assert len(found) == 21
     assert found[f"00000{suffix}:000000007"] == ("caption 000000007", jpeg(7))
-    assert source.unread == "2 .json, 2 .parquet, such as 00000.parquet"
+    assert source.notes == ["not read: 2 .json, 2 .parquet, such as 00000.parquet"]
 
 
 def test_tars_follow_splits_and_name_what_is_broken(tmp_path):
@@ -445,7 +445,7 @@ def test_files_that_are_not_read_are_told_and_captions_without_picture_broken(tm
     source = open_with_rest(PrepareConfig(source=str(tmp_path)))
     documents, broken = everything(source.source)
     assert len(documents) == 2 and broken == {"c.txt": "there is no picture of this name"}
-    assert source.unread == "1 .md, 1 no suffix, such as LICENSE"
+    assert source.notes == ["not read: 1 .md, 1 no suffix, such as LICENSE"]
 
 
 def test_one_picture_alone_finds_its_caption(tmp_path):

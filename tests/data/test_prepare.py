@@ -301,7 +301,7 @@ def test_ready_codes_and_a_given_tokenizer(made, tmp_path):
 def test_a_learned_codec_is_used_kept_and_required(tmp_path):
     source, codec = make_source(tmp_path / "source", documents=30), small_codec()
     write_codec(str(tmp_path / "codec"), codec)
-    config = dataclasses.replace(settings(source), codec=str(tmp_path / "codec"))
+    config = settings(source, codec=str(tmp_path / "codec"), image_side=8, colours=codec.codebook)
     manifest = prepare(config, str(tmp_path / "store"), progress=False)
     store = open_store(str(tmp_path / "store"))
     kept, image = store.image_codec(), store.vocabulary.modalities[1]

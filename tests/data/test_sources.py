@@ -64,7 +64,6 @@ def test_a_folder_of_pictures_and_captions(tmp_path):
     (folder / "link.txt").write_text("a secret")
     (folder / "inner.png").symlink_to(folder / "a.png")
     (folder / "inner.txt").write_text("a link within")
-    (folder / "up").symlink_to(outside)
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     (folder / "gone.txt").write_text("gone")
     os.mkfifo(folder / "pipe.png")
@@ -75,6 +74,11 @@ def test_a_folder_of_pictures_and_captions(tmp_path):
     (folder / "latin.png").write_bytes(png())
     (folder / "latin.txt").write_bytes(b"caf\xe9")
 
+    (folder / "up").symlink_to(outside)
+    with pytest.raises(InputError, match="up: a link to a folder, which is not followed"):
+        opened(folder)
+    assert len(everything(opened(folder / "a.png"))[0]) == 1, "what lies beside one file is not entered"
+    (folder / "up").unlink()
     documents, broken = everything(opened(folder))
     found = {d.id: d.segments[0].text for d in documents}
     assert found == {"a.png": "an a", "inner.png": "a link within", "deep/train.JPG": "a b", "deep/er/..c.webp": "a c"}

@@ -168,6 +168,16 @@ def test_or_the_update_is_skipped(tmp_path, monkeypatch):
     assert summary["steps"] == 6 and np.isfinite(summary["final"]["loss"])
 
 
+def test_an_update_of_nothing_but_masked_tokens_teaches_nothing(tmp_path, monkeypatch):
+    def masked(number, batch):
+        return batch._replace(weight_BS=batch.weight_BS * 0) if number in (3, 4) else batch
+
+    changed_batches(monkeypatch, masked)
+    summary = moma_jax.train(tiny(tmp_path), quiet=True)
+    second = next(r for r in records(tmp_path) if (r["kind"], r["step"]) == ("train", 4))
+    assert (second["loss"], second["masked"]) == (None, 1) and np.isfinite(summary["final"]["loss"])
+
+
 def test_a_sink_receives_every_record(tmp_path):
     class Collected:
         def __init__(self):

@@ -7,7 +7,7 @@ None: of all), `describe()` (what would be read, in lines) and `fingerprint()` (
 may be read from several threads; every process opens its own.
 
 What a source holds and a store would lack without a word is refused when it is opened: pictures of a format that is not
-read, a second kind of data beside the first, pickles. Other files that are not read are named, see `unread`.
+read, a second kind of data beside the first, pickles. Other files that are not read are told, see `Opened`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from moma_jax.config import PrepareConfig
-from moma_jax.data.sources.files import Folder, locate, printable
+from moma_jax.data.options import require_consistent, require_heard
+from moma_jax.data.sources.columns import PICTURES
+from moma_jax.data.sources.files import SPLIT_WORDS, Folder, locate, printable
 from moma_jax.data.sources.folder import METADATA, FolderSource
 from moma_jax.data.sources.generated import ScenesSource
 from moma_jax.data.sources.jsonl import LINES, JsonlSource, first_row
-from moma_jax.data.sources.lookup import PICTURES, Lookup
+from moma_jax.data.sources.lookup import Lookup
 from moma_jax.data.sources.parquet import ParquetSource, has_codes
-from moma_jax.data.sources.rows import CodesRule, Layout
+from moma_jax.data.sources.rows import NAMES_ELSEWHERE, CodesRule, Layout, layout_name
 from moma_jax.data.sources.tars import TARS, TarSource
 from moma_jax.errors import InputError
 
@@ -55,11 +57,11 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Opened:
-    """A source, the files beside it that are not read, in words ("" where all are), and what finds the pictures that
-    its documents name (None where they name none)."""
+    """A source, what a user should know of it (files beside it that are not read, a split that its own name says), and
+    what finds the pictures that its documents name (None where they name none)."""
 
     source: Any
-    unread: str
+    notes: list[str]
     lookup: Lookup | None
 
 
@@ -80,30 +82,48 @@ def open_with_rest(prepare: PrepareConfig, modalities=(), captions: bool = True)
     Raises:
       InputError: nothing there, nothing readable in it, several kinds of data, or codes without their size declared.
     """
+    require_consistent(prepare)
     lookup = None if prepare.images is None else Lookup(prepare.images, prepare.image_map)
     if prepare.kind == "scenes" or (prepare.kind == "auto" and prepare.source == "scenes"):
-        return Opened(ScenesSource(prepare.documents, prepare.seed, prepare.image_side), "", lookup)
+        require_heard(prepare, "scenes")
+        return Opened(ScenesSource(prepare.documents, prepare.seed, prepare.image_side), [], lookup)
     folder, only = locate(prepare.source)
-    everything = folder.files()
+    everything = folder.files(deep=only is None)
     listing = [(name, size) for name, size in everything if only in (None, name)]
     files = {kind: _with(listing, suffixes) for kind, suffixes in SUFFIXES.items()}
     kind = _kind(folder, files, listing, prepare)
     if kind == "folder" and only is not None:  # its caption lies beside it
         stem = posixpath.splitext(only)[0]
-        listing = [(n, size) for n, size in everything if n in (only, f"{stem}.txt")]
+        listing = [(n, size) for n, size in everything if n == only or n.lower() == f"{stem}.txt".lower()]
+    require_heard(prepare, kind)
     label = posixpath.basename(posixpath.normpath(prepare.source))
     layout = Layout(
         label,
         prepare.caption_column,
+        prepare.image_column,
         prepare.image_codes_column,
         _rules(prepare, modalities) if kind == "codes" else {},
         None if lookup is None else lookup.read,
         prepare.missing_pictures == "skip",
     )
     source, used = _open(kind, layout, folder, files, listing, prepare, captions)
-    if prepare.images is None and prepare.image_map is not None:
-        raise InputError("prepare.image_map: maps addresses to pictures of prepare.images, which is not given")
-    return Opened(source, _unread(listing, used, prepare), lookup)
+    if lookup is not None and not _names_elsewhere(source):
+        raise InputError(
+            f"prepare.images: no document of {prepare.source} names a picture kept elsewhere; leave it out"
+        )
+    notes = []
+    if unread := _unread(listing, used, prepare):
+        notes.append(f"not read: {unread}")
+    if only is None and label.lower() in SPLIT_WORDS and SPLIT_WORDS[label.lower()] != "train":
+        notes.append(f"the source itself is called {label}, which decides nothing; its folder's would")
+    return Opened(source, notes, lookup)
+
+
+def _names_elsewhere(source) -> bool:
+    """Whether documents may name pictures that `prepare.images` has."""
+    if isinstance(source, JsonlSource):
+        return bool(source.layouts() & {None, *NAMES_ELSEWHERE})
+    return any(file.collection == "rows" for file in source.files)
 
 
 def _open(kind: str, layout: Layout, folder: Folder, files, listing, prepare: PrepareConfig, captions: bool):
@@ -117,8 +137,9 @@ def _open(kind: str, layout: Layout, folder: Folder, files, listing, prepare: Pr
     mine = files[kind]
     match kind:
         case "folder":
-            about = [(n, size) for n, size in listing if n.endswith(".txt") or posixpath.basename(n) in METADATA]
-            source = FolderSource(label, folder, mine, about, prepare.caption_column, captions)
+            about = [(n, s) for n, s in listing if n.lower().endswith(".txt") or posixpath.basename(n) in METADATA]
+            about = [(n, s) for n, s in about if not _is_hidden(n)]
+            source = FolderSource(label, folder, mine, about, prepare.caption_column, prepare.image_column, captions)
             mine = [*mine, *about]
         case "tar":
             source = TarSource(label, folder, mine, prepare.caption_column, prepare.image_column, captions)
@@ -126,22 +147,23 @@ def _open(kind: str, layout: Layout, folder: Folder, files, listing, prepare: Pr
         case "jsonl":
             source = JsonlSource(label, folder, mine, layout)
             source.require_known()
-            mine = [*mine, *files["folder"]]  # which its lines name
+            if source.layouts() & {None, "segments", "picture"}:
+                mine = [*mine, *files["folder"]]  # which its lines name
         case "parquet":
             source = ParquetSource(label, folder, mine, layout, prepare.image_column, captions)
     return source, {name for name, _ in mine}
 
 
 def _with(listing: list[tuple[str, int]], suffixes: tuple[str, ...]) -> list[tuple[str, int]]:
-    """Files with these suffixes; hidden ones and what is in hidden folders are none of a source's."""
+    """Files with these suffixes; those of tools and of macOS beside the data are none of a source's."""
     return [(n, s) for n, s in listing if n.lower().endswith(suffixes) and not _is_hidden(n)]
 
 
 def _is_hidden(name: str) -> bool:
-    return any(word.startswith(".") and word.strip(".") in _HOUSEKEEPING for word in name.split("/"))
+    return any(word.startswith("._") or word == "__MACOSX" or word in _HOUSEKEEPING for word in name.split("/"))
 
 
-_HOUSEKEEPING = {"git", "cache", "DS_Store", "ipynb_checkpoints", "gitattributes", "gitignore", "huggingface"}
+_HOUSEKEEPING = {".git", ".cache", ".DS_Store", ".ipynb_checkpoints", ".gitattributes", ".gitignore", ".huggingface"}
 
 
 def _kind(folder: Folder, files: dict, listing: list[tuple[str, int]], prepare: PrepareConfig) -> str:
@@ -166,7 +188,7 @@ def _kind(folder: Folder, files: dict, listing: list[tuple[str, int]], prepare: 
         tables = [name for name, _ in present["jsonl"] if posixpath.basename(name) in METADATA]
         if len(tables) == len(present["jsonl"]):
             del present["jsonl"]
-        elif not tables and _names_pictures(first_row(folder, present["jsonl"][0][0])):
+        elif not tables and _names_pictures(first_row(folder, present["jsonl"][0][0]), prepare):
             del present["folder"]
     if len(present) > 1:
         told = " and ".join(f"{len(found)} {kind} ({printable(found[0][0])})" for kind, found in present.items())
@@ -188,9 +210,10 @@ def _stem(name: str) -> str:
     return name[: -len(next(s for s in (*TARS, ".parquet") if name.lower().endswith(s)))]
 
 
-def _names_pictures(row: dict | None) -> bool:
+def _names_pictures(row: dict | None, prepare: PrepareConfig) -> bool:
     """Whether lines like this one name pictures that lie beside them."""
-    return row is None or not ("text" in row and len(set(row) & {"image", "file_name", "image_path", "img"}) == 0)
+    layout = Layout("", prepare.caption_column, prepare.image_column)
+    return row is None or layout_name(row, layout) not in ("text", "codes")
 
 
 def _has_codes(row: dict | None) -> bool:

@@ -10,9 +10,28 @@ from moma_jax.errors import InputError
 
 CAPTIONS = ("caption", "captions", "text", "texts", "txt", "prompt", "description", "alt_text", "sentence", "sentences")
 """What people call the text beside a picture; capitals do not matter."""
-PICTURE_NAMES = ("image", "file_name", "image_path", "img", "picture")
-"""Keys of JSON lines and metadata that name a picture's file."""
+PICTURE_NAMES = ("image", "file_name", "image_path", "image_file", "img", "img_path", "picture", "photo")
+"""Keys of JSON lines and metadata that name a picture's file; columns that hold pictures, or should."""
+PICTURE_TEXT = (*PICTURE_NAMES, "images", "pictures", "photos", "image_base64", "base64", "jpg", "jpeg", "png", "webp")
+"""Columns of text that stand for pictures: paths, or base64."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+"""Suffixes of picture files that are read."""
+ABOUT = ("id", "source", "group", "split", "weight")
+"""Columns and keys about a document; capitals do not matter."""
+LIKE_SPLIT = ("set", "subset", "partition", "fold")
+"""What else people call a split, and other things too."""
 ADDRESSES = ("url", "image_url", "img_url", "image_urls", "urls")
+OF_PICTURES = {
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "similarity",
+    "punsafe",
+    "pwatermark",
+    "aesthetic",
+}
+"""Columns that are beside the addresses of pictures, and not beside those of texts."""
 
 
 def chosen(names: Iterable[str], usual: Iterable[str], asked: str | None, option: str, where: str) -> str | None:
@@ -90,6 +109,12 @@ def is_text(kind: pa.DataType) -> bool:
 def is_bytes(kind: pa.DataType) -> bool:
     """Whether values are bytes."""
     return _is_binary(_plain(kind))
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether bytes are anywhere within the values of a type."""
+    kind = _plain(kind)
+    return is_bytes(kind) or any(holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def is_picture(kind: pa.DataType) -> bool:

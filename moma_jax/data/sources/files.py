@@ -34,24 +34,33 @@ class Folder:
     local: bool = False
     _damages: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def files(self, *suffixes: str) -> list[tuple[str, int]]:
-        """Relative names and bytes of all files, or those with one of these (lower-case) suffixes, sorted by name.
+    def files(self, *suffixes: str, deep: bool = True) -> list[tuple[str, int]]:
+        """Relative names and bytes of all files, or those with one of these (lower-case) suffixes, sorted by name; with
+        those of folders within where `deep`.
 
-        Linked directories are not entered.
+        Raises InputError where a directory is a link: it is not entered, as it may lead anywhere, or round.
         """
-        found = self._local_files() if self.local else self._remote_files()
+        found = self._local_files(deep) if self.local else self._remote_files(deep)
         return sorted((name, size) for name, size in found if not suffixes or name.lower().endswith(suffixes))
 
-    def _local_files(self) -> Iterable[tuple[str, int]]:
-        for folder, _, names in os.walk(self.base, followlinks=False):
+    def _local_files(self, deep: bool) -> Iterable[tuple[str, int]]:
+        for folder, folders, names in os.walk(self.base, followlinks=False):
+            if not deep:
+                folders.clear()
+            for name in folders:
+                if os.path.islink(path := os.path.join(folder, name)):
+                    raise InputError(
+                        f"{printable(path)}: a link to a folder, which is not followed; give the folder that it leads "
+                        "to as a source of its own, or move the link away"
+                    )
             for name in names:
                 path = os.path.join(folder, name)
                 # A link that leads nowhere stays in the list: reading it will name it as broken.
                 size = os.path.getsize(path) if os.path.exists(path) else 0
                 yield os.path.relpath(path, self.base).replace(os.sep, "/"), size
 
-    def _remote_files(self) -> Iterable[tuple[str, int]]:
-        for info in self.filesystem.get_file_info(fs.FileSelector(self.base, recursive=True)):
+    def _remote_files(self, deep: bool) -> Iterable[tuple[str, int]]:
+        for info in self.filesystem.get_file_info(fs.FileSelector(self.base, recursive=deep)):
             if info.type == fs.FileType.File:
                 yield posixpath.relpath(info.path, self.base), info.size
 
@@ -125,7 +134,8 @@ def locate(path: str, option: str = "prepare.source") -> tuple[Folder, str | Non
     if kind == fs.FileType.File:
         folder, name = posixpath.split(base)
         return Folder(filesystem, folder, local), name
-    raise InputError(f'{option}: {path} does not exist; give a file or a folder, or "scenes" as a source')
+    more = ', or "scenes"' if option == "prepare.source" else ""
+    raise InputError(f"{option}: {path} does not exist; give a file or a folder{more}")
 
 
 def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
@@ -142,7 +152,7 @@ def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
     Raises:
       InputError: a split test, two splits in one path, or names that say a split beside names that do not.
     """
-    found = {path: _split(path, names) for path in paths}
+    found = {path: split_of(path, names) for path in paths}
     silent = [path for path, split in found.items() if split is None]
     if silent and len(silent) < len(found):
         telling = next(path for path, split in found.items() if split is not None)
@@ -153,7 +163,8 @@ def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
     return found
 
 
-def _split(path: str, names: bool) -> str | None:
+def split_of(path: str, names: bool) -> str | None:
+    """The split that one path says, as in `splits`; raises InputError."""
     *parts, name = path.lower().split("/")
     words = [word for part in [*parts, *([name] if names else [])] for word in re.findall("[a-z]+", part)]
     found = sorted({SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS})
@@ -170,11 +181,23 @@ def text_rows(content: bytes, name: str) -> list[dict]:
     """The rows of a small table: CSV, or else lines of JSON objects; raises ValueError, RecursionError, csv.Error."""
     text = content.decode("utf-8-sig")
     if name.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(text)))
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        csv.field_size_limit(MAX_FILE_BYTES)
+        return [_typed(row) for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines also splits at U+2028
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is not an object")
     return rows
+
+
+def _typed(row: dict[str, str]) -> dict:
+    """A row of CSV with None for empty cells, and its weight as a number; raises ValueError."""
+    if None in row:
+        raise ValueError(f"a row has more cells than the first one: {', '.join(row[None])[:80]}")
+    found = {key: cell or None for key, cell in row.items()}
+    for key, cell in found.items():
+        if key.lower() == "weight" and cell is not None:
+            found[key] = float(cell)
+    return found
 
 
 def fingerprint(kind: str, files: list[tuple[str, int]], *settings: object) -> str:

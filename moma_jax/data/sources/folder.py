@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from moma_jax.data.documents import Broken, Document, Picture, Text
-from moma_jax.data.sources.columns import CAPTIONS, PICTURE_NAMES, chosen
+from moma_jax.data.sources.columns import ABOUT, CAPTIONS, PICTURE_NAMES, chosen
 from moma_jax.data.sources.files import Folder, fingerprint, first_line, printable, splits, text_rows
 from moma_jax.data.sources.rows import Refused, assembled, captions_in, facts_of
 from moma_jax.errors import InputError
@@ -34,30 +34,38 @@ class FolderSource:
         files: list[tuple[str, int]],
         about: list[tuple[str, int]],
         caption: str | None = None,
+        image: str | None = None,
         captions: bool = True,
     ):
-        """Args: files: pictures. about: metadata files and captions. caption: column of the metadata, where it is not
-        one of the usual. captions: whether a picture without one is broken, or stands alone."""
+        """Args: files: pictures. about: metadata files and captions. caption, image: columns of the metadata, where
+        they are not the usual ones. captions: whether a picture without one is broken, or stands alone."""
         self.name, self.folder, self.files, self.captions = name, folder, files, captions
         self.splits = splits((path for path, _ in files), False)
         self.block = max(1, min(256, math.ceil(len(files) / 64)))
         self.about = about
         tables = [path for path, _ in about if posixpath.basename(path) in METADATA]
-        texts = {posixpath.splitext(path)[0] for path, _ in about if path not in tables}
-        described = texts & {posixpath.splitext(path)[0] for path, _ in files}
+        self.texts = {posixpath.splitext(path)[0]: path for path, _ in about if path not in tables}
+        described = self.texts.keys() & {posixpath.splitext(path)[0] for path, _ in files}
         if tables and described:
             raise InputError(
-                f"prepare.source: {tables[0]} and {sorted(described)[0]}.txt both have captions; move one kind away"
+                f"prepare.source: {tables[0]} and {self.texts[min(described)]} both have captions; move one kind away"
             )
         homes = [posixpath.dirname(table) for table in tables]
         if twice := sorted({home for home in homes if homes.count(home) > 1}):
             raise InputError(
                 f"prepare.source: {twice[0] or 'the folder'} has both {' and '.join(METADATA)}; move one away"
             )
-        self.rows = {k: v for table in tables for k, v in _metadata(folder, table, caption).items()} if tables else None
+        if image is not None and not tables:
+            raise InputError(f"--image-column: is one of {' or '.join(METADATA)}, which are not there")
+        self._unread: set[str] = set()
+        self.rows = None if not tables else {}
+        for table in tables:
+            found, unread = _metadata(folder, table, caption, image)
+            self.rows |= found
+            self._unread |= unread
         self.lost = sorted(set(self.rows or ()) - {path for path, _ in files})
         if self.rows is None:
-            self.lost = [f"{name}.txt" for name in sorted(texts - described) if not _is_about(name)]
+            self.lost = [self.texts[name] for name in sorted(self.texts.keys() - described) if not _is_about(name)]
 
     def units(self) -> int:
         """Blocks of pictures in the order of their names."""
@@ -71,7 +79,8 @@ class FolderSource:
         where = (
             "NAME.txt" if self.rows is None else ", ".join(sorted({t for t, _ in self.about if t.endswith(METADATA)}))
         )
-        return [f"{n} pictures, captions in {where}, split {split or 'by hash'}" for split, n in counts.items()]
+        rest = f"; not read: {', '.join(sorted(self._unread))}" if self._unread else ""
+        return [f"{n} pictures, captions in {where}, split {split or 'by hash'}{rest}" for split, n in counts.items()]
 
     def read(self, unit: int) -> Iterator[Document | Broken]:
         """The pairs of one block; with the first, captions of pictures that are not there are named."""
@@ -100,12 +109,11 @@ class FolderSource:
     def _captions(self, path: str, row: dict) -> list[str]:
         if self.rows is not None:
             return captions_in(row["caption"]) if row["caption"] else []
-        try:
-            caption = self.folder.read(posixpath.splitext(path)[0] + ".txt").decode("utf-8-sig").strip()
-        except FileNotFoundError:
+        if (text := self.texts.get(posixpath.splitext(path)[0])) is None:
             if self.captions:
-                raise
+                raise Refused(f"has no caption: there is no {posixpath.splitext(posixpath.basename(path))[0]}.txt")
             return []
+        caption = self.folder.read(text).decode("utf-8-sig").strip()
         return [caption] if caption else []
 
     def picture_units(self, split: str | None = None) -> list[int]:
@@ -124,8 +132,9 @@ def _is_about(name: str) -> bool:
     return posixpath.basename(name).lower() in ("readme", "license", "licence", "copying", "requirements", "classes")
 
 
-def _metadata(folder: Folder, path: str, caption: str | None) -> dict[str, dict]:
-    """The rows of a metadata file by the path of their picture, each with its caption under "caption"."""
+def _metadata(folder: Folder, path: str, caption: str | None, image: str | None) -> tuple[dict[str, dict], set[str]]:
+    """The rows of a metadata file by the path of their picture, each with its caption under "caption"; the names of
+    columns that are not read."""
     try:
         rows = text_rows(folder.read(path), path)
     except (OSError, ValueError, RecursionError, csv.Error) as error:
@@ -133,9 +142,10 @@ def _metadata(folder: Folder, path: str, caption: str | None) -> dict[str, dict]
     if not rows:
         raise InputError(f"prepare.source: {path} has no lines; write them, or remove it")
     column = chosen(rows[0], CAPTIONS, caption, "--caption-column", path)
-    named = next((key for key in PICTURE_NAMES if key in rows[0]), None)
+    named = chosen(rows[0], PICTURE_NAMES, image, "--image-column", path)
     if named is None:
         raise InputError(f"prepare.source: {path} has no column file_name; it has {', '.join(map(str, rows[0]))}")
+    unread = {key for row in rows for key in row if key not in (named, column) and key.lower() not in ABOUT}
     found: dict[str, dict] = {}
     for row in rows:
         name = posixpath.normpath(posixpath.join(posixpath.dirname(path), str(row.get(named))))
@@ -145,4 +155,4 @@ def _metadata(folder: Folder, path: str, caption: str | None) -> dict[str, dict]
             found[name]["caption"] = [*(before if isinstance(before, list) else [before]), text]
         else:
             found[name] = {**row, "caption": text}
-    return found
+    return found, unread

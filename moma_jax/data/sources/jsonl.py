@@ -16,6 +16,8 @@ from moma_jax.data.sources.rows import Layout, documents_of, layout_name, unharm
 from moma_jax.errors import InputError
 
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LOOKED_AT = 100
+"""Files that are opened before the work, at most: object stores answer slowly."""
 MAX_LINE_BYTES = 64 << 20
 """Longest line that is read."""
 
@@ -32,6 +34,7 @@ class JsonlSource:
         self.splits = splits((path for path, _ in files), True)
         plain = sum(size for path, size in files if not is_packed(path))
         block = max(1 << 12, min(1 << 20, math.ceil(plain / 64)))
+        self._rows: dict[str, dict | None] = {}
         self._units: list[tuple[str, int, int | None]] = []
         for path, size in files:
             if is_packed(path):
@@ -40,24 +43,41 @@ class JsonlSource:
                 self._units += [(path, start, min(start + block, size)) for start in range(0, size, block)]
 
     def require_known(self) -> None:
-        """Raises InputError where the first line of a file has none of the known layouts."""
-        for path, _ in self.files:
-            row = first_row(self.folder, path)
-            if row is not None and layout_name(row, self.layout) is None:
+        """Raises InputError where the first line of one of the first files has none of the known layouts."""
+        for path, _ in self.files[:LOOKED_AT]:
+            if (row := self._first(path)) is None:
+                continue
+            layout, keys = layout_name(row, self.layout), ", ".join(map(str, row)) or "nothing"
+            if layout is None:
                 raise InputError(
-                    f"prepare.source: lines of {path} have {', '.join(map(str, row)) or 'nothing'}, which is none of "
-                    "the known layouts; name the text's key with --caption-column, or set prepare.kind"
+                    f"prepare.source: lines of {path} have {keys}, which is none of the known layouts; name the text's "
+                    "key with --caption-column, or set prepare.kind"
                 )
+            if self.layout.rules and layout not in ("codes", "segments"):
+                raise InputError(
+                    f"prepare.source: lines of {path} have {keys}, no codes; name theirs with --image-codes-column, or "
+                    "leave --codebook and --kind out"
+                )
+
+    def layouts(self) -> set[str | None]:
+        """Layouts of the first lines of the first files, None for those that cannot be read."""
+        rows = [self._first(path) for path, _ in self.files[:LOOKED_AT]]
+        return {None if row is None else layout_name(row, self.layout) for row in rows}
 
     def units(self) -> int:
         """Ranges of bytes, a line belonging to the range in which it starts; a compressed file is one."""
         return len(self._units)
 
     def describe(self) -> list[str]:
-        """A line for each file: its layout and split."""
-        rows = {path: first_row(self.folder, path) for path, _ in self.files}
-        names = {path: layout_name(row, self.layout) if row else "empty" for path, row in rows.items()}
-        return [f"{path}: {names[path]}, split {self.splits[path] or 'by hash'}" for path, _ in self.files]
+        """A line for each file: its split, and its layout, of the first ones."""
+        rows = {path: self._first(path) for path, _ in self.files[:LOOKED_AT]}
+        names = {path: f"{layout_name(row, self.layout) if row else 'empty'}, " for path, row in rows.items()}
+        return [f"{path}: {names.get(path, '')}split {self.splits[path] or 'by hash'}" for path, _ in self.files]
+
+    def _first(self, path: str) -> dict | None:
+        if path not in self._rows:
+            self._rows[path] = first_row(self.folder, path)
+        return self._rows[path]
 
     def read(self, unit: int) -> Iterator[Document | Broken]:
         """The documents of the lines that start in one range of bytes."""

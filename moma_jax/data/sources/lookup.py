@@ -12,12 +12,12 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moma_jax.data.sources.columns import ADDRESSES
+from moma_jax.data.sources.columns import ADDRESSES, PICTURES
 from moma_jax.data.sources.files import MAX_FILE_BYTES, fingerprint, first_line, locate, text_rows
 from moma_jax.data.sources.rows import Missing
+from moma_jax.data.sources.tars import TARS, members_of
 from moma_jax.errors import InputError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 MAP_FILES = (".parquet", ".csv", ".jsonl")
 
 
@@ -41,9 +41,13 @@ class Lookup:
         """Lists the files; raises InputError where there are no pictures."""
         self.path = path
         self._folder, only = locate(path, "prepare.images")
-        listing = [(name, size) for name, size in self._folder.files() if only in (None, name)]
+        listing = [(name, size) for name, size in self._folder.files(deep=only is None) if only in (None, name)]
         self._tars = [name for name, _ in listing if name.lower().endswith(".tar")]
         self._files = [name for name, _ in listing if name.lower().endswith(PICTURES)]
+        if packed := [name for name, _ in listing if name.lower().endswith(TARS) and name not in set(self._tars)]:
+            raise InputError(
+                f"prepare.images: {packed[0]} is compressed, and pictures are fetched here and there; unpack it"
+            )
         if not self._tars and not self._files:
             raise InputError(f"prepare.images: {path} holds no pictures and no .tar of them; check it")
         self._listing, self._lock, self._places = listing, threading.Lock(), None
@@ -87,14 +91,11 @@ class Lookup:
             _remember(places, name, _Place(name))
         for tar in self._tars:
             try:
-                with (
-                    self._folder.open(tar) as file,
-                    tarfile.open(fileobj=io.BufferedReader(file), mode="r:") as members,
-                ):
-                    for member in members:
+                with self._folder.open(tar) as file:
+                    for member in members_of(io.BufferedReader(file)):
                         if member.isreg() and member.name.lower().endswith(PICTURES):
                             _remember(places, member.name, _Place(tar, member.offset_data, member.size))
-            except (tarfile.TarError, OSError, ValueError) as error:
+            except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
                 raise InputError(f"prepare.images: {tar} is damaged: {first_line(error)}") from error
         keys = {}
         for folder, name in self._maps:

@@ -26,10 +26,15 @@ import pyarrow.parquet as pq
 
 from moma_jax.data.documents import Broken, Document, Picture, Text
 from moma_jax.data.sources.columns import (
+    ABOUT,
     ADDRESSES,
+    LIKE_SPLIT,
+    OF_PICTURES,
+    PICTURE_TEXT,
     caption_column,
     chosen,
     fields_of,
+    holds_bytes,
     image_column,
     is_list,
     is_picture,
@@ -54,7 +59,6 @@ UNIT_ROWS = 256
 """Rows of one unit of work at most; a row group is cut into as many units as it needs."""
 CACHE_BYTES = 192 << 20
 """Decoded columns kept, so that units of one row group, and documents that share pictures, read them once."""
-COMMON = ("id", "source", "group", "split", "weight")
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class ParquetSource:
         where = f"prepare.source: {path}"
         if len(set(schema.names)) < len(schema.names):
             raise InputError(f"{where} has two columns of one name; rename one")
-        common = tuple(c for c in COMMON if c in schema.names)
+        common = tuple(c for c in schema.names if c.lower() in (*ABOUT, *LIKE_SPLIT))
         if (found := _rows_columns(schema, self.layout)) is not None:
             return _File(path, "rows", split, (*common, *found), metadata)
         if "segments" in schema.names and "image_id" in fields_of(item_of(schema.field("segments").type)):
@@ -309,7 +313,12 @@ def _rows_columns(schema: pa.Schema, layout: Layout) -> tuple[str, ...] | None:
             f"prepare.source: columns {', '.join(schema.names)} hold no codes; name theirs with --image-codes-column"
         )
     for wanted in INTERLEAVED:
-        if wanted <= names and all(is_list(schema.field(name).type) for name in wanted):
+        if wanted <= names:
+            if other := [name for name in sorted(wanted) if not is_list(schema.field(name).type)]:
+                kind = schema.field(other[0]).type
+                raise InputError(
+                    f"prepare.source: {other[0]} beside {wanted - {other[0]}} holds {kind}, not lists; unpack it"
+                )
             if any(is_picture(item_of(schema.field(name).type)) for name in wanted):
                 raise InputError("prepare.source: lists of pictures' bytes beside texts are not read; store one a row")
             return tuple(sorted(wanted))
@@ -324,17 +333,27 @@ def _require_all_read(schema: pa.Schema, where: str, picture: str | None, captio
     codes = [name for name in schema.names if name == "codes"]
     if codes:
         raise InputError(f"{where}: {codes[0]} holds ready codes; set prepare.kind codes and --codebook")
+    deep = [f for f in schema if f.name not in (picture, caption) and holds_bytes(f.type) and not is_picture(f.type)]
+    if deep:
+        raise InputError(
+            f"{where}: {deep[0].name} holds bytes within {deep[0].type}, which are not read; store one picture in each "
+            "row, as bytes or as a struct of bytes and path"
+        )
     addresses = [name for name in schema.names if name.lower() in ADDRESSES]
-    sizes = {"width", "height"} & {name.lower() for name in schema.names}
-    if picture is None and caption is not None and addresses and (sizes or caption.lower() == "caption"):
+    told = OF_PICTURES & {name.lower() for name in schema.names}
+    shown = told or any(name.lower() not in ("url", "urls") or name.isupper() for name in addresses)
+    if picture is None and caption is not None and addresses and (shown or caption.lower() in ("caption", "alt_text")):
         raise InputError(
             f"{where} has captions and addresses ({addresses[0]}) of pictures, but no pictures; fetch them first, as "
             "with img2dataset, and prepare the tars"
         )
-    named = [n for n in ("image", "img", "picture") if n in schema.names]
+    named = [n for n in schema.names if n.lower() in PICTURE_TEXT and n != caption]
     if picture is None and named:
         kind = schema.field(named[0]).type
-        raise InputError(f"{where}: {named[0]} holds {kind}, no bytes of pictures; embed the files' bytes")
+        raise InputError(
+            f"{where}: {named[0]} holds {kind}, no bytes of pictures; embed the files' bytes, or take the column out "
+            "where the text shall stand alone"
+        )
 
 
 def _values(column: pa.ChunkedArray) -> list:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moma_jax.data.documents import Broken, Codes, Document, Picture, Segment, Text, arrange
-from moma_jax.data.sources.columns import CAPTIONS, PICTURE_NAMES, chosen
+from moma_jax.data.sources.columns import ABOUT, ADDRESSES, CAPTIONS, LIKE_SPLIT, PICTURE_NAMES, PICTURES, chosen
 from moma_jax.data.sources.files import SPLIT_WORDS, Folder, first_line, printable
 from moma_jax.errors import InputError
 
@@ -30,6 +30,10 @@ MISSING = "pictures that the folder of pictures has not"
 MOST_WEIGHT = 1e6
 INTERLEAVED = {"texts", "images"}, {"text_list", "image_info"}
 """Keys of documents that name pictures kept elsewhere."""
+
+
+NAMES_ELSEWHERE = ("lists", "mmc4")
+"""The layouts that have them."""
 
 
 class Refused(ValueError):
@@ -59,7 +63,7 @@ class Layout:
 
     Attributes:
       source: its name, where a row does not give one.
-      caption, codes: keys of the text and of a picture's codes, where the user named them.
+      caption, image, codes: keys of the text, of a picture's path and of its codes, where the user named them.
       rules: of codes, by modality; {} where pictures are files.
       find: the bytes of a picture that a document of INTERLEAVED names; raises Missing; None where none were given.
       skip_missing: whether documents are read without the pictures that are missing.
@@ -67,6 +71,7 @@ class Layout:
 
     source: str
     caption: str | None = None
+    image: str | None = None
     codes: str | None = None
     rules: dict[str, CodesRule] = field(default_factory=dict)
     find: Callable[[str], bytes] | None = None
@@ -104,7 +109,8 @@ def documents_of(
 
 def id_of(row: dict, place: str) -> str:
     """The id that a row gives itself, else the place where it stands."""
-    return printable(str(row["id"])) if row.get("id") not in (None, "") else place
+    own = next((value for key, value in row.items() if str(key).lower() == "id"), None)
+    return place if own in (None, "") else printable(str(own))
 
 
 def assembled(
@@ -157,13 +163,21 @@ class Facts:
 
 def facts_of(row: dict, source: str, split: str | None) -> Facts:
     """Those of a row; a row's own split goes before its file's. Raises Refused."""
-    own, group = row.get("split"), row.get("group")
-    if own is not None:
-        if SPLIT_WORDS.get(own if isinstance(own, str) else None) in (None, "test"):
-            raise Refused(f"split is {own!r}, not train or validation")
-        split = SPLIT_WORDS[own]
-    source = printable(str(row.get("source") or source))
-    return Facts(source, split, None if group is None else printable(str(group)), weight_of(row))
+    told = {}
+    for key, value in row.items():
+        name = str(key).lower()
+        if name in LIKE_SPLIT and isinstance(value, str) and value.lower() in SPLIT_WORDS:
+            raise Refused(f"{key} is {value!r}, which may be its split; call it split, or leave it out")
+        if name in ABOUT and value not in (None, ""):
+            if name in told:
+                raise Refused(f"has two keys called {name}, capitals apart")
+            told[name] = value
+    if (own := told.get("split")) is not None:
+        if SPLIT_WORDS.get(own.lower() if isinstance(own, str) else None) in (None, "test"):
+            raise Refused(f"split is {str(own)[:40]!r}, not train or validation")
+        split = SPLIT_WORDS[own.lower()]
+    names = {name: printable(str(told[name])) for name in ("source", "group") if name in told}
+    return Facts(**({"source": source} | names), split=split, weight=weight_of(told))
 
 
 def weight_of(row: dict) -> float:
@@ -191,13 +205,25 @@ def layout_name(keys, layout: Layout) -> str | None:
         return "codes" if codes in keys else None
     if "segments" in keys:
         return "segments"
-    for name, wanted in zip(("lists", "mmc4"), INTERLEAVED, strict=True):
+    for name, wanted in zip(NAMES_ELSEWHERE, INTERLEAVED, strict=True):
         if wanted <= keys:
             return name
+    if lists := sorted(keys & {"images", "pictures", "photos"} - {layout.caption}):
+        raise InputError(
+            f"the source: {lists[0]} stands for several pictures whose places in the text nothing says; write "
+            '{"segments": [{"image": path}, {"text": ...}]}'
+        )
     text = chosen(keys, CAPTIONS, layout.caption, "--caption-column", "the source")
+    if layout.image is not None and layout.image not in keys:
+        raise InputError(f"--image-column: the source has no {layout.image}; it has {', '.join(sorted(keys))}")
     if text is None:
         return None
-    return "picture" if any(key in keys for key in PICTURE_NAMES) else "text"
+    return "picture" if keys & set(_picture_keys(layout)) else "text"
+
+
+def _picture_keys(layout: Layout) -> tuple[str, ...]:
+    """Keys that may name a row's picture."""
+    return PICTURE_NAMES if layout.image is None else (layout.image,)
 
 
 def _alternatives(row: dict, layout: Layout, read) -> tuple[list[list[Segment]], tuple[str, ...]]:
@@ -213,11 +239,12 @@ def _alternatives(row: dict, layout: Layout, read) -> tuple[list[list[Segment]],
         case "mmc4":
             return _found(_matched(row["text_list"], row["image_info"]), layout)
         case "picture":
-            if read is None:
-                raise Refused("pictures beside the file cannot be read here")
-            picture = Picture(read(_picture_name(row)))
+            if read is None or layout.rules:
+                raise Refused("names a picture, where pictures are not read")
+            picture = Picture(read(_picture_name(row, layout)))
             return [[Text(caption), picture] for caption in _captions(row, layout)], ()
         case "text":
+            _require_no_picture(row, layout)
             return [[Text(caption)] for caption in _captions(row, layout)], ()
     raise Refused(f"has none of the known layouts, but {', '.join(map(str, list(row)[:8]))}")
 
@@ -230,8 +257,17 @@ def of_row(function: Callable, *arguments: Any) -> Any:
         raise Refused(str(error)) from error
 
 
-def _picture_name(row: dict) -> str:
-    names = {row[key] for key in PICTURE_NAMES if isinstance(row.get(key), str)}
+def _require_no_picture(row: dict, layout: Layout) -> None:
+    """Raises Refused where a row of text has the path of a picture under a key that is not known."""
+    for key, value in row.items():
+        if key == layout.caption or key.lower() in (*ABOUT, *CAPTIONS, *ADDRESSES) or not isinstance(value, str):
+            continue
+        if len(value) < 1000 and value.lower().endswith(PICTURES) and not any(c.isspace() for c in value):
+            raise Refused(f"{key} names a picture ({value[:60]}); say so with --image-column {key}")
+
+
+def _picture_name(row: dict, layout: Layout) -> str:
+    names = {row[key] for key in _picture_keys(layout) if isinstance(row.get(key), str)}
     if len(names) != 1:
         raise Refused("names no picture" if not names else "names several pictures")
     return names.pop()
@@ -296,10 +332,15 @@ def _alternating(images: Any, texts: Any) -> list[Text | str]:
     """Text, and names of pictures, in reading order (OBELICS, Laurençon et al., 2023)."""
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         raise Refused("images and texts are not two lists of one length")
+    parts: list[Text | str] = []
     for place, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if image is None and text == "":  # nothing at all
+            continue
+        image, text = image or None, text or None
         if (image is None) == (text is None) or not isinstance(text if image is None else image, str):
             raise Refused(f"place {place} has not exactly one of a picture and a text")
-    return [Text(text) if image is None else image for image, text in zip(images, texts, strict=True)]
+        parts.append(Text(text) if image is None else image)
+    return parts
 
 
 def _matched(sentences: Any, pictures: Any) -> list[Text | str]:

@@ -16,9 +16,17 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from moma_jax.data.documents import Broken, Document, Picture, Text
-from moma_jax.data.sources.columns import CAPTIONS, chosen
-from moma_jax.data.sources.files import MAX_FILE_BYTES, Folder, fingerprint, first_line, is_packed, printable, splits
-from moma_jax.data.sources.lookup import PICTURES
+from moma_jax.data.sources.columns import CAPTIONS, PICTURES, chosen
+from moma_jax.data.sources.files import (
+    MAX_FILE_BYTES,
+    Folder,
+    fingerprint,
+    first_line,
+    is_packed,
+    printable,
+    split_of,
+    splits,
+)
 from moma_jax.data.sources.rows import Refused, assembled, captions_in, facts_of, of_row, unharmed
 from moma_jax.errors import InputError
 
@@ -56,7 +64,9 @@ class TarSource:
             first = first or item
         if first is None:
             raise InputError(f"prepare.source: {path} holds no samples (KEY.jpg with KEY.txt or KEY.json)")
-        raise InputError(f"prepare.source: {first.id}: {first.reason}; check that {path} is a tar of samples")
+        raise InputError(
+            f"prepare.source: {first.id}: {first.reason}; check that {path} is a tar of samples, sorted by name"
+        )
 
     def units(self) -> int:
         """Tars."""
@@ -64,7 +74,9 @@ class TarSource:
 
     def describe(self) -> list[str]:
         """A line for each tar."""
-        return [f"{path}: samples, split {self.splits[path] or 'by hash'}" for path, _ in self.files]
+        rest = "" if self.suffix is None else f"; not read: members but {self.suffix}, .txt and .json"
+        split = "by member or hash"
+        return [f"{path}: samples, split {self.splits[path] or split}{rest}" for path, _ in self.files]
 
     def picture_units(self, split: str | None = None) -> list[int]:
         """Tars that may have pictures of the split."""
@@ -83,11 +95,18 @@ class TarSource:
                 continue
             seen.add(key)
             try:
-                alternatives, facts = self._sample(members, path)
+                alternatives, facts = self._sample(members, self._split(path, key))
             except (ValueError, RecursionError) as error:
                 yield Broken(row_id, first_line(error))
                 continue
             yield from assembled(row_id, alternatives, facts)
+
+    def _split(self, path: str, key: str) -> str | None:
+        """The split of a sample: of its tar, or of the folder of its members; raises Refused where they differ."""
+        own = of_row(split_of, key, False)
+        if None not in (own, self.splits[path]) and own != self.splits[path]:
+            raise Refused(f"is of the split {own} in a tar of the split {self.splits[path]}")
+        return own or self.splits[path]
 
     def _samples(self, path: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
         """(key, content by suffix) of each sample; None for the content of a member that is too large or doubled."""
@@ -98,7 +117,12 @@ class TarSource:
                 whole = io.BufferedReader(file, 1 << 20)
                 if packed:
                     whole = _Forward(io.BufferedReader(self.folder.stream(path), 1 << 20))
-                for name, content in _members(whole):
+                for member in members_of(whole):
+                    name = member.name
+                    if member.isdir() or posixpath.basename(name).startswith("._"):  # of macOS, beside each file
+                        continue
+                    sound = member.isreg() and not member.sparse and member.size <= MAX_FILE_BYTES
+                    content = _content(whole, member) if sound else None
                     own, suffix = _parts(name)
                     if own != key and key is not None:
                         yield key, members
@@ -117,7 +141,7 @@ class TarSource:
         if key is not None:
             yield key, members
 
-    def _sample(self, members: dict[str, bytes | None], path: str):
+    def _sample(self, members: dict[str, bytes | None], split: str | None):
         """(segments of each of its documents, their facts); raises Refused."""
         if "damaged" in members:
             raise Refused(members["damaged"].decode())
@@ -127,7 +151,7 @@ class TarSource:
         about = json.loads(members[".json"]) if ".json" in members else {}
         if not isinstance(about, dict):
             raise Refused("its .json is not an object")
-        facts = facts_of(about, self.name, self.splits[path])
+        facts = facts_of(about, self.name, split)
         pictures = [s for s in members if s == self.suffix or (self.suffix is None and s in PICTURES)]
         known = (*pictures, ".txt", ".json", *NO_CONTENT)
         other = [s for s in members if s not in known] if self.suffix is None else []
@@ -146,8 +170,13 @@ class TarSource:
         return [[Text(caption), *shown] for caption in captions] or [shown], facts
 
     def _captions(self, members: dict[str, bytes | None], about: dict) -> list[str]:
-        if self.caption is None and ".txt" in members:
+        if self.caption in (None, "txt") and ".txt" in members:
             caption = members[".txt"].decode("utf-8-sig").strip()
+            others = [about[key] for key in about if key.lower() in CAPTIONS and about[key]]
+            if self.caption is None and others and not any(_says(other, caption) for other in others):
+                raise Refused(
+                    "has captions in .txt and another in .json; say which with --caption-column (txt: the file)"
+                )
             return [caption] if caption else []
         key = of_row(chosen, about, CAPTIONS, self.caption, "--caption-column", "its .json")
         return captions_in(about[key]) if key is not None and about[key] else []
@@ -160,18 +189,15 @@ class TarSource:
 # Members --------------------------------------------------------------------------------------------------------------
 
 
-def _members(file) -> Iterator[tuple[str, bytes | None]]:
-    """(name, content) of each member; None for the content of a link, a device, or a file that is too large.
+def members_of(file) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar; raises what tarfile does, OSError, EOFError and OverflowError.
 
     Raises:
       ValueError: there is more behind the last member than an end, or no end: tarfile takes both for the end.
     """
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         for member in tar:
-            if member.isdir():
-                continue
-            sound = member.isreg() and not member.sparse and member.size <= MAX_FILE_BYTES
-            yield member.name, _content(file, member) if sound else None
+            yield member
             tar.members = []  # or it remembers them all
         file.seek(tar.offset)
         blocks = 0
@@ -181,6 +207,11 @@ def _members(file) -> Iterator[tuple[str, bytes | None]]:
             blocks += len(rest) // tarfile.BLOCKSIZE
         if not blocks:
             raise ValueError("no end of a tar stands here")
+
+
+def _says(value, caption: str) -> bool:
+    """Whether a key's value is, or holds, a caption."""
+    return any(isinstance(v, str) and v.strip() == caption for v in (value if isinstance(value, list) else [value]))
 
 
 def _content(file, member: tarfile.TarInfo) -> bytes:
