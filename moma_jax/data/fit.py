@@ -53,11 +53,12 @@ def ordered_map(function: Callable, items: Iterable) -> Iterator:
 
 @dataclass
 class Sample:
-    """Training texts, training pictures as pixels (side, side, 3), whether anything but text was seen, what the first
-    broken document suffers from, and why a picture was left out."""
+    """Training texts, training pictures as pixels (side, side, 3), whether there was any training document, and one of
+    more than text, what the first broken document suffers from, and why a picture was left out."""
 
     texts: list[str] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
+    usable: bool = False
     beyond_text: bool = False
     broken: str = ""
     left_out: str = ""
@@ -83,7 +84,7 @@ def fit_codecs(source, config: PrepareConfig, modalities: Sequence[Modality] | N
             _require_image(codecs, take_sample(source, config, look))
         return codecs
     sample = take_sample(source, config, look)
-    if not sample.texts and not sample.beyond_text:
+    if not sample.usable:
         reason = sample.broken or "check its split"
         raise InputError(f"prepare.source: {config.source} has no usable training document; {reason}")
     layout = tuple(modalities) if modalities is not None else _layout(config, sample)
@@ -179,7 +180,7 @@ def take_sample(source, config: PrepareConfig, look: Callable) -> Sample:
         return _sample_unit(source.read(int(unit)), config, len(sample.pictures) < SAMPLE_PICTURES)
 
     for looked, found in enumerate(ordered_map(read, order), 1):
-        sample.beyond_text |= found.beyond_text
+        sample.usable, sample.beyond_text = sample.usable | found.usable, sample.beyond_text | found.beyond_text
         sample.broken, sample.left_out = sample.broken or found.broken, sample.left_out or found.left_out
         if wanted and characters < SAMPLE_CHARACTERS:
             sample.texts += found.texts
@@ -202,6 +203,7 @@ def _sample_unit(items: Iterable, config: PrepareConfig, pictures: bool) -> Samp
             continue
         if is_held_out(document, config.held_out):
             continue
+        sample.usable = True
         for segment in document.segments:
             match segment:
                 case Text(text):

@@ -14,7 +14,9 @@ from moma_jax.config import PrepareConfig
 from moma_jax.data.documents import Broken, Document, Picture, Text, is_held_out
 from moma_jax.data.sources import open_with_rest
 from moma_jax.data.store import open_store
+from moma_jax.data.text import load_tokenizer
 from moma_jax.errors import InputError
+from moma_jax.vocab import special_tokens
 
 MOST_FILES, MOST_DOCUMENTS, MOST_CHARACTERS = 50, 5, 60
 """Files, documents, and characters of each text that are shown."""
@@ -24,6 +26,8 @@ def preview(config: PrepareConfig, modalities: tuple = ()) -> Iterator[str]:
     """Lines about the source that a config names; raises InputError where it cannot be used."""
     if config.codec is not None:
         open_codec(config.codec)
+    if config.tokenizer is not None:
+        load_tokenizer(config.tokenizer, special_tokens([]))
     if config.vocabulary is not None:
         modalities = modalities or tuple(open_store(config.vocabulary).vocabulary.modalities)
     opened = open_with_rest(config, modalities)

@@ -208,8 +208,8 @@ def test_columns_are_found_named_or_refused(tmp_path):
     assert "both image and mask hold bytes; say which with --image-column" in refused(two)
     documents, _ = everything(opened(two, image_column="mask"))
     assert documents[0].segments[1].image == png(2)
-    assert "captions and addresses (URL)" in refused(made("laion", URL=["u"], TEXT=["t"], WIDTH=[1], HEIGHT=[2]))
-    assert "image holds string, no bytes" in refused(made("path", image=["a.png"], text=["t"]))
+    assert "URL is the address of a picture" in refused(made("laion", URL=["u"], TEXT=["t"], WIDTH=[1], HEIGHT=[2]))
+    assert "image stands for pictures" in refused(made("path", image=["a.png"], text=["t"]))
     assert "holds lists of pictures" in refused(made("lists", images=[[png()]], text=["t"]))
     assert "codes holds ready codes; set prepare.kind codes" in refused(
         made("codes", text=["t"], codes=[[1]]), kind="parquet"

@@ -30,16 +30,24 @@ def write_tar(path, members):
 
 def test_folders_within_a_tar_say_the_split(tmp_path):
     members = {}
-    for n, folder in enumerate(("train/n01", "val/n01", "test/n01", "n01")):
+    for n, folder in enumerate(("train2017/n01", "val/test", "test/n01", "other/n01")):
         members |= {f"{folder}/a.jpg": png(n), f"{folder}/a.txt": b"a caption"}
     write_tar(tmp_path / "a.tar", members)
     documents, broken = everything(opened(tmp_path))
-    assert [d.split for d in documents] == ["train", "validation", None]
-    assert "split test" in broken["a.tar:test/n01/a"]
+    assert [d.split for d in documents] == ["train", "validation"]
+    assert "split test" in broken["a.tar:test/n01/a"] and "says no split" in broken["a.tar:other/n01/a"]
     os.rename(tmp_path / "a.tar", tmp_path / "a-train.tar")
     documents, broken = everything(opened(tmp_path))
-    assert [d.split for d in documents] == ["train", "train"] and len(broken) == 2
-    assert "in a tar of the split train" in broken["a-train.tar:val/n01/a"]
+    assert [d.split for d in documents] == ["train"] * 4 and not broken, "the tar's name goes before"
+
+
+def test_classes_called_as_splits_are_not_taken_for_them(tmp_path):
+    members = {}
+    for n, folder in enumerate(("apple", "test_tube", "train")):
+        members |= {f"{folder}/a.jpg": png(n), f"{folder}/a.txt": b"a caption"}
+    write_tar(tmp_path / "a.tar", members)
+    documents, broken = everything(opened(tmp_path))
+    assert [d.split for d in documents] == [None, None] and "says a split" in broken["a.tar:train/a"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("Split", "VAL"), ("SPLIT", "Validation"), ("split", "dev")])
@@ -96,10 +104,15 @@ def test_ready_codes_are_duplicates_too(tmp_path):
         ({"text": ["t"], "pictures": [[[b"x"]]]}, "holds bytes within"),
         ({"text": ["t"], "shown": [{"img": b"x"}]}, "holds bytes within"),
         ({"text": ["t"], "shown": pa.array([[("a", b"x")]], pa.map_(pa.string(), pa.binary()))}, "holds bytes within"),
-        ({"text": ["t"], "image_path": ["a.png"]}, "image_path holds string, no bytes of pictures"),
-        ({"text": ["t"], "jpg": ["/9j/4AAQ"]}, "jpg holds string, no bytes of pictures"),
-        ({"TEXT": ["t"], "URL": ["http://a/b"]}, "captions and addresses (URL) of pictures"),
-        ({"text": ["t"], "image_url": ["http://a/b"]}, "captions and addresses (image_url) of pictures"),
+        ({"text": ["t"], "image_path": ["a.png"]}, "image_path stands for pictures"),
+        ({"text": ["t"], "jpg": ["/9j/4AAQ"]}, "jpg stands for pictures"),
+        ({"TEXT": ["t"], "URL": ["http://a/b"]}, "URL is the address of a picture"),
+        ({"caption": ["t"], "url": ["http://a/b"]}, "url is the address of a picture"),
+        ({"text": ["t"], "image_url": ["http://a/b"]}, "image_url stands for pictures"),
+        ({"caption": ["t"], "filename": ["my cat.jpg"]}, "filename names a picture"),
+        ({"text": ["t"], "shown": [{"path": "a.avif"}]}, "shown names a picture"),
+        ({"text": ["t"], "segments": [[{"image": "a.png"}]]}, "segments holds list"),
+        ({"texts": [["t"]], "images": [[None]], "shown": [[b"x"]]}, "holds bytes within"),
         ({"texts": ['["t"]'], "images": ["[null]"]}, "not lists; unpack"),
     ],
 )
@@ -108,24 +121,42 @@ def test_columns_that_stand_for_pictures_are_refused(tmp_path, columns, line):
     with pytest.raises(InputError) as caught:
         opened(tmp_path)
     assert line in str(caught.value)
+    if "--caption-column" in str(caught.value):  # the text is meant to stand alone
+        caption = next(name for name in columns if name.lower() in ("text", "caption"))
+        assert len(everything(opened(tmp_path, caption_column=caption))[0]) == 1
+        write_lines(tmp_path / "a.jsonl", [{key: cells[0] for key, cells in columns.items()}])
+        _, broken = everything(opened(tmp_path / "a.jsonl"))
+        assert "--caption-column where the" in broken["a.jsonl:0"] or "there is no file" in broken["a.jsonl:0"]
+        if "image_path" not in columns:  # which names one in lines
+            assert len(everything(opened(tmp_path / "a.jsonl", caption_column=caption))[0]) == 1
 
 
-def test_columns_about_texts_are_not(tmp_path):
-    write_parquet(tmp_path / "a.parquet", {"text": ["t"], "url": ["http://a/b"], "timestamp": ["now"]})
-    assert len(everything(opened(tmp_path))[0]) == 1
+@pytest.mark.parametrize(
+    "more",
+    [{"timestamp": "now", "similarity": 0.5}, {"images": [], "photos": 3}, {"id": "a.png", "meta": {"width": 3}}],
+)
+def test_columns_about_texts_are_not(tmp_path, more):
+    row = {"text": "t", "url": "http://a/b", **more}
+    write_parquet(tmp_path / "table" / "a.parquet", {key: [cell] for key, cell in row.items()})
+    write_lines(tmp_path / "a.jsonl", [row])
+    for source in ("table", "a.jsonl"):
+        assert len(everything(opened(tmp_path / source))[0]) == 1
 
 
 def test_lines_that_name_pictures_under_other_keys(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     write_lines(tmp_path / "a.jsonl", [{"image": "a.png", "text": "first"}, {"shot": "a.png", "text": "second"}])
     documents, broken = everything(opened(tmp_path))
-    assert len(documents) == 1 and "--image-column shot" in next(iter(broken.values()))
+    assert len(documents) == 1 and "shot names a picture" in next(iter(broken.values()))
     write_lines(tmp_path / "a.jsonl", [{"shot": "a.png", "text": "second"}])
     documents, _ = everything(opened(tmp_path, image_column="shot"))
     assert documents[0].collection == "pairs" and documents[0].segments[1].image == png()
+    write_lines(tmp_path / "a.jsonl", [{"Image": "a.png", "Caption": "t"}])
+    (document,), _ = everything(opened(tmp_path))
+    assert document.collection == "pairs", "in capitals"
     write_lines(tmp_path / "a.jsonl", [{"images": ["a.png", "a.png"], "text": "t"}])
-    with pytest.raises(InputError, match="images stands for several pictures"):
-        opened(tmp_path)
+    _, broken = everything(opened(tmp_path, kind="jsonl"))
+    assert "images stands for pictures" in broken["a.jsonl:0"]
 
 
 def test_pictures_beside_lines_of_text_are_two_kinds(tmp_path):
@@ -148,6 +179,40 @@ def test_a_tar_with_two_captions_of_one_picture(tmp_path):
     for caption, text in (("txt", "a file"), ("caption", "in the object")):
         documents, _ = everything(opened(tmp_path, caption_column=caption))
         assert documents[-1].segments[0].text == text
+
+
+def test_captions_that_differ_from_line_to_line(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("train/a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    rows = [{"file_name": "b.png", "caption": "one", "split": "train"}, {"file_name": "b.png", "caption": "two"}]
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    os.rename(tmp_path / "train", tmp_path / "deep")
+    _, broken = everything(opened(tmp_path))
+    assert "differ in split" in broken["b.png"] and "no line" in broken["deep/a.png"]
+    write_lines(tmp_path / "metadata.jsonl", [rows[0], {"file_name": "deep/a.png", "caption": "outer"}])
+    write_lines(tmp_path / "deep" / "metadata.jsonl", [{"file_name": "a.png", "caption": "inner"}])
+    with pytest.raises(InputError, match=r"both speak of deep/a.png"):
+        opened(tmp_path)
+
+
+def test_captions_that_would_be_lost(tmp_path):
+    about = json.dumps({"captions": ["one", "two"]}).encode()
+    write_tar(tmp_path / "a.tar", {"a.jpg": png(), "a.txt": b"one", "a.json": about, "b.jpg": png(), "b.txt": b"b"})
+    assert list(everything(opened(tmp_path / "a.tar"))[1]) == ["a.tar:a"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        (folder / name).write_bytes(png())
+    (folder / "a.txt").write_text("small")
+    (folder / "a.TXT").write_text("large")
+    with pytest.raises(InputError, match="has a twin but for capitals"):
+        opened(folder)
+    for name in ("a.txt", "a.TXT"):
+        os.remove(folder / name)
+    (folder / "b.txt").write_text("of no picture")
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a\nc.png,c\n")
+    assert open_with_rest(PrepareConfig(source=str(folder))).notes == ["not read: 1 .txt, such as b.txt"]
 
 
 def test_what_macos_leaves_is_no_content(tmp_path):
@@ -216,20 +281,34 @@ def test_settings_that_mean_nothing_are_refused(tmp_path, changes, line):
     assert line in str(caught.value)
 
 
-def test_images_that_nothing_names_are_refused(tmp_path):
+def test_images_that_nothing_names_are_told(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(png())
     write_lines(tmp_path / "docs" / "a.jsonl", [{"text": "t"}])
+    named = {"images": str(tmp_path / "pictures")}
+    found = open_with_rest(PrepareConfig(source=str(tmp_path / "docs"), **named))
+    assert "the first lines name no picture" in found.notes[0]
+    os.remove(tmp_path / "docs" / "a.jsonl")
+    write_parquet(tmp_path / "docs" / "a.parquet", {"text": ["t"]})
     with pytest.raises(InputError, match=r"prepare.images: no document of .* names a picture kept elsewhere"):
-        opened(tmp_path / "docs", images=str(tmp_path / "pictures"))
+        opened(tmp_path / "docs", **named)
 
 
 def test_codes_are_wanted_where_a_codebook_is_given(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     write_lines(tmp_path / "a.jsonl", [{"image": "a.png", "text": "t"}])
+    sizes = {"codebook": 8, "codes_per_image": 4}
+    with pytest.raises(InputError, match="image, text: pictures, where ready codes are read"):
+        opened(tmp_path / "a.jsonl", **sizes)
+    write_lines(tmp_path / "a.jsonl", [{"text": "t"}])
     with pytest.raises(InputError, match="no codes; name theirs with --image-codes-column"):
-        opened(tmp_path / "a.jsonl", codebook=8, codes_per_image=4)
+        opened(tmp_path / "a.jsonl", **sizes)
+    write_lines(tmp_path / "b.jsonl", [{"prompt": "t", "codes": [1, 2, 3, 4]}])
+    os.remove(tmp_path / "a.png")
+    assert len(everything(opened(tmp_path, **sizes))[0]) == 2, "texts beside codes"
+    write_parquet(tmp_path / "table" / "a.parquet", {"prompt": ["t"], "codes": [[1, 2, 3, 4]]})
+    assert len(everything(opened(tmp_path / "table", **sizes))[0]) == 1
 
 
 def test_damaged_or_packed_pictures_elsewhere_are_refused(tmp_path):
@@ -285,6 +364,25 @@ def test_sizes_that_a_tokenizer_brings(tmp_path):
     with pytest.raises(InputError, match=r"prepare.text_size: 999, but prepare.vocabulary brings 300"):
         prepare(PrepareConfig(**given, text_size=999), str(tmp_path / "b"), progress=False)
     assert prepare(PrepareConfig(**given), str(tmp_path / "b"), progress=False)["documents"] == 40
+
+
+def test_texts_alone_with_a_given_tokenizer(tmp_path):
+    config = words(tmp_path)
+    prepare(config, str(tmp_path / "store"), progress=False)
+    given = {"source": config.source, "parts": 1, "tokenizer": str(tmp_path / "store" / "tokenizer.json")}
+    assert prepare(PrepareConfig(**given), str(tmp_path / "b"), progress=False)["documents"] == 40
+
+
+def test_a_map_that_is_no_map(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "a.png").write_bytes(png())
+    write_lines(tmp_path / "docs" / "a.jsonl", [{"texts": [None], "images": ["there"]}])
+    named = {"images": str(tmp_path / "a.png"), "image_map": str(tmp_path / "map.jsonl")}
+    (tmp_path / "map.jsonl").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"map.jsonl cannot be read"):
+        list(opened(tmp_path / "docs", **named).read(0))
+    write_lines(tmp_path / "map.jsonl", [{"URL": "there", "Key": "a", "weight": "heavy"}])
+    assert len(everything(opened(tmp_path / "docs", **named))[0]) == 1
 
 
 def test_a_dry_run_refuses_what_prepare_would(tmp_path):

@@ -108,7 +108,7 @@ def test_the_cache_is_bounded(tmp_path, monkeypatch):
     [
         ("a.parquet", {"number": [1]}, "columns number"),
         ("a.parquet", {"text": [1]}, "columns text"),
-        ("a.parquet", {"segments": ["text"]}, "columns segments"),
+        ("a.parquet", {"segments": ["text"]}, "segments holds string"),
         ("test-00000-of-00001.parquet", {"text": ["a"]}, "split test"),
         ("pages.parquet", {"segments": [[{"text": "a", "image_id": None}]]}, "call all files train-"),
     ],

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from moma_jax.config import PrepareConfig
 from moma_jax.data.options import require_consistent, require_heard
-from moma_jax.data.sources.columns import PICTURES
+from moma_jax.data.sources.columns import PICTURES, UNREAD_PICTURES
 from moma_jax.data.sources.files import SPLIT_WORDS, Folder, locate, printable
 from moma_jax.data.sources.folder import METADATA, FolderSource
 from moma_jax.data.sources.generated import ScenesSource
@@ -37,15 +38,7 @@ SUFFIXES = {"parquet": (".parquet",), "tar": TARS, "jsonl": LINES, "folder": PIC
 """Files of each kind of source."""
 REFUSED = {
     (".pkl", ".pickle", ".pt", ".pth"): "pickles, which can run code; export them to Parquet or JSON lines",
-    (
-        ".avif",
-        ".heic",
-        ".heif",
-        ".jxl",
-        ".svg",
-        ".psd",
-        ".jp2",
-    ): "pictures of a format that is not read; convert them to PNG or JPEG",
+    UNREAD_PICTURES: "pictures of a format that is not read; convert them to PNG or JPEG",
     (".arrow", ".feather"): "Arrow files; write them as Parquet (datasets: to_parquet)",
     (".zip", ".7z", ".rar", ".tar.bz2", ".tar.xz", ".jsonl.zip", ".jsonl.bz2", ".jsonl.xz"): "archives; unpack them",
     (".tfrecord", ".mds", ".array_record", ".idx"): "records of another loader; export them to Parquet or JSON lines",
@@ -96,7 +89,7 @@ def open_with_rest(prepare: PrepareConfig, modalities=(), captions: bool = True)
         stem = posixpath.splitext(only)[0]
         listing = [(n, size) for n, size in everything if n == only or n.lower() == f"{stem}.txt".lower()]
     require_heard(prepare, kind)
-    label = posixpath.basename(posixpath.normpath(prepare.source))
+    label = posixpath.basename(posixpath.normpath(only or folder.base)) or prepare.source
     layout = Layout(
         label,
         prepare.caption_column,
@@ -107,23 +100,22 @@ def open_with_rest(prepare: PrepareConfig, modalities=(), captions: bool = True)
         prepare.missing_pictures == "skip",
     )
     source, used = _open(kind, layout, folder, files, listing, prepare, captions)
-    if lookup is not None and not _names_elsewhere(source):
+    notes = []
+    if lookup is not None and isinstance(source, ParquetSource) and not source.of_rows:
         raise InputError(
             f"prepare.images: no document of {prepare.source} names a picture kept elsewhere; leave it out"
         )
-    notes = []
+    if isinstance(source, JsonlSource):
+        if lookup is not None and not source.layouts() & {None, *NAMES_ELSEWHERE}:
+            notes.append(f"the first lines name no picture of {prepare.images}")
+        if beside := len([name for name, _ in files["folder"] if name in used]):
+            notes.append(f"of {beside:,} pictures beside the lines, those are read that a line names")
     if unread := _unread(listing, used, prepare):
         notes.append(f"not read: {unread}")
-    if only is None and label.lower() in SPLIT_WORDS and SPLIT_WORDS[label.lower()] != "train":
-        notes.append(f"the source itself is called {label}, which decides nothing; its folder's would")
+    last = re.findall("[a-z]+", label.lower())[-1:]
+    if only is None and last and SPLIT_WORDS.get(last[0], "train") != "train":
+        notes.append(f"the source itself is called {label}, which decides nothing; give the folder above for its split")
     return Opened(source, notes, lookup)
-
-
-def _names_elsewhere(source) -> bool:
-    """Whether documents may name pictures that `prepare.images` has."""
-    if isinstance(source, JsonlSource):
-        return bool(source.layouts() & {None, *NAMES_ELSEWHERE})
-    return any(file.collection == "rows" for file in source.files)
 
 
 def _open(kind: str, layout: Layout, folder: Folder, files, listing, prepare: PrepareConfig, captions: bool):
@@ -140,7 +132,7 @@ def _open(kind: str, layout: Layout, folder: Folder, files, listing, prepare: Pr
             about = [(n, s) for n, s in listing if n.lower().endswith(".txt") or posixpath.basename(n) in METADATA]
             about = [(n, s) for n, s in about if not _is_hidden(n)]
             source = FolderSource(label, folder, mine, about, prepare.caption_column, prepare.image_column, captions)
-            mine = [*mine, *about]
+            mine = [*mine, *source.about]
         case "tar":
             source = TarSource(label, folder, mine, prepare.caption_column, prepare.image_column, captions)
             source.require_known()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pyarrow as pa
 
@@ -12,12 +12,18 @@ CAPTIONS = ("caption", "captions", "text", "texts", "txt", "prompt", "descriptio
 """What people call the text beside a picture; capitals do not matter."""
 PICTURE_NAMES = ("image", "file_name", "image_path", "image_file", "img", "img_path", "picture", "photo")
 """Keys of JSON lines and metadata that name a picture's file; columns that hold pictures, or should."""
-PICTURE_TEXT = (*PICTURE_NAMES, "images", "pictures", "photos", "image_base64", "base64", "jpg", "jpeg", "png", "webp")
-"""Columns of text that stand for pictures: paths, or base64."""
+PICTURE_TEXT = (
+    *PICTURE_NAMES,
+    *("images", "pictures", "photos", "image_paths", "image_name", "image_base64", "image_bytes_b64", "base64"),
+    *("jpg", "jpeg", "png", "webp", "image_url", "img_url", "image_urls"),
+)
+"""Columns of text that stand for pictures: paths, addresses, or base64."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 """Suffixes of picture files that are read."""
 ABOUT = ("id", "source", "group", "split", "weight")
 """Columns and keys about a document; capitals do not matter."""
+UNREAD_PICTURES = (".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".jp2")
+"""Those of picture files that are not."""
 LIKE_SPLIT = ("set", "subset", "partition", "fold")
 """What else people call a split, and other things too."""
 ADDRESSES = ("url", "image_url", "img_url", "image_urls", "urls")
@@ -32,6 +38,38 @@ OF_PICTURES = {
     "aesthetic",
 }
 """Columns that are beside the addresses of pictures, and not beside those of texts."""
+
+
+def pictures_meant(row: dict, caption: str | None) -> str | None:
+    """Which column of a row of text stands for a picture, and why, as a clause; None where none does.
+
+    By names and values: what people write is known, and what they mean is not, so `--caption-column` is the way to say
+    that the text stands alone.
+    """
+    rest = {str(key): value for key, value in row.items() if key != caption and value not in (None, "", [], {})}
+    for key, value in rest.items():
+        words = list(_strings(value))
+        if key.lower() in PICTURE_TEXT and words:
+            return f"{key} stands for pictures"
+        if key.lower() not in (*ABOUT, *CAPTIONS, *ADDRESSES) and any(map(_is_file_of_picture, words)):
+            return f"{key} names a picture"
+    address = next((key for key in rest if key.lower() in ADDRESSES), None)
+    hints = sum(key.lower() in OF_PICTURES for key in rest) + 2 * ((caption or "").lower() in ("caption", "alt_text"))
+    hints += (address or "").isupper() + (caption or "").isupper()
+    return f"{address} is the address of a picture" if address is not None and hints >= 2 else None
+
+
+def _strings(value) -> Iterator[str]:
+    """The texts within a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _is_file_of_picture(text: str) -> bool:
+    return len(text) < 300 and "\n" not in text and text.lower().endswith((*PICTURES, *UNREAD_PICTURES))
 
 
 def chosen(names: Iterable[str], usual: Iterable[str], asked: str | None, option: str, where: str) -> str | None:
@@ -63,14 +101,14 @@ def caption_column(schema: pa.Schema, asked: str | None, where: str) -> str | No
     return chosen(textual, CAPTIONS, asked, "--caption-column", where)
 
 
-def image_column(schema: pa.Schema, asked: str | None, where: str) -> str | None:
-    """The column of pictures: bytes of files, or structs {bytes, path}."""
+def image_column(schema: pa.Schema, asked: str | None, where: str, but: str | None = None) -> str | None:
+    """The column of pictures: bytes of files, or structs {bytes, path}; not `but`, which holds the text."""
     kinds = {f.name: f.type for f in schema}
     if asked is not None and asked not in kinds:
         raise InputError(f"--image-column: {where} has no column {asked}; it has {', '.join(schema.names)}")
     if asked is not None and not is_picture(kinds[asked]):
         raise InputError(f"--image-column: {asked} of {where} holds {kinds[asked]}, which are no pictures' bytes")
-    pictures = [name for name, kind in kinds.items() if is_picture(kind)]
+    pictures = [name for name, kind in kinds.items() if is_picture(kind) and name != but]
     if asked is None and len(pictures) > 1:
         raise InputError(f"{where}: both {' and '.join(pictures)} hold bytes; say which with --image-column")
     return asked or (pictures[0] if pictures else None)

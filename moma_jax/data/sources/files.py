@@ -69,7 +69,10 @@ class Folder:
         path = posixpath.join(self.base, name)
         if self.local and os.path.exists(path) and not os.path.isfile(path):
             raise OSError(f"{name!r} is no regular file")  # reading a pipe would wait for ever
-        return self.filesystem.open_input_file(path)
+        try:
+            return self.filesystem.open_input_file(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no file {name!r}") from error
 
     def stream(self, name: str):
         """The file as a binary stream, unpacked where its name says that it is compressed; raises OSError."""
@@ -182,22 +185,18 @@ def text_rows(content: bytes, name: str) -> list[dict]:
     text = content.decode("utf-8-sig")
     if name.endswith(".csv"):
         csv.field_size_limit(MAX_FILE_BYTES)
-        return [_typed(row) for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+        return [_filled(row) for row in csv.DictReader(io.StringIO(text, newline=""), strict=True)]
     rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines also splits at U+2028
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is not an object")
     return rows
 
 
-def _typed(row: dict[str, str]) -> dict:
-    """A row of CSV with None for empty cells, and its weight as a number; raises ValueError."""
+def _filled(row: dict[str, str]) -> dict:
+    """A row of CSV with None for empty cells; raises ValueError."""
     if None in row:
         raise ValueError(f"a row has more cells than the first one: {', '.join(row[None])[:80]}")
-    found = {key: cell or None for key, cell in row.items()}
-    for key, cell in found.items():
-        if key.lower() == "weight" and cell is not None:
-            found[key] = float(cell)
-    return found
+    return {key: cell or None for key, cell in row.items()}
 
 
 def fingerprint(kind: str, files: list[tuple[str, int]], *settings: object) -> str:

@@ -42,9 +42,12 @@ class FolderSource:
         self.name, self.folder, self.files, self.captions = name, folder, files, captions
         self.splits = splits((path for path, _ in files), False)
         self.block = max(1, min(256, math.ceil(len(files) / 64)))
-        self.about = about
         tables = [path for path, _ in about if posixpath.basename(path) in METADATA]
         self.texts = {posixpath.splitext(path)[0]: path for path, _ in about if path not in tables}
+        if len(self.texts) + len(tables) < len(about):
+            twice = [path for path, _ in about if path not in {*tables, *self.texts.values()}]
+            raise InputError(f"prepare.source: {twice[0]} has a twin but for capitals; keep one of the two")
+        self.about = [(path, size) for path, size in about if not tables or path in tables]
         described = self.texts.keys() & {posixpath.splitext(path)[0] for path, _ in files}
         if tables and described:
             raise InputError(
@@ -61,6 +64,10 @@ class FolderSource:
         self.rows = None if not tables else {}
         for table in tables:
             found, unread = _metadata(folder, table, caption, image)
+            if twice := sorted(self.rows.keys() & found.keys()):
+                raise InputError(
+                    f"prepare.source: {table} and another table both speak of {twice[0]}; keep one of them"
+                )
             self.rows |= found
             self._unread |= unread
         self.lost = sorted(set(self.rows or ()) - {path for path, _ in files})
@@ -97,6 +104,8 @@ class FolderSource:
             row = {} if self.rows is None else self.rows.get(path)
             if row is None:
                 raise Refused("the metadata has no line for it")
+            if row.get("differs"):
+                raise Refused("its lines in the metadata differ in split, group, source or weight")
             captions = self._captions(path, row)
             picture = Picture(self.folder.read(path))
             if not captions and self.captions:
@@ -127,6 +136,13 @@ class FolderSource:
         return fingerprint("folder", sorted([*self.files, *self.about]))
 
 
+def _number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell  # reading the row says what is wrong with it
+
+
 def _is_about(name: str) -> bool:
     """Whether a text file is about the folder, and no caption."""
     return posixpath.basename(name).lower() in ("readme", "license", "licence", "copying", "requirements", "classes")
@@ -148,11 +164,16 @@ def _metadata(folder: Folder, path: str, caption: str | None, image: str | None)
     unread = {key for row in rows for key in row if key not in (named, column) and key.lower() not in ABOUT}
     found: dict[str, dict] = {}
     for row in rows:
+        weight = next((key for key in row if key.lower() == "weight"), None)
+        if path.endswith(".csv") and row.get(weight) is not None:
+            row[weight] = _number(row[weight])
         name = posixpath.normpath(posixpath.join(posixpath.dirname(path), str(row.get(named))))
         text = row.get(column) if column else None
         if name in found:  # another caption of the same picture
             before = found[name]["caption"]
             found[name]["caption"] = [*(before if isinstance(before, list) else [before]), text]
+            about = [key for key in row.keys() | found[name].keys() if key.lower() in ABOUT and key.lower() != "id"]
+            found[name]["differs"] |= any(row.get(key) != found[name].get(key) for key in about)
         else:
-            found[name] = {**row, "caption": text}
+            found[name] = {**row, "caption": text, "differs": False}
     return found, unread

@@ -53,11 +53,13 @@ class JsonlSource:
                     f"prepare.source: lines of {path} have {keys}, which is none of the known layouts; name the text's "
                     "key with --caption-column, or set prepare.kind"
                 )
-            if self.layout.rules and layout not in ("codes", "segments"):
-                raise InputError(
-                    f"prepare.source: lines of {path} have {keys}, no codes; name theirs with --image-codes-column, or "
-                    "leave --codebook and --kind out"
-                )
+            if self.layout.rules and layout not in ("codes", "segments", "text"):
+                raise InputError(f"prepare.source: lines of {path} have {keys}: pictures, where ready codes are read")
+        if self.layout.rules and not self.layouts() & {None, "codes", "segments"}:
+            raise InputError(
+                f"prepare.source: lines of {self.files[0][0]} have no codes; name theirs with --image-codes-column, or "
+                "leave --codebook and --kind out"
+            )
 
     def layouts(self) -> set[str | None]:
         """Layouts of the first lines of the first files, None for those that cannot be read."""

@@ -126,12 +126,13 @@ def _addresses(folder, name: str):
             else:
                 rows = text_rows(file.read(), name)
                 columns = {column: [row.get(column) for row in rows] for column in (rows[0] if rows else ())}
-    except (OSError, ValueError, pa.ArrowException, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException, csv.Error) as error:
         raise InputError(f"prepare.image_map: {name} cannot be read: {first_line(error)}") from error
     address = next((column for column in columns if column.lower() in ADDRESSES), None)
-    if address is None or "key" not in columns:
+    own = next((column for column in columns if column.lower() == "key"), None)
+    if address is None or own is None:
         raise InputError(f"prepare.image_map: {name} has columns {', '.join(columns)}; it needs url and key")
-    for found, key in zip(columns[address], columns["key"], strict=True):
+    for found, key in zip(columns[address], columns[own], strict=True):
         found, key = (value.as_py() if isinstance(value, pa.Scalar) else value for value in (found, key))
         if found is not None and key is not None:
             yield str(found), str(key)

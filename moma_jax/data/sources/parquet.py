@@ -27,18 +27,18 @@ import pyarrow.parquet as pq
 from moma_jax.data.documents import Broken, Document, Picture, Text
 from moma_jax.data.sources.columns import (
     ABOUT,
-    ADDRESSES,
+    CAPTIONS,
     LIKE_SPLIT,
-    OF_PICTURES,
-    PICTURE_TEXT,
     caption_column,
     chosen,
     fields_of,
     holds_bytes,
     image_column,
+    is_bytes,
     is_list,
     is_picture,
     item_of,
+    pictures_meant,
 )
 from moma_jax.data.sources.files import Folder, fingerprint, first_line, splits
 from moma_jax.data.sources.rows import (
@@ -57,6 +57,8 @@ from moma_jax.errors import InputError
 
 UNIT_ROWS = 256
 """Rows of one unit of work at most; a row group is cut into as many units as it needs."""
+FIRST_ROWS = 5
+"""Rows of a file of text that are looked at before the work."""
 CACHE_BYTES = 192 << 20
 """Decoded columns kept, so that units of one row group, and documents that share pictures, read them once."""
 
@@ -114,12 +116,18 @@ class ParquetSource:
             raise InputError(f"{where} has two columns of one name; rename one")
         common = tuple(c for c in schema.names if c.lower() in (*ABOUT, *LIKE_SPLIT))
         if (found := _rows_columns(schema, self.layout)) is not None:
+            _require_no_bytes(schema, where, found)
             return _File(path, "rows", split, (*common, *found), metadata)
         if "segments" in schema.names and "image_id" in fields_of(item_of(schema.field("segments").type)):
             return _File(path, "interleaved", split, (*common, "segments"), metadata)
-        picture = image_column(schema, image, where)
+        if "segments" in schema.names:
+            kind = schema.field("segments").type
+            raise InputError(f"{where}: segments holds {kind}, not lists of structs of text and image_id")
         caption = caption_column(schema, self.layout.caption, where)
+        picture = image_column(schema, image, where, but=caption)
         _require_all_read(schema, where, picture, caption)
+        if picture is None and caption is not None and self.layout.caption is None:
+            _require_text_alone(self.folder, metadata, schema, path, caption)
         if picture is None and caption is None:
             raise InputError(
                 f"{where} has columns {', '.join(schema.names)}, which are not those of pairs, text or interleaved "
@@ -145,6 +153,11 @@ class ParquetSource:
                 f"{file.path}: {file.collection}, {rows}, columns {', '.join(file.columns)}, split {split}{ignored}"
             )
         return lines
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether a file may name pictures that are kept elsewhere."""
+        return any(file.collection == "rows" for file in self.files)
 
     def units(self) -> int:
         """Runs of rows within a row group."""
@@ -307,7 +320,7 @@ def _rows_columns(schema: pa.Schema, layout: Layout) -> tuple[str, ...] | None:
         if "segments" in names and layout.codes is None:
             return ("segments",)
         if layout_name(names, layout) == "codes":
-            text = chosen(names, ("caption", "text"), layout.caption, "--caption-column", "the source")
+            text = chosen(names, CAPTIONS, layout.caption, "--caption-column", "the source")
             return (layout.codes or "codes", *([text] if text else []))
         raise InputError(
             f"prepare.source: columns {', '.join(schema.names)} hold no codes; name theirs with --image-codes-column"
@@ -333,26 +346,32 @@ def _require_all_read(schema: pa.Schema, where: str, picture: str | None, captio
     codes = [name for name in schema.names if name == "codes"]
     if codes:
         raise InputError(f"{where}: {codes[0]} holds ready codes; set prepare.kind codes and --codebook")
-    deep = [f for f in schema if f.name not in (picture, caption) and holds_bytes(f.type) and not is_picture(f.type)]
+    _require_no_bytes(schema, where, (picture, caption))
+
+
+def _require_no_bytes(schema: pa.Schema, where: str, read) -> None:
+    """Raises InputError where bytes lie within columns that are not read, deeper than a picture's would."""
+    deep = [f for f in schema if f.name not in read and holds_bytes(f.type) and not is_bytes(f.type)]
     if deep:
         raise InputError(
             f"{where}: {deep[0].name} holds bytes within {deep[0].type}, which are not read; store one picture in each "
             "row, as bytes or as a struct of bytes and path"
         )
-    addresses = [name for name in schema.names if name.lower() in ADDRESSES]
-    told = OF_PICTURES & {name.lower() for name in schema.names}
-    shown = told or any(name.lower() not in ("url", "urls") or name.isupper() for name in addresses)
-    if picture is None and caption is not None and addresses and (shown or caption.lower() in ("caption", "alt_text")):
+
+
+def _require_text_alone(folder: Folder, metadata, schema: pa.Schema, path: str, caption: str) -> None:
+    """Raises InputError where the first rows of a file of text stand for pictures too."""
+    try:
+        with folder.open(path) as stream:
+            batches = pq.ParquetFile(stream, metadata=metadata).iter_batches(FIRST_ROWS)
+            rows = next(batches, pa.RecordBatch.from_pylist([], schema)).to_pylist()
+    except Exception:  # a damaged page makes Arrow raise nearly anything; reading names it
+        return
+    meant = next(filter(None, (pictures_meant(row, caption) for row in rows)), None)
+    if meant:
         raise InputError(
-            f"{where} has captions and addresses ({addresses[0]}) of pictures, but no pictures; fetch them first, as "
-            "with img2dataset, and prepare the tars"
-        )
-    named = [n for n in schema.names if n.lower() in PICTURE_TEXT and n != caption]
-    if picture is None and named:
-        kind = schema.field(named[0]).type
-        raise InputError(
-            f"{where}: {named[0]} holds {kind}, no bytes of pictures; embed the files' bytes, or take the column out "
-            "where the text shall stand alone"
+            f"prepare.source: {path}: {meant}, and the file has no bytes of any; fetch or embed them (img2dataset), or "
+            f"say --caption-column {caption} where the text stands alone"
         )
 
 

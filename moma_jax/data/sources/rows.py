@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from moma_jax.data.documents import Broken, Codes, Document, Picture, Segment, Text, arrange
-from moma_jax.data.sources.columns import ABOUT, ADDRESSES, CAPTIONS, LIKE_SPLIT, PICTURE_NAMES, PICTURES, chosen
+from moma_jax.data.sources.columns import ABOUT, CAPTIONS, LIKE_SPLIT, PICTURE_NAMES, chosen, pictures_meant
 from moma_jax.data.sources.files import SPLIT_WORDS, Folder, first_line, printable
 from moma_jax.errors import InputError
 
@@ -208,22 +208,17 @@ def layout_name(keys, layout: Layout) -> str | None:
     for name, wanted in zip(NAMES_ELSEWHERE, INTERLEAVED, strict=True):
         if wanted <= keys:
             return name
-    if lists := sorted(keys & {"images", "pictures", "photos"} - {layout.caption}):
-        raise InputError(
-            f"the source: {lists[0]} stands for several pictures whose places in the text nothing says; write "
-            '{"segments": [{"image": path}, {"text": ...}]}'
-        )
     text = chosen(keys, CAPTIONS, layout.caption, "--caption-column", "the source")
     if layout.image is not None and layout.image not in keys:
         raise InputError(f"--image-column: the source has no {layout.image}; it has {', '.join(sorted(keys))}")
     if text is None:
         return None
-    return "picture" if keys & set(_picture_keys(layout)) else "text"
+    return "picture" if _picture_keys(keys, layout) else "text"
 
 
-def _picture_keys(layout: Layout) -> tuple[str, ...]:
-    """Keys that may name a row's picture."""
-    return PICTURE_NAMES if layout.image is None else (layout.image,)
+def _picture_keys(keys, layout: Layout) -> list[str]:
+    """Those of a row's keys that may name its picture."""
+    return [key for key in keys if key == layout.image or (layout.image is None and str(key).lower() in PICTURE_NAMES)]
 
 
 def _alternatives(row: dict, layout: Layout, read) -> tuple[list[list[Segment]], tuple[str, ...]]:
@@ -258,16 +253,13 @@ def of_row(function: Callable, *arguments: Any) -> Any:
 
 
 def _require_no_picture(row: dict, layout: Layout) -> None:
-    """Raises Refused where a row of text has the path of a picture under a key that is not known."""
-    for key, value in row.items():
-        if key == layout.caption or key.lower() in (*ABOUT, *CAPTIONS, *ADDRESSES) or not isinstance(value, str):
-            continue
-        if len(value) < 1000 and value.lower().endswith(PICTURES) and not any(c.isspace() for c in value):
-            raise Refused(f"{key} names a picture ({value[:60]}); say so with --image-column {key}")
+    """Raises Refused where a row of text stands for a picture too, and the user did not name its text."""
+    if layout.caption is None and (meant := pictures_meant(row, chosen(row, CAPTIONS, None, "", ""))):
+        raise Refused(f"{meant}; say which with --image-column, or --caption-column where the text stands alone")
 
 
 def _picture_name(row: dict, layout: Layout) -> str:
-    names = {row[key] for key in _picture_keys(layout) if isinstance(row.get(key), str)}
+    names = {row[key] for key in _picture_keys(row, layout) if isinstance(row.get(key), str)}
     if len(names) != 1:
         raise Refused("names no picture" if not names else "names several pictures")
     return names.pop()

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
 
@@ -19,12 +20,12 @@ from moma_jax.data.documents import Broken, Document, Picture, Text
 from moma_jax.data.sources.columns import CAPTIONS, PICTURES, chosen
 from moma_jax.data.sources.files import (
     MAX_FILE_BYTES,
+    SPLIT_WORDS,
     Folder,
     fingerprint,
     first_line,
     is_packed,
     printable,
-    split_of,
     splits,
 )
 from moma_jax.data.sources.rows import Refused, assembled, captions_in, facts_of, of_row, unharmed
@@ -88,6 +89,7 @@ class TarSource:
 
     def _read(self, path: str) -> Iterator[Document | Broken]:
         seen: set[str] = set()
+        folders = _Folders(self.splits[path])
         for key, members in self._samples(path):
             row_id = printable(f"{path}:{key}")
             if key in seen:
@@ -95,18 +97,11 @@ class TarSource:
                 continue
             seen.add(key)
             try:
-                alternatives, facts = self._sample(members, self._split(path, key))
+                alternatives, facts = self._sample(members, folders.split_of(key))
             except (ValueError, RecursionError) as error:
                 yield Broken(row_id, first_line(error))
                 continue
             yield from assembled(row_id, alternatives, facts)
-
-    def _split(self, path: str, key: str) -> str | None:
-        """The split of a sample: of its tar, or of the folder of its members; raises Refused where they differ."""
-        own = of_row(split_of, key, False)
-        if None not in (own, self.splits[path]) and own != self.splits[path]:
-            raise Refused(f"is of the split {own} in a tar of the split {self.splits[path]}")
-        return own or self.splits[path]
 
     def _samples(self, path: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
         """(key, content by suffix) of each sample; None for the content of a member that is too large or doubled."""
@@ -173,7 +168,7 @@ class TarSource:
         if self.caption in (None, "txt") and ".txt" in members:
             caption = members[".txt"].decode("utf-8-sig").strip()
             others = [about[key] for key in about if key.lower() in CAPTIONS and about[key]]
-            if self.caption is None and others and not any(_says(other, caption) for other in others):
+            if self.caption is None and not all(_says(other, caption) for other in others):
                 raise Refused(
                     "has captions in .txt and another in .json; say which with --caption-column (txt: the file)"
                 )
@@ -184,6 +179,29 @@ class TarSource:
     def fingerprint(self) -> str:
         """Changes with the tars' names and sizes."""
         return fingerprint("tar", self.files)
+
+
+class _Folders:
+    """The split of a tar's samples, in order: of the tar's name, or else of the outermost folders of their keys, where
+    that of the first sample is called as a split is. Elsewhere a folder of that name may be a class."""
+
+    def __init__(self, split: str | None):
+        self._split, self._decide = split, None
+
+    def split_of(self, key: str) -> str | None:
+        """That of one sample; raises Refused where folders say a split for some samples and not for others."""
+        if self._split is not None:
+            return self._split
+        folder = posixpath.normpath(key).split("/")[0] if "/" in key else ""
+        own = SPLIT_WORDS.get(re.sub(r"^split=|[-_]?\d+$", "", folder.lower()))
+        if self._decide is None:
+            self._decide = own is not None
+        if (own is not None) != self._decide:
+            other = "says a split, and the first sample's none" if own else "says no split, and the first sample's does"
+            raise Refused(f"its folder {folder!r} {other}; say the split in the tar's name, or use other folders")
+        if own == "test":
+            raise Refused("is of the split test, which no store holds")
+        return own
 
 
 # Members --------------------------------------------------------------------------------------------------------------
@@ -210,8 +228,8 @@ def members_of(file) -> Iterator[tarfile.TarInfo]:
 
 
 def _says(value, caption: str) -> bool:
-    """Whether a key's value is, or holds, a caption."""
-    return any(isinstance(v, str) and v.strip() == caption for v in (value if isinstance(value, list) else [value]))
+    """Whether a key's value is a caption, or nothing but it."""
+    return all(isinstance(v, str) and v.strip() == caption for v in (value if isinstance(value, list) else [value]))
 
 
 def _content(file, member: tarfile.TarInfo) -> bytes:
