@@ -349,6 +349,8 @@ class RunConfig:
     """Write tensorboard/ beside metrics.jsonl."""
     compilation_cache: str | None = None
     """Directory of JAX's persistent compilation cache."""
+    compiler_options: dict[str, str] = setting(factory=dict)
+    """Options of the XLA compiler for the step, besides those of moma_jax/compiling.py; "" takes one of these out."""
 
 
 @dataclass(frozen=True)

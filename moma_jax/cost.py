@@ -28,7 +28,7 @@ from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup
-from moma_jax.geometry import LayerShape, depth_of, depth_rule, group_capacity, layer_of
+from moma_jax.geometry import LayerShape, block_queries, depth_of, depth_rule, group_capacity, layer_of
 from moma_jax.router import Parameter
 
 BACKWARD = 2
@@ -270,10 +270,10 @@ def activation_bytes(config: Config) -> int:
       full: the layer's input, d.
       dots: besides, the results of its products: q, k, v, the attention's output and projection (5d), and gate, up and
         down of every slot (2F + d).
-      none: besides, the operands of norms and rotations and the slots' inputs (about 9d), and, where a row is no longer
-        than `attention_chunk`, the attention's weights, S per head in float32; longer rows compute them anew.
+      none: besides, the operands of norms and rotations and the slots' inputs (about 9d).
 
-    The layer that is being differentiated holds what `none` keeps, with the weights of one chunk of queries.
+    The layer that is being differentiated holds what `none` keeps, with the scores of one block of queries. The
+    attention's weights are never kept.
     """
     config = resolve(config)
     model, data = config.model, config.data
@@ -284,15 +284,14 @@ def activation_bytes(config: Config) -> int:
     executed = _executed_by_part(config)
     slots = (executed["experts"] + executed["shared_experts"]) / (layers * 6 * d * hidden)
     products = 6 * d + slots * (2 * hidden + d)
-    weights = FLOAT32 * model.heads * data.sequence if data.sequence <= model.attention_chunk else 0
-    one_chunk = FLOAT32 * model.heads * min(model.attention_chunk, data.sequence)
+    one_block = FLOAT32 * model.heads * block_queries(data.sequence, model.attention_chunk)
     predictors = sum(own.met for own in _predictors(config)) / layers
     inner = FLOAT32 * (d // 2) * predictors  # of auxiliary routers; kept before and after SiLU
-    everything = width * (products + 9 * d) + weights + 2 * inner
+    everything = width * (products + 9 * d) + 2 * inner
     per_layer = {"full": width * d, "dots": width * products + inner, "none": everything}[model.remat]
     logits = 2 * FLOAT32 * min(config.train.loss_chunk, positions) * config.vocabulary_size
     seen = width * d * (model.layers // 2 if config.depth else 0)  # by the routers of mixture of depths
-    return math.ceil(positions * (layers * per_layer + seen + everything + one_chunk + 2 * width * d) + logits)
+    return math.ceil(positions * (layers * per_layer + seen + everything + one_block + 2 * width * d) + logits)
 
 
 # Devices --------------------------------------------------------------------------------------------------------------

@@ -138,6 +138,15 @@ def micro_groups(config: Config) -> int:
     return config.train.batch_rows // (config.train.accumulate * config.data.group_rows)
 
 
+LEAST_QUERIES, BLOCKS = 128, 8
+"""Queries of a block: an eighth of the row, and enough for a product."""
+
+
+def block_queries(sequence: int, most: int) -> int:
+    """Queries whose scores are written out at once (`model.blockwise`), at most so many, in rows of so many places."""
+    return min(most, sequence, max(LEAST_QUERIES, -(-sequence // BLOCKS)))
+
+
 def require_split(config: Config, mesh: Mapping[str, int]) -> None:
     """Raises InputError where the axes of a mesh (axis -> devices, none -1) do not divide what is split over them."""
     model, tensor = config.model, mesh["tensor"]

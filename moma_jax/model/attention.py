@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import chex
@@ -12,16 +11,17 @@ import jax.numpy as jnp
 
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
-from moma_jax.model.kernels.splash import attend_fused, refusal, warn
+from moma_jax.geometry import block_queries
+from moma_jax.model.blockwise import attend_blocks, scored, softmaxed
+from moma_jax.model.kernels import refusal, warn
+from moma_jax.model.kernels.splash import attend_fused
+from moma_jax.model.kernels.turned import Norm, turned
 from moma_jax.model.parameters import ATTENTION_AXES as AXES
 from moma_jax.model.precision import wide
 from moma_jax.sharding import TENSOR
 
 NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every one."""
-
-# A score that no softmax sees; finite, so that a row without a visible key gives no NaN.
-HIDDEN = -1e30
 
 
 def rotary_angles(position_BS, head_width: int, theta: float):
@@ -44,44 +44,13 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
     A query sees the keys of its segment at its own position and before. Padding is a segment of its own (0): its rows
     are finite, and no real token sees them. At most `chunk` queries are scored at a time, the backward pass included.
 
-    A TPU has a fused kernel for it; elsewhere, and where that does not fit, scores are written out.
+    Scores are written out; a TPU has a fused kernel for it (`attend_rows`).
     """
     chex.assert_equal_shape((q_BSHK, k_BSHK, v_BSHK))
     chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
-    sequence, platform = q_BSHK.shape[1], sharding.platform()
-    if (reason := refusal(platform, sequence)) is not None:
-        warn(reason)
-    elif platform == "tpu":
-        return attend_fused(q_BSHK, k_BSHK, v_BSHK, segment_BS)
-    if sequence <= chunk:
-        return attend_block((q_BSHK, segment_BS, position_BS), k_BSHK, v_BSHK, segment_BS, position_BS)
-    chunks = -(-sequence // chunk)
-
-    def split(x_BS, fill):
-        pad = [(0, 0), (0, chunks * chunk - sequence)] + [(0, 0)] * (x_BS.ndim - 2)
-        x_BS = jnp.pad(x_BS, pad, constant_values=fill)
-        return jnp.moveaxis(x_BS.reshape(x_BS.shape[0], chunks, chunk, *x_BS.shape[2:]), 1, 0)
-
-    # Queries beyond the end belong to no segment; their rows are cut off.
-    queries = (split(q_BSHK, 0), split(segment_BS, -1), split(position_BS, 0))
-    block = jax.checkpoint(lambda query: attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS))
-    out_BSHK = jnp.moveaxis(jax.lax.map(block, queries), 0, 1)
-    return out_BSHK.reshape(out_BSHK.shape[0], chunks * chunk, *out_BSHK.shape[3:])[:, :sequence]
-
-
-def attend_block(query, k_BSHK, v_BSHK, segment_BS, position_BS):
-    """Attention of some queries (their q, segments, positions) to all keys; softmax in float32."""
-    q_BQHK, segment_BQ, position_BQ = query
-    dtype = jnp.promote_types(q_BQHK.dtype, jnp.float32)
-    score_BHQS = jnp.einsum("bqhk,bshk->bhqs", q_BQHK, k_BSHK, preferred_element_type=dtype)
-    score_BHQS = score_BHQS / math.sqrt(q_BQHK.shape[-1])
-    same_BQS = segment_BQ[:, :, None] == segment_BS[:, None, :]
-    visible_BQS = same_BQS & (position_BQ[:, :, None] >= position_BS[:, None, :])
-    score_BHQS = jnp.where(visible_BQS[:, None], score_BHQS, HIDDEN)
-    # The softmax, divided by its sum after the product with v: two passes fewer over all scores.
-    weight_BHQS = jnp.exp(score_BHQS - jax.lax.stop_gradient(score_BHQS.max(-1, keepdims=True)))
-    mixed_BQHK = jnp.einsum("bhqs,bshk->bqhk", weight_BHQS.astype(v_BSHK.dtype), v_BSHK)
-    return (mixed_BQHK / jnp.swapaxes(weight_BHQS.sum(-1), 1, 2)[..., None]).astype(v_BSHK.dtype)
+    qkv_BHSK = (x.swapaxes(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+    y_BHSK = attend_blocks(*qkv_BHSK, segment_BS, position_BS, block_queries(q_BSHK.shape[1], chunk))
+    return y_BHSK.swapaxes(1, 2)
 
 
 def qk_norm(x_BSHK, scale_HK, bias_HK, epsilon: float):
@@ -113,31 +82,75 @@ def project_out(y_BSHK, weights: dict[str, Any]):
 def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig):
     """The attention sub-layer on whole rows: projections without bias, QK-norm, rotary positions, `attend`.
 
-    x_BSD in compute dtype; returns the same shape and dtype. Each device has its own rows and heads.
+    x_BSD in compute dtype; returns the same shape and dtype. Each device has its own rows and heads. A TPU has kernels
+    for what lies between the products; where they do not fit, it is written out.
     """
-    dtype = x_BSD.dtype
-    matrices = {name: weights[name] for name in AXES}
-    norms = {name: own for name, own in weights.items() if name not in AXES}
+    platform, sequence = sharding.platform(), x_BSD.shape[1]
+    heads, width = weights["query_norm"]["scale_HK"].shape
+    if (reason := refusal(platform, sequence, heads // sharding.size(TENSOR), width)) is not None:
+        warn(reason)
+    if reason is None and platform == "tpu":
+        return _attend_rows_fused(x_BSD, weights, segment_BS, angles, model)
+    matrices, norms, specs, norm_specs = _parts_of(weights)
 
     def prepare(x_BSD, matrices, norms, angles):
-        matrices = {name: sharding.gather_weight(w, AXES[name], dtype) for name, w in matrices.items()}
-        return project(x_BSD, matrices | norms, angles, model.norm_epsilon)
-
-    def finish(y_BSHK, out_HKD):
-        return sharding.psum(
-            project_out(y_BSHK, {"out_HKD": sharding.gather_weight(out_HKD, AXES["out_HKD"], dtype)}), TENSOR
-        )
+        return project(x_BSD, gathered(matrices, x_BSD.dtype) | norms, angles, model.norm_epsilon)
 
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
-    norm = dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
-    specs = {name: sharding.spec(*axes) for name, axes in AXES.items()}
-    out_HKD, out_spec = matrices.pop("out_HKD"), specs.pop("out_HKD")
-    qkv = sharding.shard_map(prepare, (rows, specs, dict.fromkeys(norms, norm), rows), (heads,) * 3)
-    # A kernel does not say which of its results differ between devices; all do.
-    attention = functools.partial(attend, chunk=model.attention_chunk)
-    mix = sharding.shard_map(attention, (heads,) * 3 + (rows,) * 2, heads, check=False)
+    qkv = sharding.shard_map(prepare, (rows, specs, norm_specs, rows), (heads,) * 3)
+    mix = sharding.shard_map(
+        functools.partial(attend, chunk=model.attention_chunk), (heads,) * 3 + (rows,) * 2, heads, check=False
+    )
     y_BSHK = mix(*qkv(x_BSD, matrices, norms, angles), segment_BS, position_BS)
-    return sharding.shard_map(finish, (heads, out_spec), rows)(y_BSHK, out_HKD)
+    return _finished(y_BSHK, heads, weights["out_HKD"], "bshk,hkd->bsd")
+
+
+def _attend_rows_fused(x_BSD, weights: dict[str, Any], segment_BS, angles, model: ModelConfig):
+    """`attend_rows` by kernels, which want heads in front of positions and write them so."""
+    matrices, norms, specs, norm_specs = _parts_of(weights)
+
+    def prepare(x_BSD, matrices):
+        query_DHK, key_DHK, value_DHK = (gathered(matrices, x_BSD.dtype)[f"{n}_DHK"] for n in ("query", "key", "value"))
+        x_BSF = (jnp.einsum("bsd,df->bsf", x_BSD, w.reshape(len(w), -1)) for w in (query_DHK, key_DHK))
+        return *x_BSF, jnp.einsum("bsd,dhk->bhsk", x_BSD, value_DHK)
+
+    def mix(query_BSF, key_BSF, v_BHSK, norms, angles, segment_BS):
+        q_BHSK, k_BHSK = (
+            turned(x_BSF, **norms[f"{name}_norm"], angles=angles, norm=Norm(model.norm_epsilon, factor))
+            for name, x_BSF, factor in (("query", query_BSF, v_BHSK.shape[-1] ** -0.5), ("key", key_BSF, 1.0))
+        )
+        return attend_fused(q_BHSK, k_BHSK, v_BHSK, segment_BS)
+
+    rows, flat = sharding.spec("batch"), sharding.spec("batch", None, "heads")
+    heads = sharding.spec("batch", "heads", None, "head")
+    qkv = sharding.shard_map(prepare, (rows, specs), (flat, flat, heads))(x_BSD, matrices)
+    # A kernel does not say which of its results differ between devices; all do.
+    mixed = sharding.shard_map(mix, (flat, flat, heads, norm_specs, rows, rows), heads, check=False)
+    return _finished(mixed(*qkv, norms, angles, segment_BS), heads, weights["out_HKD"], "bhsk,hkd->bsd")
+
+
+def _parts_of(weights: dict[str, Any]):
+    """(matrices before the attention, norms, and the specs of both)."""
+    matrices = {name: weights[name] for name in AXES if name != "out_HKD"}
+    norms = {name: own for name, own in weights.items() if name not in AXES}
+    norm = dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
+    specs = {name: sharding.spec(*AXES[name]) for name in matrices}
+    return matrices, norms, specs, dict.fromkeys(norms, norm)
+
+
+def gathered(matrices: dict[str, Any], dtype) -> dict[str, Any]:
+    """Matrices as a device computes with them."""
+    return {name: sharding.gather_weight(w, AXES[name], dtype) for name, w in matrices.items()}
+
+
+def _finished(y, heads, out_HKD, product: str):
+    """The heads' outputs, whose spec is `heads`, back to the width."""
+
+    def finish(y, out_HKD):
+        return sharding.psum(jnp.einsum(product, y, gathered({"out_HKD": out_HKD}, y.dtype)["out_HKD"]), TENSOR)
+
+    specs = heads, sharding.spec(*AXES["out_HKD"])
+    return sharding.shard_map(finish, specs, sharding.spec("batch"))(y, out_HKD)
 
 
 class Memory(NamedTuple):
@@ -175,6 +188,7 @@ def attend_cached(x_BQD, weights: dict[str, Any], memory: Memory, position_BQ, e
     )
     if place_BP is not None:
         key_position_BP = place_BP = place_BP.at[row_B1, slot_BQ].set(position_BQ, mode="drop")
-    one_BQ, one_BP = jnp.ones_like(position_BQ), jnp.ones((rows, positions), jnp.int32)
-    y_BQHK = attend_block((q_BQHK, one_BQ, position_BQ), key_BPHK, value_BPHK, one_BP, key_position_BP)
-    return project_out(y_BQHK, weights), Memory(key_BPHK, value_BPHK, place_BP)
+    visible_BQP = position_BQ[:, :, None] >= key_position_BP[:, None, :]
+    q_BHQK, k_BHPK, v_BHPK = (x.swapaxes(1, 2) for x in (q_BQHK, key_BPHK, value_BPHK))
+    y_BHQK, _ = softmaxed(scored(q_BHQK, k_BHPK, visible_BQP), v_BHPK)
+    return project_out(y_BHQK.swapaxes(1, 2), weights), Memory(key_BPHK, value_BPHK, place_BP)

@@ -164,15 +164,19 @@ class Decoder(nn.Module):
 def look_up(table_VD, token_BS, dtype):
     """Rows of the embedding table in compute dtype, (B, S, D).
 
-    On a mesh a device has some columns of the table, and with `tensor` some of its ids; so ids travel to the columns
-    that are stored elsewhere, and columns come back.
+    On a mesh a device has some columns of the table, and with `tensor` some of its ids. Where the table is small beside
+    the rows it is gathered, in float32, as its gradient is summed; else ids travel to the columns that are stored
+    elsewhere, and columns come back.
     """
 
     def local(table_VD, token_BS):
         stored = sharding.split_axes(FSDP, EXPERT)
+        if stored and gathering_pays(table_VD.shape, token_BS.size, sharding.size(*stored)):
+            table_VD, stored = sharding.gather_weight(table_VD, ("vocab", "embed"), table_VD.dtype), ()
+        else:
+            table_VD = sharding.pvary(table_VD, DATA)
         if stored:
             token_BS = jax.lax.all_gather(token_BS, stored, axis=0, tiled=True)
-        table_VD = sharding.pvary(table_VD, DATA)
         if sharding.size(TENSOR) > 1:
             token_BS = token_BS - jax.lax.axis_index(TENSOR) * len(table_VD)
         here_BS = (token_BS >= 0) & (token_BS < len(table_VD))
@@ -182,6 +186,18 @@ def look_up(table_VD, token_BS, dtype):
 
     rows = sharding.spec("batch")
     return sharding.shard_map(local, (sharding.spec("vocab", "embed"), rows), rows)(table_VD, token_BS)
+
+
+def gathering_pays(shape: tuple[int, int], tokens: int, parts: int) -> bool:
+    """Whether a table stored by columns in so many parts is better gathered, for so many tokens of each device.
+
+    By bytes of memory, which bound both, forward and backward: gathered, the table is written and read, its gradient
+    written, summed and scattered, and each token's row moves twice; apart, the tokens of all parts move twice, by rows
+    of at least the 128 columns that memory is laid out in.
+    """
+    ids, columns = shape
+    whole = ids * columns * parts
+    return 4 * whole + 2 * tokens * columns * parts < 2 * tokens * parts * max(columns, 128)
 
 
 def stacked(layer, length: int):

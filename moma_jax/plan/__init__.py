@@ -19,7 +19,8 @@ from moma_jax.plan import memory, search
 from moma_jax.plan.topology import Topology, topology_of
 
 FROM_PROGRAM = (
-    *("collective_bytes", "step_seconds_estimate", "mfu_estimate", "tokens_per_second_estimate"),
+    *("collective_bytes", "step_seconds_estimate", "step_seconds_range", "mfu_estimate", "mfu_range"),
+    "tokens_per_second_estimate",
     *("exposed_communication_share", "expert_stacks_gathered", "replicated_logits"),
 )
 """Parts of a plan that are None where there is no program."""
@@ -36,9 +37,11 @@ def plan(config: Config, name: str) -> dict[str, Any]:
     Returns:
       "fits", "devices", "bytes_per_device" (bytes by category, with "total"), "flops_per_device" (of a step, by
       `moma cost`'s convention), "collective_bytes" (kind -> mesh axes -> bytes that a device sends in a step),
-      "step_seconds_estimate", "mfu_estimate", "tokens_per_second_estimate", "exposed_communication_share" and the
-      settings that were planned. "expert_stacks_gathered" and "replicated_logits" are what a step must not do
-      (`placement`). "method" is "compiled" or "arithmetic". What a program says is None where there is no program.
+      "step_seconds_estimate", "mfu_estimate", the [least, most] of both ("step_seconds_range", "mfu_range"),
+      "tokens_per_second_estimate", "exposed_communication_share" and the settings that were planned.
+      "tokens_per_second_estimate", "exposed_communication_share" and the settings that were planned.
+      "expert_stacks_gathered" and "replicated_logits" are what a step must not do (`placement`). "method" is "compiled"
+      or "arithmetic". What a program says is None where there is no program.
 
     Raises:
       InputError: no such topology, the config contradicts itself or the topology, or libtpu is missing.
@@ -136,15 +139,20 @@ def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
     if module is None:
         result["warnings"].append(f"the compiler: {' '.join(compiled.error.split())[:300]}")
         return result
-    step = estimate.estimate(module, network.layout_of(compiled.mesh, target.shape), target.kind)
+    layout = network.layout_of(compiled.mesh, target.shape)
+    step = estimate.estimate(module, layout, target.kind)
+    bounds = [estimate.estimate(module, layout, target.kind, a).seconds for a in (estimate.FAST, estimate.SLOW)]
     flops = flops_per_token(config) * config.batch_tokens
+    mfu = lambda seconds: flops / (seconds * target.devices * target.peak)  # noqa: E731
     units = ["network", "network between slices"][: 1 + (target.slices > 1)]
     result |= {
         "expert_stacks_gathered": placement.expert_stacks_gathered(module, config),
         "replicated_logits": placement.replicated_logits(module, config),
         "collective_bytes": {kind: dict(axes) for kind, axes in step.collective_bytes.items()},
         "step_seconds_estimate": step.seconds,
-        "mfu_estimate": flops / (step.seconds * target.devices * target.peak),
+        "step_seconds_range": bounds,
+        "mfu_estimate": mfu(step.seconds),
+        "mfu_range": [mfu(seconds) for seconds in reversed(bounds)],
         "tokens_per_second_estimate": config.batch_tokens / step.seconds,
         "exposed_communication_share": sum(step.exposed[unit] for unit in units) / step.seconds,
         "seconds_by_category": step.by("category"),
@@ -184,7 +192,8 @@ def _host_bytes(sizes: dict[str, Any], target: Topology) -> int:
 
 def _warnings(config: Config, target: Topology) -> list[str]:
     """What would run without its kernel there."""
-    from moma_jax.model.kernels.splash import refusal
+    from moma_jax.model.kernels import refusal
 
-    reason = refusal("tpu" if target.kind else "gpu", config.data.sequence)
+    heads, width = config.model.heads // config.mesh.tensor, config.model.width // config.model.heads
+    reason = refusal("tpu" if target.kind else "gpu", config.data.sequence, heads, width)
     return [] if reason is None else [f"attention: without a fused kernel, because {reason}; it will be slower"]

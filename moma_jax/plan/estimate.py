@@ -12,8 +12,12 @@ Some instructions carry no estimate; they are listed apart ("roofline" in Cost.s
   gather,   rows are moved one by one: ROW_CYCLES for each, or one cycle for each of its 512-byte pieces where that is
   scatter   more, and whole 512-byte pieces of HBM (a scatter reads and writes what it adds to).
   attention the fused kernel's products of the blocks that causality leaves (2 forward, 5 backward), heads narrower than
-            the matrix units' 128 as wide as these, at KERNEL_SHARE of the peak.
+            the matrix units' 128 as wide as these, at a share of the peak.
+  kernels   their bytes, as slowly as the compiler takes its own copies to be: hiding work in one gains nothing.
   others    bytes / bandwidth.
+
+What a step takes is between two of these (`FAST`, `SLOW`): what moves memory as fast as memory allows and attention at
+its best, or all of the compiler's cycles and attention at its worst. `MIDDLE` is for comparing programs.
 """
 
 from __future__ import annotations
@@ -34,8 +38,8 @@ SORT_CYCLES = 4
 """Cycles of a stage for a register: exchange with the partner (two), compare, select."""
 ROW_CYCLES = 8
 """Cycles between two rows that a core's scalar unit sets moving: read the index, compute the address, start."""
-KERNEL_SHARE = 0.4
-"""Share of the peak that the fused attention reaches: its exponentials take as long as its products."""
+COPY_SLOWDOWN = 2.5
+"""Times that the compiler's cycles for a plain copy are what memory's bandwidth allows, on every generation."""
 REGISTER = 1024
 """Elements of a vector register, 8 x 128."""
 PIECE = 512
@@ -45,6 +49,21 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all"),
     *("add-dependency", "opt-barrier", "domain", "iota"),
 }
+
+
+class Assumed(NamedTuple):
+    """What nobody but a device could tell.
+
+    Attributes:
+      cycles: whether the compiler's own estimate counts for what moves memory, besides its bytes.
+      kernel_share: of the peak that the fused attention reaches: its exponentials take as long as its products.
+    """
+
+    cycles: bool
+    kernel_share: float
+
+
+FAST, MIDDLE, SLOW = Assumed(False, 0.6), Assumed(True, 0.4), Assumed(True, 0.3)
 
 
 class Cost(NamedTuple):
@@ -108,10 +127,10 @@ class Estimate:
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def estimate(module: Module, layout: MeshLayout, kind: Kind) -> Estimate:
+def estimate(module: Module, layout: MeshLayout, kind: Kind, assumed: Assumed = MIDDLE) -> Estimate:
     """The estimate of a step on devices of a kind, laid out as `layout` says."""
     result = Estimate()
-    result.seconds = _run(_Reader(module, layout, kind, result), module.computations[module.entry], 1)
+    result.seconds = _run(_Reader(module, layout, kind, result, assumed), module.computations[module.entry], 1)
     return result
 
 
@@ -122,6 +141,7 @@ class _Reader(NamedTuple):
     layout: MeshLayout
     kind: Kind
     result: Estimate
+    assumed: Assumed
     where: str = ""  # op_name of the loop that is read, for what has none of its own
 
     def note(self, instruction: Instruction, category: str, unit: str, seconds: float, turns: int, source: str) -> None:
@@ -162,7 +182,7 @@ def _run(reader: _Reader, computation: Computation, turns: int) -> float:
 
 def _step(reader: _Reader, computation: Computation, instruction: Instruction, turns: int, clock: _Clock) -> None:
     """Lets one instruction run."""
-    module, layout, kind, result, where = reader
+    module, layout, kind, result, assumed, where = reader
     match instruction.opcode:
         case opcode if opcode in _FREE:
             return
@@ -192,11 +212,11 @@ def _step(reader: _Reader, computation: Computation, instruction: Instruction, t
         clock.wait(instruction.operands[0])
         return
     if "tpu_custom_call" in instruction.attributes:
-        category, seconds, source = _kernel_seconds(module, computation, instruction, kind)
+        category, seconds, source = _kernel_seconds(computation, instruction, kind, assumed)
         if category == "kernel":
             result.unknown_kernels.add(instruction.name)
     else:
-        category, seconds, source = _core_seconds(module, computation, instruction, kind)
+        category, seconds, source = _core_seconds(module, computation, instruction, kind, assumed)
     if instruction.opcode.endswith("-start"):
         unit = "sparse core" if "sparsecore" in instruction.attributes else "copies"
         clock.start(unit, instruction.name, seconds)
@@ -253,7 +273,7 @@ def part_of(op_name: str) -> str:
 
 
 def _core_seconds(
-    module: Module, computation: Computation, instruction: Instruction, kind: Kind
+    module: Module, computation: Computation, instruction: Instruction, kind: Kind, assumed: Assumed
 ) -> tuple[str, float, str]:
     """(category, seconds of one turn, source) of an instruction of a core."""
     inside = list(_inside(module, instruction))
@@ -272,18 +292,19 @@ def _core_seconds(
     else:
         category = "elementwise"
     by_bytes = moved / kind.bandwidth
-    if instruction.cycles is None:
+    if instruction.cycles is None or (category in ("copies", "elementwise") and not assumed.cycles):
         return category, by_bytes, "bytes"
     by_cycles = instruction.cycles / kind.clock
     return category, max(by_cycles, by_bytes), "compiler" if by_cycles >= by_bytes else "bytes"
 
 
 def _kernel_seconds(
-    module: Module, computation: Computation, instruction: Instruction, kind: Kind
+    computation: Computation, instruction: Instruction, kind: Kind, assumed: Assumed
 ) -> tuple[str, float, str]:
     """(category, seconds of one turn, source) of a Pallas kernel."""
     operands = [a for o in instruction.operands for a in computation.by_name[o].arrays]
     moved = sum(a.hbm_bytes for a in (*operands, *instruction.arrays)) / kind.bandwidth
+    moved *= COPY_SLOWDOWN if assumed.cycles else 1
     heads = [a for a in operands if len(a.shape) == 4 and a.dtype == "bf16"]
     block = re.search(r"block_q(?:_dkv)?\W+(\d+)", instruction.attributes)
     if "splash" not in instruction.name or not heads or block is None:
@@ -292,7 +313,7 @@ def _kernel_seconds(
     blocks = max(1, sequence // int(block.group(1)))
     products = 5 if "dkv" in instruction.name else 2
     flops = products * 2 * rows * number * sequence**2 * max(width, 128) * (blocks + 1) / (2 * blocks)
-    return "attention kernel", max(moved, flops / (KERNEL_SHARE * kind.peak)), "roofline"
+    return "attention kernel", max(moved, flops / (assumed.kernel_share * kind.peak)), "roofline"
 
 
 def _inside(module: Module, instruction: Instruction):

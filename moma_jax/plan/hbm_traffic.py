@@ -1,4 +1,4 @@
-"""Bytes that an instruction of a compiled program moves from and to HBM."""
+"""Bytes that an instruction of a compiled program moves from and to HBM, padding of tiles included."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def bytes_moved(module: Module, computation: Computation, instruction: Instructi
     body = module.computations.get(instruction.called() or "") if instruction.opcode == "fusion" else None
     match instruction.opcode:
         case "dynamic-slice" | "slice":
-            read, written = instruction.arrays[0].nbytes if first.in_hbm else 0, instruction.arrays
+            read, written = instruction.arrays[0].padded_bytes if first.in_hbm else 0, instruction.arrays
         case "slice-start":
-            read, written = instruction.arrays[1].nbytes if first.in_hbm else 0, instruction.arrays[1:2]
+            read, written = instruction.arrays[1].padded_bytes if first.in_hbm else 0, instruction.arrays[1:2]
         case "copy-start":
             read, written = first.hbm_bytes, instruction.arrays[1:2]
         case "dynamic-update-slice":
@@ -59,7 +59,7 @@ def _touched(module: Module, body: Computation, name: str) -> int | None:
         own = [n for n, operand in enumerate(user.operands) if operand == name]
         inner = module.computations.get(user.called() or "") if user.opcode == "fusion" else None
         if user.opcode in _SLICING and own == [0]:
-            part = sum(a.nbytes for a in user.arrays)
+            part = sum(a.padded_bytes for a in user.arrays)
         elif user.opcode == "dynamic-update-slice" and own == [0]:
             part = 0
         elif user.opcode in SEEN_THROUGH or (inner is not None and len(own) == 1 and _is_plain(inner)):
@@ -99,8 +99,8 @@ def _updated(module: Module, body: Computation, output: Instruction, array: Arra
     if not array.in_hbm or output.opcode == "parameter":
         return 0
     if output.opcode == "dynamic-update-slice":
-        return body.by_name[output.operands[1]].arrays[0].nbytes
+        return body.by_name[output.operands[1]].arrays[0].padded_bytes
     inner = module.computations.get(output.called() or "") if output.opcode == "fusion" else None
     if inner is not None and len(output.arrays) == 1:
-        return min(array.nbytes, _updated(module, inner, inner.by_name[inner.root], array))
-    return array.nbytes
+        return min(array.padded_bytes, _updated(module, inner, inner.by_name[inner.root], array))
+    return array.padded_bytes

@@ -53,8 +53,8 @@ class Array(NamedTuple):
 
     @property
     def hbm_bytes(self) -> int:
-        """Bytes that come from or go to HBM; 0 where it lies in a core's own memory."""
-        return self.nbytes if self.in_hbm else 0
+        """Bytes that come from or go to HBM, padding included; 0 where it lies in a core's own memory."""
+        return self.padded_bytes if self.in_hbm else 0
 
 
 class Instruction(NamedTuple):

@@ -69,9 +69,11 @@ def _memory(plan: dict[str, Any]) -> Table:
 def _speed(plan: dict[str, Any]) -> Table:
     table = _table("a step (estimates)", "")
     table.add_row("FLOPs of a device, by `moma cost`", f"{plan['flops_per_device']:.4g}")
-    table.add_row("seconds", f"{plan['step_seconds_estimate']:.3f}")
+    least, most = plan["step_seconds_range"]
+    table.add_row("seconds", f"{plan['step_seconds_estimate']:.3f} ({least:.3f} to {most:.3f})")
     table.add_row("tokens/s", f"{plan['tokens_per_second_estimate']:,.0f}")
-    table.add_row("MFU", f"{plan['mfu_estimate']:.1%}")
+    least, most = plan["mfu_range"]
+    table.add_row("MFU", f"{plan['mfu_estimate']:.1%} ({least:.1%} to {most:.1%})")
     table.add_row("waiting for the network", f"{plan['exposed_communication_share']:.1%}")
     return table
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from moma_jax import sharding
 from moma_jax.batch import Batch
+from moma_jax.compiling import compiled_for
 from moma_jax.config import Config, EvalSet
 from moma_jax.evaluation.evaluate import held_out
 from moma_jax.model.auxiliary import LOSS
@@ -24,7 +25,6 @@ from moma_jax.training.step import (
     abstract_batch,
     abstract_params,
     abstract_state_of,
-    compiled_for,
     init_params,
     over_microbatches,
     put,
@@ -103,7 +103,11 @@ def compile_routers_step(program: Program, state: TrainState, frozen: Any, routi
     """The stage's step, compiled; it donates the state and leaves the model alone."""
     shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
     step = jax.jit(make_routers_step(program), donate_argnums=0, out_shardings=shardings)
-    return compiled_for(step.lower(state, frozen, routing_state, abstract_batch(program)), program.mesh)
+    return compiled_for(
+        step.lower(state, frozen, routing_state, abstract_batch(program)),
+        program.mesh,
+        program.config.run.compiler_options,
+    )
 
 
 def cross_entropies(config: Config) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.batch import Batch
+from moma_jax.compiling import compiled_for
 from moma_jax.config import Config
 from moma_jax.geometry import micro_groups, require_split
 from moma_jax.model.decoder import decoder_of
@@ -242,22 +242,7 @@ def compile_step(program: Program, state: TrainState) -> Callable:
     """The training step, compiled for `state` and the config's batch; it donates the state."""
     shardings = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(program.mesh))
     step = jax.jit(make_train_step(program), donate_argnums=0, out_shardings=shardings)
-    return compiled_for(step.lower(state, abstract_batch(program)), program.mesh)
-
-
-def compiled_for(lowered: Any, mesh: Mesh) -> Callable:
-    """Compiles for a mesh; on TPUs with experts apart so that tokens travel while the experts of other groups compute,
-    where the network can do that."""
-    if mesh.devices.flat[0].platform != "tpu" or mesh.shape[sharding.EXPERT] == 1:
-        return lowered.compile()
-    try:
-        return lowered.compile(compiler_options={"xla_tpu_enable_async_all_to_all": "true"})
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith(("UNIMPLEMENTED", "INVALID_ARGUMENT")):
-            raise
-        reason = str(error).splitlines()[0]
-        logging.getLogger(__name__).warning("tokens travel while nothing else is done: %s", reason)
-        return lowered.compile()
+    return compiled_for(step.lower(state, abstract_batch(program)), program.mesh, program.config.run.compiler_options)
 
 
 def abstract_batch(program: Program) -> Batch:

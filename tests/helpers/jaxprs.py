@@ -9,6 +9,7 @@ from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.checks import resolve
 from moma_jax.config import Config, DataConfig, Modality, ModelConfig, TrainConfig
+from moma_jax.model.blockwise import AGAIN
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.training import step as step_lib
 
@@ -48,7 +49,10 @@ def step_jaxpr(config):
 
 
 def product_flops(jaxpr) -> int:
-    """FLOPs of every matrix product that a jaxpr runs: loop bodies times their length, the dearest branch of a cond."""
+    """FLOPs of every matrix product that a jaxpr runs: loop bodies times their length, the dearest branch of a cond.
+
+    What the attention's backward pass computes anew counts as little as what remat does.
+    """
     return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
@@ -58,6 +62,8 @@ UNCOUNTED = ("ragged_dot", "ragged_dot_general", "conv_general_dilated", "pallas
 def _equation_flops(equation) -> int:
     name, params = equation.primitive.name, equation.params
     assert name not in UNCOUNTED, f"cannot count {name}"
+    if AGAIN in str(equation.source_info.name_stack):
+        return 0
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape

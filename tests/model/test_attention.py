@@ -8,8 +8,11 @@ import oracles
 import pytest
 
 from moma_jax.config import ModelConfig
-from moma_jax.model.attention import attend, attend_rows, rotary_angles, rotate
-from moma_jax.model.kernels.splash import attend_fused, refusal
+from moma_jax.model.attention import attend, attend_rows, qk_norm, rotary_angles, rotate
+from moma_jax.model.blockwise import attend_blocks
+from moma_jax.model.kernels import refusal
+from moma_jax.model.kernels.splash import attend_fused
+from moma_jax.model.kernels.turned import Norm, turned
 from moma_jax.model.parameters import AttentionParameters
 
 # Two rows: documents of 5 and 4 tokens and padding; nothing but padding.
@@ -63,6 +66,67 @@ def test_scores_of_all_queries_never_exist_at_once():
     assert "40,40]" in jaxpr(40) and "40,40]" not in jaxpr(8) and "8,40]" in jaxpr(8)
 
 
+def packed_rows(rng, rows, sequence, longest):
+    """Segments and positions of documents of any length, padding behind them."""
+    segment_BS, position_BS = np.zeros((rows, sequence), np.int32), np.zeros((rows, sequence), np.int32)
+    for row in range(rows):
+        start, number = 0, 1
+        while start < sequence - rng.integers(0, 9):
+            length = int(min(rng.integers(1, longest + 1), sequence - start))
+            segment_BS[row, start : start + length] = number
+            position_BS[row, start : start + length] = np.arange(length)
+            start, number = start + length, number + 1
+        position_BS[row, start:] = np.arange(sequence - start)
+    return segment_BS, position_BS
+
+
+def all_pairs(q_BHSK, k_BHSK, v_BHSK, segment_BS, position_BS):
+    """The definition, every pair of positions at once, float64."""
+    score_BHQS = jnp.einsum("bhqk,bhsk->bhqs", q_BHSK, k_BHSK) / np.sqrt(q_BHSK.shape[-1])
+    later_BQS = position_BS[:, :, None] >= position_BS[:, None]
+    visible_BQS = (segment_BS[:, :, None] == segment_BS[:, None]) & later_BQS
+    return jnp.einsum("bhqs,bhsk->bhqk", jax.nn.softmax(score_BHQS, where=visible_BQS[:, None]), v_BHSK)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "longest", "queries"),
+    [(1, 1, 1), (24, 24, 24), (40, 9, 8), (41, 41, 8), (64, 16, 5), (64, 200, 16), (96, 3, 13), (50, 20, 7)],
+)
+def test_blocks_are_all_pairs(sequence, longest, queries):
+    """Whatever window a block takes: one document, many, padding, rows that no block divides."""
+    rng = np.random.default_rng(sequence)
+    segment_BS, position_BS = packed_rows(rng, 3, sequence, longest)
+    with jax.enable_x64():
+        qkv = [jnp.asarray(rng.normal(size=(3, 2, sequence, 4))) for _ in range(4)]
+        q, k, v, dy = qkv
+
+        def run(function):
+            y, backward = jax.vjp(function, q, k, v)
+            return y, *backward(dy)
+
+        blocks = run(lambda *qkv: attend_blocks(*qkv, segment_BS, position_BS, queries))
+        whole = run(lambda *qkv: all_pairs(*qkv, segment_BS, position_BS))
+        for one, other in zip(blocks, whole, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_blocks_in_bfloat16():
+    """Against an oracle in float32: what is rounded is the weights and what comes out, to 8 bits."""
+    rng = np.random.default_rng(0)
+    segment_BS, position_BS = packed_rows(rng, 2, 96, 40)
+    narrow = [jnp.asarray(rng.normal(size=(2, 2, 96, 16)), jnp.bfloat16) for _ in range(4)]
+
+    def run(function, q, k, v, dy):
+        y, backward = jax.vjp(function, q, k, v)
+        return y, *backward(dy)
+
+    blocks = run(lambda *qkv: attend_blocks(*qkv, segment_BS, position_BS, 16), *narrow)
+    whole = run(lambda *qkv: all_pairs(*qkv, segment_BS, position_BS), *(x.astype(jnp.float32) for x in narrow))
+    for one, other in zip(blocks, whole, strict=True):
+        assert one.dtype == jnp.bfloat16
+        np.testing.assert_allclose(one.astype(np.float32), other, atol=2**-6 * np.abs(other).max())
+
+
 def test_documents_and_the_future_do_not_leak():
     params, _, run = attention()
     before = np.asarray(run(params, X_BSD))
@@ -109,26 +173,68 @@ def test_bfloat16_stays_bfloat16():
     np.testing.assert_allclose(y_BSD[0, :9].astype(np.float32), run(params, X_BSD)[0, :9], atol=0.3)
 
 
+# Kernels of a TPU, interpreted ----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("heads", "width"), [(2, 64), (1, 128)])
 def test_the_fused_kernel_is_the_plain_attention(heads, width):
     rng = np.random.default_rng(0)
-    q_BSHK, k_BSHK, v_BSHK, dy_BSHK = rng.normal(size=(4, 2, 256, heads, width)).astype(np.float32)
+    q_BHSK, k_BHSK, v_BHSK, dy_BHSK = rng.normal(size=(4, 2, heads, 256, width)).astype(np.float32)
     length_N = [100, 60, 50]  # documents; the rest is padding
     segment_S = np.concatenate([np.repeat([1, 2, 3], length_N), np.zeros(46, int)]).astype(np.int32)
     position_S = np.concatenate([np.arange(n) for n in (*length_N, 46)])
     segment_BS, position_BS = (np.stack([x, np.roll(x, 46)]) for x in (segment_S, position_S))
-    real_BS11 = (segment_BS > 0)[..., None, None]
+    real_B1S1 = (segment_BS > 0)[:, None, :, None]
 
     def run(attention):
-        y_BSHK, backward = jax.vjp(attention, q_BSHK, k_BSHK, v_BSHK)
-        return np.where(real_BS11, y_BSHK, 0), *backward(np.where(real_BS11, dy_BSHK, 0).astype(np.float32))
+        y_BHSK, backward = jax.vjp(attention, q_BHSK, k_BHSK, v_BHSK)
+        return np.where(real_B1S1, y_BHSK, 0), *backward(np.where(real_B1S1, dy_BHSK, 0).astype(np.float32))
 
-    plain = run(lambda *qkv: attend(*qkv, segment_BS, position_BS, chunk=256))
-    fused = run(lambda *qkv: attend_fused(*qkv, jnp.asarray(segment_BS), interpret=True))
-    for one, other in zip(plain, fused, strict=True):
-        np.testing.assert_allclose(other, one, atol=2e-5 * np.abs(one).max())
+    def kernel(segment_BS):
+        return lambda q, k, v: attend_fused(q / np.sqrt(width), k, v, jnp.asarray(segment_BS), interpret=True)
+
+    plain = run(lambda *qkv: attend_blocks(*qkv, segment_BS, position_BS, 64))
+    for one, other in zip(run(kernel(segment_BS)), plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+    assert np.abs(run(kernel(np.ones_like(segment_BS)))[0] - plain[0]).max() > 0.1, "documents matter"
 
 
-def test_what_the_fused_kernel_refuses():
-    assert refusal("cpu", 100) is None and refusal("tpu", 4096) is None
-    assert "no multiple of 128" in refusal("tpu", 564) and "GPU" in refusal("gpu", 4096)
+@pytest.mark.parametrize(
+    ("sequence", "heads", "width", "dtype"),
+    [
+        (64, 2, 128, "float32"),
+        (48, 4, 64, "float32"),
+        (32, 8, 32, "float32"),
+        (32, 1, 256, "float32"),
+        (64, 2, 128, "bfloat16"),
+    ],
+)
+def test_norm_and_rotation_in_one_pass(sequence, heads, width, dtype, monkeypatch):
+    monkeypatch.setattr("moma_jax.model.kernels.turned.BLOCK_BYTES", 16 * heads * width * 4)  # several blocks
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    x_BSF, dy_BHSK = draw(2, sequence, heads * width).astype(dtype), draw(2, heads, sequence, width).astype(dtype)
+    weights = draw(heads, width), draw(heads, width)
+    position_BS = np.stack([np.arange(sequence), np.arange(sequence) % 7])
+    angles = rotary_angles(position_BS, width, 100.0)
+
+    def plain(x_BSF, scale_HK, bias_HK):
+        x_BSHK = x_BSF.reshape(2, sequence, heads, width)
+        return (rotate(qk_norm(x_BSHK, scale_HK, bias_HK, 1e-5), angles) * 0.3).swapaxes(1, 2)
+
+    def run(function, x_BSF, dy_BHSK):
+        y_BHSK, backward = jax.vjp(function, x_BSF, *weights)
+        return y_BHSK, *backward(dy_BHSK)
+
+    kernel = run(lambda x, *weights: turned(x, *weights, angles, Norm(1e-5, 0.3, interpret=True)), x_BSF, dy_BHSK)
+    oracle = run(plain, x_BSF.astype(jnp.float32), dy_BHSK.astype(jnp.float32))
+    for one, other in zip(kernel, oracle, strict=True):
+        atol = (1e-5 if one.dtype == jnp.float32 else 2**-8) * np.abs(other).max()  # half a bit of what is stored
+        np.testing.assert_allclose(one.astype(np.float32), other, atol=atol)
+    assert kernel[0].dtype == kernel[1].dtype == x_BSF.dtype
+
+
+def test_what_the_kernels_refuse():
+    assert refusal("cpu", 100, 1, 3) is None and refusal("tpu", 4096, 16, 64) is None
+    assert "no multiple of 128" in refusal("tpu", 564, 1, 128) and "GPU" in refusal("gpu", 4096, 1, 128)
+    assert "heads of 48 channels" in refusal("tpu", 512, 4, 48) and "heads of 64" in refusal("tpu", 512, 3, 64)

@@ -314,13 +314,39 @@ def test_kernels_have_a_model_or_are_named():
     kind = KINDS["v5e"]
     (known,) = estimate.estimate(hlo.parse(KERNEL), one, kind).costs
     products = 2 * 2 * 2 * 4 * 1024**2 * 128 * (4 + 1) / (2 * 4)
-    assert known.seconds == pytest.approx(products / (estimate.KERNEL_SHARE * kind.peak))
+    assert known.seconds == pytest.approx(products / (estimate.MIDDLE.kernel_share * kind.peak))
     assert (known.category, known.part, known.source) == ("attention kernel", "attention", "roofline")
     backward = estimate.estimate(hlo.parse(KERNEL.replace("mha_fwd", "mha_dkv")), one, kind)
     assert backward.seconds == pytest.approx(2.5 * known.seconds)
     other = estimate.estimate(hlo.parse(KERNEL.replace("splash", "other")), one, kind)
     assert other.unknown_kernels == {"other_mha_fwd_residuals.1"}
-    assert other.seconds == pytest.approx((4 * 2 * 4 * 1024 * 64 * 2 + 64) / kind.bandwidth)
+    moved = (4 * 2 * 4 * 1024 * 64 * 2 + 64) / kind.bandwidth
+    assert other.seconds == pytest.approx(estimate.COPY_SLOWDOWN * moved), "as slowly as the compiler copies"
+    fast = estimate.estimate(hlo.parse(KERNEL.replace("splash", "other")), one, kind, estimate.FAST)
+    assert fast.seconds == pytest.approx(moved)
+
+
+def test_an_estimate_is_within_its_range():
+    text = """HloModule m
+
+ENTRY %main (x: f32[4096,100]) -> f32[4096,100] {
+  %x = f32[4096,100]{1,0:T(8,128)} parameter(0)
+  ROOT %y = f32[4096,100]{1,0:T(8,128)} copy(%x), backend_config={"estimated_cycles":"9000"}
+}
+"""
+    one = network.MeshLayout({"data": 1}, np.zeros((1, 4), int), (1, 1, 1), np.zeros(1, int))
+    kind = KINDS["v5e"]
+    least, middle, most = (
+        estimate.estimate(hlo.parse(text), one, kind, assumed).seconds
+        for assumed in (estimate.FAST, estimate.MIDDLE, estimate.SLOW)
+    )
+    assert least == pytest.approx(2 * 4 * 4096 * 128 / kind.bandwidth), "100 columns take the place of 128"
+    assert middle == most == pytest.approx(9000 / kind.clock)
+    least, middle, most = (
+        estimate.estimate(hlo.parse(KERNEL), one, kind, assumed).seconds
+        for assumed in (estimate.FAST, estimate.MIDDLE, estimate.SLOW)
+    )
+    assert least < middle < most == pytest.approx(2 * least)
 
 
 def test_collectives_between_slices_are_those_of_the_megascale_runtime():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import math
-
 import jax
 
 KEPT = "attention"
@@ -18,29 +14,19 @@ COMPUTED = 512
 """Keys of a block that are scored at once, at most."""
 
 
-def refusal(platform: str, sequence: int) -> str | None:
-    """Why rows of so many positions cannot be attended by the fused kernel; None where they can."""
-    match platform:
-        case "tpu" if sequence % BLOCKS[-1]:
-            return f"data.sequence {sequence} is no multiple of {BLOCKS[-1]}"
-        case "gpu":
-            return "none is wired in for GPUs"
-    return None
+def refusal(sequence: int) -> str | None:
+    """Why rows of so many positions cannot be attended by the kernel; None where they can."""
+    return f"data.sequence {sequence} is no multiple of {BLOCKS[-1]}" if sequence % BLOCKS[-1] else None
 
 
-@functools.cache
-def warn(reason: str) -> None:
-    """Says once that the plain attention is used where a fused one is expected."""
-    logging.getLogger(__name__).warning("attention: without the fused kernel, because %s; it will be slower", reason)
-
-
-def attend_fused(q_BSHK, k_BSHK, v_BSHK, segment_BS, *, interpret: bool = False):
-    """`attention.attend` for rows in which the positions of a document ascend, as packed rows' do."""
+def attend_fused(q_BHSK, k_BHSK, v_BHSK, segment_BS, *, interpret: bool = False):
+    """`attention.attend` for rows in which the positions of a document ascend, as packed rows' do; heads in front, and
+    queries over the root of a head's width already."""
     # Imported here: it takes a while, and other platforms have no use for it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    sequence, heads, width = q_BSHK.shape[1:]
+    heads, sequence = q_BHSK.shape[1:3]
     block = next(size for size in BLOCKS if sequence % size == 0)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((sequence, sequence))] * heads),
@@ -58,6 +44,4 @@ def attend_fused(q_BSHK, k_BSHK, v_BSHK, segment_BS, *, interpret: bool = False)
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    q_BHSK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BSHK / math.sqrt(width), k_BSHK, v_BSHK))
-    y_BHSK = jax.vmap(kernel)(q_BHSK.astype(v_BSHK.dtype), k_BHSK, v_BHSK, splash.SegmentIds(segment_BS, segment_BS))
-    return y_BHSK.swapaxes(1, 2)
+    return jax.vmap(kernel)(q_BHSK, k_BHSK, v_BHSK, splash.SegmentIds(segment_BS, segment_BS))

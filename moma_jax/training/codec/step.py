@@ -20,12 +20,12 @@ from moma_jax import sharding
 from moma_jax.codec.network import Reconstruction, Vqgan, convolution, to_pixels
 from moma_jax.codec.quality import LEAST_ERROR
 from moma_jax.codec.vqgan import to_network
+from moma_jax.compiling import compiled_for
 from moma_jax.errors import InputError
 from moma_jax.rules import named
 from moma_jax.training.codec.config import CodecConfig
 from moma_jax.training.codec.critic import Critic, hinge
 from moma_jax.training.optimizer import Optimizer, optimizer_of
-from moma_jax.training.step import compiled_for
 
 MOST_ADAPTIVE = 1e4
 """Largest ratio of gradients that the critic's weight is multiplied by."""
