@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from moma_jax import sharding
@@ -25,6 +28,14 @@ OPTIONS: dict[str, dict[str, str]] = {
 """Compiler options of the training step, by `jax.Device.device_kind` (docs/results/speed.md has each one's effect)."""
 APART = {"xla_tpu_enable_async_all_to_all": "true"}
 """With experts that live apart, on any TPU: tokens travel while the experts of other groups compute."""
+
+ONCE = {"cpu": {"xla_backend_optimization_level": "1"}}
+"""By platform, of programs that run once and take longer to compile than to run. Level 0 changes the values drawn."""
+CACHE_BYTES = 4 << 30
+"""Of compiled programs that are kept; what was not used for longest goes first."""
+
+
+# What is asked for ----------------------------------------------------------------------------------------------------
 
 
 def options_for(mesh: Mesh, asked: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -53,3 +64,32 @@ def compiled_for(lowered: Any, mesh: Mesh, asked: Mapping[str, str] | None = Non
             reason = str(error).splitlines()[0]
             logging.getLogger(__name__).warning("compiled without %s: %s", ", ".join(unknown), reason)
             options = {name: value for name, value in options.items() if name not in unknown}
+
+
+def compiled_once(function: Callable, mesh: Mesh, **jitted: Any) -> Callable:
+    """`jax.jit` of a function without arguments that runs once on a mesh, compiled with little effort."""
+    return jax.jit(function, **jitted).lower().compile(compiler_options=ONCE.get(mesh.devices.flat[0].platform))
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+def use_cache(path: str | None) -> None:
+    """Keeps compiled programs in a directory, for later processes and those beside this one.
+
+    Args:
+      path: None: as JAX is set up (JAX_COMPILATION_CACHE_DIR), else moma_jax/compiled in the cache folder; "off": none.
+    """
+    if path is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    if path is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = str(Path(home) / "moma_jax" / "compiled")
+    found = None if path == "off" else path if "://" in path else os.path.abspath(path)
+    if found == jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", found)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES if found and "://" not in found else -1)
+    compilation_cache.reset_cache()  # it may have been set up, or found missing, before

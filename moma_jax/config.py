@@ -348,7 +348,7 @@ class RunConfig:
     tensorboard: bool = True
     """Write tensorboard/ beside metrics.jsonl."""
     compilation_cache: str | None = None
-    """Directory of JAX's persistent compilation cache."""
+    """Directory in which compiled programs are kept; None: in the user's cache folder; off: nowhere."""
     compiler_options: dict[str, str] = setting(factory=dict)
     """Options of the XLA compiler for the step, besides those of moma_jax/compiling.py; "" takes one of these out."""
 

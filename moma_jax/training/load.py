@@ -13,6 +13,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from moma_jax import sharding
 from moma_jax.checks import resolve
+from moma_jax.compiling import use_cache
 from moma_jax.config import Config, MeshConfig, with_router
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
@@ -125,6 +126,7 @@ def load(
       InputError: no such run or checkpoint, or the code of the run's routing rule was not named.
     """
     config = resolve(dataclasses.replace(config_of(run), mesh=MeshConfig() if mesh is None else mesh))
+    use_cache(config.run.compilation_cache)
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         steps = checkpoints.steps()
         step = max(steps, default=None) if step is None else step

@@ -9,16 +9,15 @@ parameters are those of a run that was never interrupted.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from moma_jax import hosts, sharding
+from moma_jax.compiling import use_cache
 from moma_jax.config import EvalSet
 from moma_jax.data.stream import merge_cursors
 from moma_jax.errors import RunError
@@ -113,7 +112,7 @@ def run_stage(
       sinks: further ones of the journal. quiet: print nothing.
     """
     require_local_profile(run, config.train.profile_steps)
-    use_compilation_cache(config.run.compilation_cache)
+    use_cache(config.run.compilation_cache)
     with contextlib.ExitStack() as lock, watched(run, steps) as status:
 
         def take_directory() -> dict[str, Any] | None:
@@ -175,7 +174,10 @@ class Loop:
         self.journal = cleanup.enter_context(contextlib.closing(journal))
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
         self.meter = stage.meter(saved.meta.get("counters"))
+        self.progress.say("compiling the step")
+        before = time.monotonic()
         self.train_step = self.meter.timed(lambda: stage.compile_step(self.state))
+        self.progress.say(f"compiled in {time.monotonic() - before:.1f} s")
         hosts.meet()
 
     def run_steps(self, received: list[int]) -> None:
@@ -270,16 +272,6 @@ class Loop:
 def whole_cursor(cursor: dict[str, Any]) -> dict[str, Any]:
     """The cursor of all processes' lanes; all of them have to call it after the same batch."""
     return merge_cursors([unpack_arrays(each) for each in hosts.gathered(pack_arrays(cursor))])
-
-
-def use_compilation_cache(path: str | None) -> None:
-    """Keeps every compiled program in a directory; None: as JAX is set up."""
-    if path is None:
-        return
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(path) if "://" not in path else path)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # it may have been set up, or found missing, before
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.batch import Batch
-from moma_jax.compiling import compiled_for
+from moma_jax.compiling import compiled_for, compiled_once
 from moma_jax.config import Config
 from moma_jax.geometry import micro_groups, require_split
 from moma_jax.model.decoder import decoder_of
@@ -150,7 +150,7 @@ def create_state(program: Program, routing_state: Any) -> TrainState:
         return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program, routing_state))
-    return jax.jit(create, out_shardings=shardings)()
+    return compiled_once(create, program.mesh, out_shardings=shardings)()
 
 
 def init_params(program: Program, routing_state):
