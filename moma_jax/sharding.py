@@ -141,6 +141,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """What JAX calls a device that the traced program is for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def size(*axes: str) -> int:
     """Devices along axes of the mesh that traced code sees; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape

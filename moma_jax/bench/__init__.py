@@ -1,17 +1,23 @@
 """Measurements: the training step of FFN variants and where its time goes, generation, the data pipeline, the FFN,
-image tokenizers, preparing a store.
+image tokenizers, preparing a store; and a suite of what one accelerator can tell in nine minutes.
 
 Everything that is compared is timed in one process, in turns (first every variant once, then every variant again), so
 that a slow minute of the machine hits all of them alike. Times are medians; `spread` is the interquartile range over
 the median. Compilation and first calls are not timed. Ratios travel; absolute figures are those of this machine, now.
 """
 
-from moma_jax.bench.codec import bench_codec
-from moma_jax.bench.data import bench_data
-from moma_jax.bench.ffn import bench_ffn
-from moma_jax.bench.generate import bench_generate
-from moma_jax.bench.prepare import bench_prepare
-from moma_jax.bench.report import format_bench
-from moma_jax.bench.step import bench_step
+import importlib
 
-__all__ = ["bench_codec", "bench_data", "bench_ffn", "bench_generate", "bench_prepare", "bench_step", "format_bench"]
+_HOME = {f"bench_{name}": name for name in ("codec", "data", "ffn", "generate", "prepare", "step", "suite")}
+_HOME["format_bench"] = "report"
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):  # loaded when first used: each needs its own libraries
+    if name not in _HOME:
+        raise AttributeError(f"module 'moma_jax.bench' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moma_jax.bench.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return __all__

@@ -20,11 +20,13 @@ from moma_jax.bench.timing import say, summarise, timed
 from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.cost import activation_bytes, flops_per_token, parameter_count, peak_flops
-from moma_jax.data.stream import open_stream
+from moma_jax.data.packing import frame_of
+from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.errors import RunError
 from moma_jax.geometry import layer_of
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.training import step as step_lib
+from moma_jax.vocab import contiguous
 
 SAME_FLOPS = 0.01
 """Active FLOPs per token count as equal where they differ by less than this share."""
@@ -66,8 +68,8 @@ def bench_step(
       InputError: the config or a variant contradicts itself. RunError: a step ran out of device memory.
     """
     configs = [_variant_of(config, name) for name in ffn]
-    rows = min(_rows_that_fit(c) for c in configs)
-    configs = [_with_rows(c, rows) for c in configs]
+    rows = min(rows_that_fit(c) for c in configs)
+    configs = [with_rows(c, rows) for c in configs]
     batch = synthetic_batch(configs[0])
     with _out_of_memory_is_named():
         variants = [_compile(name, c) for name, c in zip(ffn, configs, strict=True)]
@@ -85,9 +87,9 @@ def bench_step(
 
 def synthetic_batch(config: Config) -> Batch:
     """The first batch of the synthetic stream: random tokens of the config's shapes at the quotas' ratio."""
-    data = dataclasses.replace(config.data, kind="synthetic", stores=())
-    with contextlib.closing(open_stream(dataclasses.replace(config, data=data))) as stream:
-        return next(iter(stream)).batch
+    synthetic = Synthetic(frame_of(config.data), contiguous(config.data.modalities), config.data.seed)
+    groups = range(config.train.batch_rows // config.data.group_rows)
+    return synthetic.packed(SyntheticPlan(groups, {})).batch
 
 
 def _variant_of(config: Config, ffn: str) -> Config:
@@ -104,8 +106,7 @@ def _compile(name: str, config: Config) -> StepVariant:
     with sharding.use_mesh(program.mesh):
         routing_state = first_routing_state(config)
         abstract = step_lib.abstract_state(program, routing_state)
-        shardings = jax.tree.map(lambda x: x.sharding, abstract)
-        fresh = jax.jit(lambda: step_lib.create_state(program, routing_state), out_shardings=shardings)
+        fresh = step_lib.state_maker(program, routing_state)
         return StepVariant(name, program, fresh, step_lib.compile_step(program, abstract))
 
 
@@ -205,7 +206,7 @@ def _device_memory() -> float:
     return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _rows_that_fit(config: Config) -> int:
+def rows_that_fit(config: Config) -> int:
     """Rows of an update: the config's, or as many whole routing groups as `moma cost` says that the devices hold.
 
     Parameters, gradient and moments are 16 bytes per parameter; a tenth of the memory is left alone.
@@ -217,12 +218,12 @@ def _rows_that_fit(config: Config) -> int:
         return config.train.batch_rows
     unit = config.data.group_rows * devices
     units = max(config.train.batch_rows // unit, 1)
-    while units > 1 and activation_bytes(_with_rows(config, units * unit)) > room:
+    while units > 1 and activation_bytes(with_rows(config, units * unit)) > room:
         units //= 2
     return units * unit
 
 
-def _with_rows(config: Config, rows: int) -> Config:
+def with_rows(config: Config, rows: int) -> Config:
     """The config with updates of `rows` rows, in one microbatch where that is not the config's own number."""
     if rows == config.train.batch_rows:
         return config

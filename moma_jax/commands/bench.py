@@ -1,5 +1,6 @@
 """Measure steps, generation, data, the FFN, codecs, stores."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -106,8 +107,32 @@ def prepare(pictures: int = 2000, side: int = 256, codes_side: int = 16, repeats
     _print(benches.bench_prepare(**measured), json)
 
 
+def suite(out: str, minutes: float = 9.0, toy: bool = False) -> None:
+    """All that one accelerator can tell: its limits, steps at three sizes, attention, the FFN, decoding, data.
+
+    Needs no data. Run it again to do what is left; `python -m moma_jax.bench.suite` does the same without tyro.
+
+    Args:
+      out: Directory of suite.json and suite.md, which are written after each part.
+      minutes: No part is begun after so long, and one that runs is ended.
+      toy: Shapes for a CPU in a minute.
+    """
+    found = benches.bench_suite(out, minutes, toy)
+    print((Path(out) / "suite.md").read_text())
+    if found["left"]:
+        print(f"not done: {', '.join(found['left'])}")
+
+
 def _print(result: dict[str, Any], as_json: bool) -> None:
     print_result(result, as_json, benches.format_bench)
 
 
-SUBCOMMANDS = {"step": step, "generate": generate, "data": data, "ffn": ffn, "codec": codec, "prepare": prepare}
+SUBCOMMANDS = {
+    "step": step,
+    "generate": generate,
+    "data": data,
+    "ffn": ffn,
+    "codec": codec,
+    "prepare": prepare,
+    "suite": suite,
+}

@@ -16,7 +16,7 @@ from moma_jax import generation
 from moma_jax.commands import Run
 from moma_jax.errors import InputError
 from moma_jax.generation.files import held, write
-from moma_jax.generation.generate import causal_routing, generator_of, settings_of
+from moma_jax.generation.generating import causal_routing, generator_of, settings_of
 from moma_jax.generation.sampling import Guidance, Sampling
 from moma_jax.generation.terminal import Terminal
 from moma_jax.runs.directory import commit, versions

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moma_jax.config import DataConfig, quota_tokens
 from moma_jax.data.order import OrderedDocument
 from moma_jax.errors import InputError
 
@@ -32,6 +33,13 @@ class Frame:
     def whole_limit(self) -> int:
         """A document of at most this many tokens never exceeds a row or a quota."""
         return min(self.sequence, *self.quotas)
+
+
+def frame_of(data: DataConfig) -> Frame:
+    """The room of a routing group."""
+    tokens = data.group_rows * data.sequence
+    quotas = tuple(quota_tokens(m, tokens) for m in data.modalities)
+    return Frame(data.group_rows, data.sequence, quotas, tuple(m.span for m in data.modalities))
 
 
 class Piece(NamedTuple):

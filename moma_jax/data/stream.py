@@ -15,10 +15,10 @@ import numpy as np
 
 from moma_jax.batch import Packed
 from moma_jax.checks import round_up
-from moma_jax.config import Config, DataConfig, Modality, StoreConfig, quota_tokens
+from moma_jax.config import Config, DataConfig, Modality, StoreConfig
 from moma_jax.data.assembly import Plan, Reader
 from moma_jax.data.mixture import resolve_shares
-from moma_jax.data.packing import Frame, Group
+from moma_jax.data.packing import Group, frame_of
 from moma_jax.data.planner import Planner, StoreOrder
 from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
@@ -112,13 +112,6 @@ def open_stream(
     reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary)
     plans = Plans(lambda: _PlanIterator(planner, groups, mine, planned, cursor, epochs))
     return Stream(plans, reader.packed, data.prefetch, data.read_threads)
-
-
-def frame_of(data: DataConfig) -> Frame:
-    """The room of a routing group."""
-    tokens = data.group_rows * data.sequence
-    quotas = tuple(quota_tokens(m, tokens) for m in data.modalities)
-    return Frame(data.group_rows, data.sequence, quotas, tuple(m.span for m in data.modalities))
 
 
 def planned_positions(

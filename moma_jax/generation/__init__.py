@@ -1,8 +1,21 @@
 """Generation: a trained model writes text and draws pictures."""
 
-from moma_jax.generation.generate import Settings, generate, generate_ids
-from moma_jax.generation.grammar import MODES
-from moma_jax.generation.output import Output
-from moma_jax.generation.sampling import Guidance, Sampling
+import importlib
 
-__all__ = ["MODES", "Guidance", "Output", "Sampling", "Settings", "generate", "generate_ids"]
+_HOME = {
+    **dict.fromkeys(("Settings", "generate", "generate_ids"), "generating"),
+    "MODES": "grammar",
+    "Output": "output",
+    **dict.fromkeys(("Guidance", "Sampling"), "sampling"),
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):  # loaded when first used: decoding alone needs neither pictures nor tokenizers
+    if name not in _HOME:
+        raise AttributeError(f"module 'moma_jax.generation' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moma_jax.generation.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return __all__

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from moma_jax.generation.generate import generate
+from moma_jax.generation.generating import generate
 from moma_jax.generation.output import Output
 from moma_jax.training.load import Loaded
 from moma_jax.training.load import load as load_model

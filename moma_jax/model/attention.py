@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,11 +16,14 @@ from moma_jax.geometry import block_queries
 from moma_jax.model.blockwise import attend_blocks, scored, softmaxed
 from moma_jax.model.kernels import refusal, warn
 from moma_jax.model.kernels.splash import attend_fused
+from moma_jax.model.kernels.triton import attend_triton
 from moma_jax.model.kernels.turned import Norm, turned
 from moma_jax.model.parameters import ATTENTION_AXES as AXES
 from moma_jax.model.precision import wide
 from moma_jax.sharding import TENSOR
 
+CHUNK = 512
+"""Queries at once where nothing says how many."""
 NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every one."""
 
@@ -44,13 +48,44 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
     A query sees the keys of its segment at its own position and before. Padding is a segment of its own (0): its rows
     are finite, and no real token sees them. At most `chunk` queries are scored at a time, the backward pass included.
 
-    Scores are written out; a TPU has a fused kernel for it (`attend_rows`).
+    Scores are written out, but on a GPU that has a fused kernel for it; a TPU's is part of `attend_rows`.
     """
     chex.assert_equal_shape((q_BSHK, k_BSHK, v_BSHK))
     chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
+    narrow = q_BSHK.dtype.itemsize == 2  # wider ones would be rounded on the way into a GPU's matrix units
+    if sharding.platform() == "gpu" and narrow and _refused(*q_BSHK.shape[1:]) is None:
+        return attend_triton(q_BSHK, k_BSHK, v_BSHK, segment_BS)
+    return attend_written(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=chunk)
+
+
+def attend_written(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
+    """`attend` with its scores written out."""
     qkv_BHSK = (x.swapaxes(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
     y_BHSK = attend_blocks(*qkv_BHSK, segment_BS, position_BS, block_queries(q_BSHK.shape[1], chunk))
     return y_BHSK.swapaxes(1, 2)
+
+
+def attend_splash(q_BSHK, k_BSHK, v_BSHK, segment_BS):
+    """`attend` by a TPU's kernel."""
+    q_BSHK = (q_BSHK * q_BSHK.shape[-1] ** -0.5).astype(v_BSHK.dtype)
+    return attend_fused(*(x.swapaxes(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)), segment_BS).swapaxes(1, 2)
+
+
+def ways(platform: str, kind: str, sequence: int, heads: int, width: int) -> dict[str, Callable]:
+    """Every attention that a device has, by name: functions of q, k, v, segments and positions, as `attend`."""
+    found = {"written": functools.partial(attend_written, chunk=CHUNK)}
+    kernel = {"tpu": ("splash", attend_splash), "gpu": ("triton", attend_triton)}.get(platform)
+    if kernel is not None and refusal(platform, kind, sequence, heads, width) is None:
+        found[kernel[0]] = lambda q, k, v, segment_BS, _: kernel[1](q, k, v, segment_BS)
+    return found
+
+
+def _refused(sequence: int, heads: int, width: int) -> str | None:
+    """Why the kernels of this platform cannot be used, which is said once; None where they can or there are none."""
+    reason = refusal(sharding.platform(), sharding.device_kind(), sequence, heads, width)
+    if reason is not None:
+        warn(reason)
+    return reason
 
 
 def qk_norm(x_BSHK, scale_HK, bias_HK, epsilon: float):
@@ -85,11 +120,9 @@ def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles,
     x_BSD in compute dtype; returns the same shape and dtype. Each device has its own rows and heads. A TPU has kernels
     for what lies between the products; where they do not fit, it is written out.
     """
-    platform, sequence = sharding.platform(), x_BSD.shape[1]
     heads, width = weights["query_norm"]["scale_HK"].shape
-    if (reason := refusal(platform, sequence, heads // sharding.size(TENSOR), width)) is not None:
-        warn(reason)
-    if reason is None and platform == "tpu":
+    local = x_BSD.shape[1], heads // sharding.size(TENSOR), width
+    if sharding.platform() == "tpu" and _refused(*local) is None:
         return _attend_rows_fused(x_BSD, weights, segment_BS, angles, model)
     matrices, norms, specs, norm_specs = _parts_of(weights)
 

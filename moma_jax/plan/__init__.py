@@ -1,21 +1,24 @@
 """Does a run fit a pod, and what will it cost: `plan(config, topology)`, before any machine is rented.
 
 For TPUs the real training step is compiled, by the compiler that would compile it there (`compile`), and its text is
-read (`hlo`, `network`, `estimate`, `memory_use`). For GPUs there is arithmetic alone (`memory`). Nothing here is
-imported by any other part of the package, and libtpu only when a TPU is planned for.
+read (`hlo`, `network`, `estimate`, `memory_use`). For GPUs the real step is compiled too, and its memory is known;
+without their compiler there is arithmetic alone (`memory`). Nothing here is imported by any other part of the package,
+and compilers only when they are needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from moma_jax.checks import resolve
 from moma_jax.config import Config, MeshConfig
 from moma_jax.cost import flops_per_token
+from moma_jax.errors import InputError
 from moma_jax.geometry import require_split
-from moma_jax.plan import memory, search
+from moma_jax.plan import gpus, memory, search
 from moma_jax.plan.topology import Topology, topology_of
 
 FROM_PROGRAM = (
@@ -26,13 +29,14 @@ FROM_PROGRAM = (
 """Parts of a plan that are None where there is no program."""
 
 
-def plan(config: Config, name: str) -> dict[str, Any]:
+def plan(config: Config, name: str, target_file: str | None = None) -> dict[str, Any]:
     """What a run needs on a topology, per step and device.
 
     Args:
       config: the run. Where its mesh is the default (data -1, all else 1), one is chosen (`search.choose`), with as
         many microbatches as it takes to fit, and a remat policy that keeps less where they are not enough.
       name: as `topology.topology_of` reads it: v5p-128, v5p:4x4x4, v5e-16, h100:8.
+      target_file: of GPUs, a description that goes before our own (`gpus`).
 
     Returns:
       "fits", "devices", "bytes_per_device" (bytes by category, with "total"), "flops_per_device" (of a step, by
@@ -46,7 +50,7 @@ def plan(config: Config, name: str) -> dict[str, Any]:
     Raises:
       InputError: no such topology, the config contradicts itself or the topology, or libtpu is missing.
     """
-    target = topology_of(name)
+    target = described(topology_of(name), target_file)
     config = with_dtype(resolve(config), target)
     if config.mesh != MeshConfig():
         return {**planned(memory.with_mesh(config, target.devices, target.name), target), "mesh_chosen": False}
@@ -57,6 +61,18 @@ def plan(config: Config, name: str) -> dict[str, Any]:
             break
         result = planned(smaller, target)
     return {**result, "mesh_chosen": True}
+
+
+def described(target: Topology, file: str | None) -> Topology:
+    """GPUs with a file's description; raises InputError where it cannot be read, or `target` are TPUs."""
+    if file is None:
+        return target
+    if target.kind is not None:
+        raise InputError(f"--target: describes GPUs, and {target.name} are TPUs; leave it out")
+    try:
+        return target._replace(target=Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--target: {file}: {error}") from error
 
 
 def plan_search(config: Config, name: str, compiled: int = 6, report: Callable[[str], None] = print) -> dict[str, Any]:
@@ -79,10 +95,11 @@ def plan_search(config: Config, name: str, compiled: int = 6, report: Callable[[
 
 
 def with_dtype(config: Config, target: Topology) -> Config:
-    """The config with `model.dtype` auto replaced by what the topology computes in: all of them have bfloat16."""
+    """The config with `model.dtype` auto replaced by what the topology computes in."""
     if config.model.dtype != "auto":
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    dtype = "bfloat16" if target.narrow else "float32"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
 def planned(config: Config, target: Topology) -> dict[str, Any]:
@@ -102,7 +119,7 @@ def planned(config: Config, target: Topology) -> dict[str, Any]:
         "batch_tokens": config.batch_tokens,
         "flops_per_device": flops / target.devices,
     }
-    result = (compiled_plan if target.kind else arithmetic_plan)(config, target)
+    result = (compiled_plan if target.kind else gpu_plan)(config, target)
     return {**result, **shape, "warnings": result["warnings"] + _warnings(config, target)}
 
 
@@ -117,6 +134,29 @@ def arithmetic_plan(config: Config, target: Topology) -> dict[str, Any]:
         **dict.fromkeys(FROM_PROGRAM),
         "host_checkpoint_bytes": _host_bytes(sizes, target),
         "warnings": ["memory by arithmetic alone: no program was compiled for GPUs"],
+    }
+
+
+def gpu_plan(config: Config, target: Topology) -> dict[str, Any]:
+    """The part of a plan that the program for GPUs says: its memory; `arithmetic_plan` where none can be compiled."""
+    from moma_jax.plan import compile as compiler
+    from moma_jax.plan import memory_use
+
+    if not target.target or not compiler.has_gpu_compiler():
+        what = "a description (--target FILE)" if not target.target else "pip install 'moma_jax[plan-gpu]'"
+        found = arithmetic_plan(config, target)
+        return {**found, "warnings": [f"{found['warnings'][0]}, for want of {what}"]}
+    compiled = compiler.compile_step(config, target)
+    sizes = memory_use.gpu_bytes(compiled)
+    return {
+        "method": "compiled",
+        "fits": sizes["total"] is not None and sizes["total"] <= memory.USABLE * target.memory,
+        "bytes_per_device": sizes,
+        **dict.fromkeys(FROM_PROGRAM),
+        "host_checkpoint_bytes": _host_bytes(sizes, target),
+        "warnings": [
+            "seconds and communication: not estimated, as XLA gives no cycles for GPUs; kernels were not tuned"
+        ],
     }
 
 
@@ -195,5 +235,7 @@ def _warnings(config: Config, target: Topology) -> list[str]:
     from moma_jax.model.kernels import refusal
 
     heads, width = config.model.heads // config.mesh.tensor, config.model.width // config.model.heads
-    reason = refusal("tpu" if target.kind else "gpu", config.data.sequence, heads, width)
+    known = gpus.GPUS.get(target.name.partition(":")[0])
+    kind = "" if known is None else known.name
+    reason = refusal("tpu" if target.kind else "gpu", kind, config.data.sequence, heads, width)
     return [] if reason is None else [f"attention: without a fused kernel, because {reason}; it will be slower"]

@@ -1,4 +1,5 @@
-"""The training step of a run, compiled for TPUs that are not here, by the compiler that comes with libtpu."""
+"""The training step of a run, compiled for devices that are not here: for TPUs by the compiler that comes with libtpu,
+for GPUs by the one in JAX's CUDA plugin, which needs no driver for it."""
 
 from __future__ import annotations
 
@@ -17,6 +18,11 @@ ENVIRONMENT = {  # libtpu reads it when it is loaded
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time
+}
+GPU_ENVIRONMENT = {  # read when the plugin is loaded
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -73,6 +79,8 @@ def topology_devices(topology: Topology) -> list[Any]:
     Raises:
       InputError: libtpu is missing or cannot be used, or does not know the topology.
     """
+    if topology.kind is None:
+        return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("plan: libtpu is not installed; pip install 'moma_jax[plan]' on Python 3.11")
     os.environ.update(ENVIRONMENT)
@@ -87,6 +95,27 @@ def topology_devices(topology: Topology) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # every kind of it, from a missing library to an unknown name, means the same here
         raise InputError(f"plan: libtpu does not give a topology {name}: {str(error).splitlines()[0]}") from error
+
+
+def has_gpu_compiler() -> bool:
+    """Whether JAX's CUDA plugin is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    """The same for GPUs, as their description says."""
+    os.environ.update(GPU_ENVIRONMENT)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # there is none to try on
+    if "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from jax.experimental import topologies
+
+    shape = f"1x{topology.shape[0]}x{topology.shape[1]}"
+    try:
+        found = topologies.get_topology_desc(platform="cuda", target_config=topology.target, topology=shape)
+    except Exception as error:  # as above
+        raise InputError(f"plan: no {topology.name} from its description: {str(error).splitlines()[0]}") from error
+    return list(found.devices)
 
 
 def needed_bytes(error: str, arguments: int) -> int | None:

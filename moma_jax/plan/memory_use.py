@@ -57,6 +57,16 @@ def bytes_by_category(config: Config, compiled: Compiled, module: Module | None)
     return {**result, "temporaries": max(0, total - sum(size or 0 for size in result.values())), "total": total}
 
 
+def gpu_bytes(compiled: Compiled) -> dict[str, int | None]:
+    """The same of a program for GPUs, of which less is known: what is neither state nor batch are temporaries."""
+    state = state_bytes(compiled.state)
+    if compiled.memory is None:
+        return {**state, "temporaries": None, "total": needed_bytes(compiled.error, sum(state.values()))}
+    memory = compiled.memory
+    batch, total = memory.argument_size_in_bytes - sum(state.values()), memory.peak_memory_in_bytes
+    return {**state, "batch": batch, "temporaries": total - batch - sum(state.values()), "total": total}
+
+
 def kept_bytes(module: Module, trips: int) -> int | None:
     """Bytes of HBM that the forward pass over the layers keeps: what its loop writes and stacks, turn by turn.
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from moma_jax.cost import peak_flops
 from moma_jax.errors import InputError
+from moma_jax.plan import gpus
 
 GB = 1e9
 GIB = 2**30
@@ -96,7 +97,12 @@ GPUS = {  # data-sheet memory, bytes
     "gh200": 96 * GB,
     "l40s": 48 * GB,
     "l4": 24 * GB,
+    "t4": 15 * GIB,
 }
+
+
+FLOAT32_PEAKS = {"t4": 8.1e12}
+"""FLOP/s of GPUs without bfloat16."""
 
 
 class Topology(NamedTuple):
@@ -107,7 +113,8 @@ class Topology(NamedTuple):
       kind: a TPU's; None for GPUs.
       shape: chips along each dimension of a slice; (nodes, GPUs of a node).
       slices: TPU slices joined by the data centre's network; 1 for GPUs.
-      memory: bytes of one device. peak: its bfloat16 FLOP/s.
+      memory: bytes of one device. peak: its bfloat16 FLOP/s, float32 where it has no bfloat16.
+      target: a GPU as XLA wants it described (`gpus`); "" where there is no description.
     """
 
     name: str
@@ -116,6 +123,12 @@ class Topology(NamedTuple):
     slices: int
     memory: float
     peak: float
+    target: str = ""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it computes in bfloat16."""
+        return "cuda_compute_capability { major: 7" not in self.target
 
     @property
     def devices(self) -> int:
@@ -185,4 +198,5 @@ def _gpus(name: str, kind: str, extents: tuple[int, ...] | None, other: str | No
     if math.prod(extents) > MOST_GPUS:
         raise InputError(f"--topology: {name!r}: a plan has at most {MOST_GPUS} GPUs, such as {kind}:4x8")
     nodes, each = extents if len(extents) == 2 else (1, extents[0])
-    return Topology(f"{kind}:{nodes}x{each}", None, (nodes, each), 1, GPUS[kind], peak_flops(kind))
+    figures = GPUS[kind], peak_flops(kind) or FLOAT32_PEAKS[kind], gpus.described(kind)
+    return Topology(f"{kind}:{nodes}x{each}", None, (nodes, each), 1, *figures)

@@ -143,6 +143,11 @@ def abstract_params(program: Program, routing_state: Any) -> Any:
 
 def create_state(program: Program, routing_state: Any) -> TrainState:
     """A fresh state from `train.seed`, born with its shardings; `routing_state` is the routing rules' first one."""
+    return state_maker(program, routing_state)()
+
+
+def state_maker(program: Program, routing_state: Any) -> Callable[[], TrainState]:
+    """`create_state`, compiled."""
 
     def create():
         params = sharding.unboxed(init_params(program, routing_state))
@@ -150,7 +155,7 @@ def create_state(program: Program, routing_state: Any) -> TrainState:
         return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program, routing_state))
-    return compiled_once(create, program.mesh, out_shardings=shardings)()
+    return compiled_once(create, program.mesh, out_shardings=shardings)
 
 
 def init_params(program: Program, routing_state):

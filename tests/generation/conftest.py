@@ -6,7 +6,7 @@ import scripted
 from moma_jax.config import Config, DataConfig, Modality, PrepareConfig, StoreConfig
 from moma_jax.data.prepare import prepare
 from moma_jax.data.store import open_store
-from moma_jax.generation.generate import Generator
+from moma_jax.generation.generating import Generator
 
 
 @pytest.fixture(scope="module")

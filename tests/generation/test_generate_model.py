@@ -11,7 +11,7 @@ from tiny import tiny
 from moma_jax import load
 from moma_jax.errors import InputError
 from moma_jax.generation import Guidance, Sampling, generate_ids
-from moma_jax.generation.generate import causal_routing, generator_of
+from moma_jax.generation.generating import causal_routing, generator_of
 from moma_jax.training.pretrain import train
 
 GREEDY = Sampling(temperature=0.0)

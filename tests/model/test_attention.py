@@ -12,6 +12,7 @@ from moma_jax.model.attention import attend, attend_rows, qk_norm, rotary_angles
 from moma_jax.model.blockwise import attend_blocks
 from moma_jax.model.kernels import refusal
 from moma_jax.model.kernels.splash import attend_fused
+from moma_jax.model.kernels.triton import attend_triton
 from moma_jax.model.kernels.turned import Norm, turned
 from moma_jax.model.parameters import AttentionParameters
 
@@ -234,7 +235,29 @@ def test_norm_and_rotation_in_one_pass(sequence, heads, width, dtype, monkeypatc
     assert kernel[0].dtype == kernel[1].dtype == x_BSF.dtype
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernel_of_gpus_is_the_plain_attention(width):
+    rng = np.random.default_rng(0)
+    segment_BS, position_BS = packed_rows(rng, 2, 256, 120)
+    q_BSHK, k_BSHK, v_BSHK, dy_BSHK = rng.normal(size=(4, 2, 256, 2, width)).astype(np.float32)
+    real_BS11 = (segment_BS > 0)[..., None, None]
+
+    def run(attention):
+        y_BSHK, backward = jax.vjp(attention, q_BSHK, k_BSHK, v_BSHK)
+        return np.where(real_BS11, y_BSHK, 0), *backward(np.where(real_BS11, dy_BSHK, 0).astype(np.float32))
+
+    plain = run(lambda *qkv: attend(*qkv, segment_BS, position_BS, chunk=64))
+    for one, other in zip(run(lambda *qkv: attend_triton(*qkv, segment_BS, interpret=True)), plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+    blind = attend_triton(q_BSHK, k_BSHK, v_BSHK, np.ones_like(segment_BS), interpret=True)
+    assert np.abs(blind - plain[0])[segment_BS > 1].max() > 0.1, "documents matter"
+
+
 def test_what_the_kernels_refuse():
-    assert refusal("cpu", 100, 1, 3) is None and refusal("tpu", 4096, 16, 64) is None
-    assert "no multiple of 128" in refusal("tpu", 564, 1, 128) and "GPU" in refusal("gpu", 4096, 1, 128)
-    assert "heads of 48 channels" in refusal("tpu", 512, 4, 48) and "heads of 64" in refusal("tpu", 512, 3, 64)
+    assert refusal("cpu", "cpu", 100, 1, 3) is None and refusal("tpu", "TPU v5", 4096, 16, 64) is None
+    assert "no multiple of 128" in refusal("tpu", "TPU v5", 564, 1, 128)
+    assert "heads of 48 channels" in refusal("tpu", "TPU v5", 512, 4, 48)
+    assert "heads of 64" in refusal("tpu", "TPU v5", 512, 3, 64)
+    assert refusal("gpu", "NVIDIA H100 80GB HBM3", 4096, 1, 128) is None is refusal("gpu", "NVIDIA L4", 256, 1, 64)
+    assert "no multiple of 128" in refusal("gpu", "NVIDIA L4", 564, 1, 128)
+    assert "too old" in refusal("gpu", "Tesla T4", 4096, 1, 128) and "wider" in refusal("gpu", "NVIDIA L4", 512, 1, 512)

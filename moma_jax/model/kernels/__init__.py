@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 
-from moma_jax.model.kernels import splash, turned
+from moma_jax.model.kernels import splash, triton, turned
 
 
-def refusal(platform: str, sequence: int, heads: int, width: int) -> str | None:
-    """Why a platform's kernels cannot attend rows of so many positions, a device having so many heads of so many
-    channels; None where they can, or where the platform has none."""
+def refusal(platform: str, kind: str, sequence: int, heads: int, width: int) -> str | None:
+    """Why the kernels of a platform, on a kind of device, cannot attend rows of so many positions where a device has
+    so many heads of so many channels; None where they can, or where the platform has none."""
     match platform:
         case "tpu":
             return splash.refusal(sequence) or turned.refusal(sequence, heads, width)
         case "gpu":
-            return "none is wired in for GPUs"
+            return triton.refusal(kind, sequence, width)
     return None
 
 

@@ -1,0 +1,66 @@
+"""GPUs as XLA's compiler wants them described, so that it can compile for one that is not here.
+
+Figures are those of data sheets and of CUDA's tables of compute capabilities; a target file of another GPU has the same
+form (XLA's GpuTargetConfigProto as text; `moma plan --target FILE`). Nothing is timed by them: XLA chooses by them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+GB = 10**9
+
+
+class Gpu(NamedTuple):
+    """One GPU.
+
+    Attributes:
+      name: what JAX calls it. capability: of CUDA, (major, minor).
+      cores: multiprocessors. units: float32 units of each. clock: GHz. threads: of a multiprocessor.
+      memory: bytes. bandwidth: bytes/s. cache: bytes of the second level.
+      shared: bytes that all programs of a multiprocessor share, and that one can have.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    units: int
+    memory: int
+    bandwidth: int
+    cache: int
+    clock: float
+    shared: tuple[int, int]
+    threads: int
+
+
+GPUS = {
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 84929347584, 3352 * GB, 50 << 20, 1.98, (233472, 232448), 2048
+    ),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 150_109_880_320, 4800 * GB, 50 << 20, 1.98, (233472, 232448), 2048),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 85_094_825_984, 2039 * GB, 40 << 20, 1.41, (167936, 166912), 2048
+    ),
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 23_797_432_320, 300 * GB, 48 << 20, 2.04, (102400, 101376), 1536),
+    "t4": Gpu("Tesla T4", (7, 5), 40, 64, 15_828_320_256, 320 * GB, 4 << 20, 1.59, (65536, 65536), 1024),
+}
+
+
+def described(kind: str) -> str:
+    """The description of a kind of GPU, "" where there is none."""
+    if (gpu := GPUS.get(kind)) is None:
+        return ""
+    major, minor = gpu.capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared[0]} shared_memory_per_block_optin: {gpu.shared[1]}
+  core_count: {gpu.cores} fpus_per_core: {gpu.units} clock_rate_ghz: {gpu.clock}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.cache} device_memory_size: {gpu.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{gpu.name}"
+"""
