@@ -1,6 +1,6 @@
-"""Makes plans.md: what `moma plan` says of the paper's models on six slices of TPUs.
+"""Makes plans.md: what `moma plan` says of the paper's models on seven slices of TPUs.
 
-Command: python docs/results/plans.py                           (all rows; two to three minutes each on two cores)
+Command: python docs/results/plans.py                           (all rows; five to eight minutes each on two cores)
          python docs/results/plans.py paper_90m 4t4i v5e-16     (only rows that have these words)
 Needs:   pip install -e ".[plan]"; no accelerator.
 Exit:    1 where a step moves the weights of experts that live apart, or holds logits beyond a chunk of a device's own.
@@ -24,20 +24,21 @@ import moma_jax
 HERE = Path(__file__).parent
 RECIPES = ("paper_90m", "paper_435m", "paper_1b4")
 VARIANTS = ("dense", "8x", "4t4i")
-TOPOLOGIES = ("v4-32", "v5e-16", "v5e-64", "v5p-64", "v5p-128", "v6e-64")
+TOPOLOGIES = ("v5p-128", "v6e-64", "v5e-256", "v4-32", "v5e-16", "v5e-64", "v5p-64")
 KEPT = (
     *("topology", "devices", "mesh", "accumulate", "remat", "fits", "bytes_per_device", "memory_per_device"),
-    *("step_seconds_estimate", "tokens_per_second_estimate", "mfu_estimate", "exposed_communication_share"),
+    *("step_seconds_estimate", "step_seconds_range", "mfu_range", "tokens_per_second_estimate", "mfu_estimate"),
+    "exposed_communication_share",
     *("expert_stacks_gathered", "replicated_logits"),
 )
 COMPILERS = ("jax", "libtpu")
-HEAD = """# What the paper's models need on six slices
+HEAD = """# What the paper's models need on seven slices
 
 By `python docs/results/plans.py`, {done} of {rows} rows so far: the real training step, with the paper's batch,
 compiled for each slice by the TPU compiler ({versions}) on a machine without one. Memory is the
 compiler's; seconds, tokens/s and MFU are estimates from the compiled program
-([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements. MFU counts the FLOPs of
-`moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
+([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements; what a step takes lies in the range
+behind it. MFU counts the FLOPs of `moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
 
 | recipe | ffn | slice | devices | mesh | accumulate | remat | GiB per device | s/step | tokens/s | MFU | waiting |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -87,10 +88,11 @@ def written(name: str, row: dict) -> str:
     total = row["bytes_per_device"]["total"]
     memory = f"{'?' if total is None else f'{total / 2**30:.1f}'} of {row['memory_per_device'] / 2**30:.0f}"
     if row["fits"]:
+        (least, most), (low, high) = row["step_seconds_range"], row["mfu_range"]
         speed = [
-            f"{row['step_seconds_estimate']:.2f}",
+            f"{row['step_seconds_estimate']:.2f} ({least:.2f} to {most:.2f})",
             f"{row['tokens_per_second_estimate']:,.0f}",
-            f"{row['mfu_estimate']:.1%}",
+            f"{row['mfu_estimate']:.1%} ({low:.1%} to {high:.1%})",
             f"{row['exposed_communication_share']:.1%}",
         ]
     else:
