@@ -38,7 +38,8 @@ By `python docs/results/plans.py`, {done} of {rows} rows so far: the real traini
 compiled for each slice by the TPU compiler ({versions}) on a machine without one. Memory is the
 compiler's; seconds, tokens/s and MFU are estimates from the compiled program
 ([how](../../moma_jax/plan/estimate.py)), good for comparing rows, not measurements; what a step takes lies in the range
-behind it. MFU counts the FLOPs of `moma cost`. Any row again: `moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
+behind it. MFU counts the FLOPs of `moma cost`. Any row again:
+`moma plan configs/RECIPE.py --model.ffn FFN --topology SLICE`.
 
 | recipe | ffn | slice | devices | mesh | accumulate | remat | GiB per device | s/step | tokens/s | MFU | waiting |
 |---|---|---|---|---|---|---|---|---|---|---|---|

@@ -18,7 +18,9 @@ HIDDEN = -1e30
 AGAIN = "attention_again"
 """Scope of products that a gradient which kept all scores would not need."""
 WINDOWS = (3 / 8, 5 / 8, 1)
-"""Sizes of windows, as shares of the row; each is compiled once. The first is for documents of a quarter of a row."""
+"""Sizes of windows, as shares of a row of more than MOST_WINDOWS blocks; the first is for quarters of rows."""
+MOST_WINDOWS = 4
+"""Sizes of windows at most, as each is compiled: a row of so many blocks has one of every number of blocks."""
 
 
 def scored(q_BHQK, k_BHSK, visible_BQS):
@@ -53,7 +55,7 @@ def _forward(q_BHSK, k_BHSK, v_BHSK, segment_BS, position_BS, queries: int):
             k, v, visible = (_cut(x, start, size) for x in (k_BHSK, v_BHSK, visible_BQS[..., None]))
             return softmaxed(scored(q_BHQK, k, visible[..., 0]), v)
 
-        return _windowed(within, visible_BQS, (number + 1) * queries)
+        return _windowed(within, visible_BQS, (number + 1) * queries, queries)
 
     blocks = (_split(q_BHSK, queries, 0, 2), *_rows_of(segment_BS, position_BS, queries))
     y_NBHQK, partition_NBHQ = jax.lax.map(one, (*blocks, jnp.arange(len(blocks[0]))))
@@ -89,7 +91,7 @@ def _backward(queries: int, kept, dy_BHSK):
             )
             return tuple(added), product("bhqs,bhsk->bhqk", dscore_BHQS, k).astype(q_BHQK.dtype)
 
-        return _windowed(within, visible_BQS, (number + 1) * queries)
+        return _windowed(within, visible_BQS, (number + 1) * queries, queries)
 
     rows = (_split(x, queries, 0, 2) for x in (q_BHSK, dy_BHSK, back_BHS))
     blocks = (*rows, *_rows_of(segment_BS, position_BS, queries), partition_NBHQ, jnp.arange(len(partition_NBHQ)))
@@ -111,13 +113,15 @@ def visible_to(segment_BQ, position_BQ, segment_BS, position_BS):
     return same_BQS & (position_BQ[:, :, None] >= position_BS[:, None, :])
 
 
-def _windowed(within, visible_BQS, end):
+def _windowed(within, visible_BQS, end, queries: int):
     """within(start, size), of a window of keys before `end` that has all visible ones, as small as there is."""
     sequence = visible_BQS.shape[2]
     seen_S = visible_BQS.any((0, 1))
     first, end = jnp.argmax(seen_S), jnp.minimum(end, sequence)
     last = sequence - jnp.argmax(seen_S[::-1])  # positions need not ascend in a row: keys may lie behind
-    sizes = sorted({math.ceil(sequence * share) for share in WINDOWS})
+    few = sequence <= MOST_WINDOWS * queries
+    shares = (queries * (n + 1) / sequence for n in range(MOST_WINDOWS)) if few else WINDOWS
+    sizes = sorted({min(sequence, math.ceil(sequence * share)) for share in shares})
     end = jnp.maximum(end, last)
     needed = jnp.where(seen_S.any(), end - first, 1)
     number = jnp.searchsorted(jnp.array(sizes), needed)
