@@ -20,7 +20,7 @@ FLOORS = [
     ["command_line"],
     ["model", "data", "codec", "cost"],
     ["config_json"],
-    ["checks", "batch"],
+    ["checks", "batch", "compiling"],
     ["sharding"],
     ["geometry"],
     ["config"],
@@ -38,7 +38,7 @@ MODEL_FLOORS = [
     ["dispatch"],
     ["parameters"],
     ["auxiliary", "routing"],
-    ["kernels", "precision"],
+    ["kernels", "precision", "blockwise"],
 ]
 
 

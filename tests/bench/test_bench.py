@@ -114,12 +114,12 @@ def test_an_update_that_does_not_fit_is_measured_in_fewer_groups(monkeypatch):
     config = tiny(train_batch_rows=64)
     whole = cost(config)["bytes"]
     monkeypatch.setattr(step_bench, "_device_memory", lambda: 1e12)
-    assert step_bench._rows_that_fit(config) == 64
+    assert step_bench.rows_that_fit(config) == 64
     room = (2 * whole["parameters"] + whole["optimizer"] + whole["activations"] / 3) / 0.9
     monkeypatch.setattr(step_bench, "_device_memory", lambda: room)
-    rows = step_bench._rows_that_fit(config)
+    rows = step_bench.rows_that_fit(config)
     assert rows < 64 and rows % config.data.group_rows == 0
-    assert step_bench._with_rows(config, rows).train.batch_rows == rows
+    assert step_bench.with_rows(config, rows).train.batch_rows == rows
 
 
 @pytest.mark.slow

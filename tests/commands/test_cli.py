@@ -42,7 +42,7 @@ def test_every_recipe_resolves(name):
         (["eval", "nowhere"], "nowhere"),
         (["prepare", "scenes"], "--out"),
         (["prepare", "scenes", "--out", "x", "--part", "3/2"], "'3/2' is not K/N"),
-        (["bench"], "moma bench: expected one of {step, generate, data, ffn, codec, prepare}"),
+        (["bench"], "moma bench: expected one of {step, generate, data, ffn, codec, prepare, suite}"),
         (["bench", "stop"], "stop: no such command; moma bench has step, generate, data, ffn"),
         (["frain"], "frain: no such command"),
     ],

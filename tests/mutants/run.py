@@ -40,7 +40,7 @@ MUTANTS = (
     ),
     Mutant(
         "causal mask flipped",
-        "model/attention.py",
+        "model/blockwise.py",
         "position_BQ[:, :, None] >= position_BS[:, None, :]",
         "position_BQ[:, :, None] <= position_BS[:, None, :]",
         "model/test_attention.py",
