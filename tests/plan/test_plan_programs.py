@@ -55,6 +55,15 @@ def programs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
+def test_attention_is_by_kernels(programs, name):
+    """Forward and backward, on v5e, v5p and v6e."""
+    _, result, module = programs[name]
+    names = {i.name.split(".")[0] for c in module.computations.values() for i in c.instructions}
+    assert {"forward_turned", "backward_turned"} <= names and any(n.startswith("splash_mha_dkv") for n in names)
+    assert not any("attention" in warning for warning in result["warnings"])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_a_compiled_plan_says_everything(programs, name):
     config, result, _ = programs[name]
     assert result["fits"] and result["method"] == "compiled" and not result["mesh_chosen"]
