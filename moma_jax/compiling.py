@@ -88,6 +88,12 @@ def use_cache(path: str | None) -> None:
     found = None if path == "off" else path if "://" in path else os.path.abspath(path)
     if found == jax.config.jax_compilation_cache_dir:
         return
+    if found is not None and "://" not in found:
+        try:
+            os.makedirs(found, exist_ok=True)
+        except OSError as error:
+            logging.getLogger(__name__).warning("compiled programs are not kept: %s: %s", found, error.strerror)
+            found = None
     jax.config.update("jax_compilation_cache_dir", found)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -51,6 +51,14 @@ print(json.dumps([jax.config.jax_compilation_cache_dir, jax.config.jax_compilati
 """
 
 
+def test_a_folder_that_cannot_be_made_keeps_nothing(tmp_path, caplog, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: found.setdefault(name, value))
+    found = {}
+    compiling.use_cache(str(tmp_path / "file" / "cache"))
+    assert found["jax_compilation_cache_dir"] is None and "are not kept" in caplog.text
+
+
 @pytest.mark.parametrize("asked", ["None", "off", "own"])
 def test_where_programs_are_kept(tmp_path, asked):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
