@@ -131,6 +131,16 @@ def test_columns_that_stand_for_pictures_are_refused(tmp_path, columns, line):
             assert len(everything(opened(tmp_path / "a.jsonl", caption_column=caption))[0]) == 1
 
 
+def test_a_column_of_pictures_is_passed_over_where_another_is_named(tmp_path):
+    shown = {name: [{"bytes": png(n), "path": name}] for n, name in enumerate(("image", "conditioning"))}
+    write_parquet(tmp_path / "a.parquet", {"text": ["t"], **shown})
+    with pytest.raises(InputError, match="say which with --image-column"):
+        opened(tmp_path)
+    source = opened(tmp_path, image_column="image")
+    assert everything(source)[0][0].segments[1].image == png(0)
+    assert "not read: conditioning" in source.describe()[0]
+
+
 @pytest.mark.parametrize(
     "more",
     [{"timestamp": "now", "similarity": 0.5}, {"images": [], "photos": 3}, {"id": "a.png", "meta": {"width": 3}}],

@@ -34,7 +34,6 @@ from moma_jax.data.sources.columns import (
     fields_of,
     holds_bytes,
     image_column,
-    is_bytes,
     is_list,
     is_picture,
     item_of,
@@ -351,7 +350,7 @@ def _require_all_read(schema: pa.Schema, where: str, picture: str | None, captio
 
 def _require_no_bytes(schema: pa.Schema, where: str, read) -> None:
     """Raises InputError where bytes lie within columns that are not read, deeper than a picture's would."""
-    deep = [f for f in schema if f.name not in read and holds_bytes(f.type) and not is_bytes(f.type)]
+    deep = [f for f in schema if f.name not in read and holds_bytes(f.type) and not is_picture(f.type)]
     if deep:
         raise InputError(
             f"{where}: {deep[0].name} holds bytes within {deep[0].type}, which are not read; store one picture in each "
