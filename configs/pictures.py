@@ -36,7 +36,6 @@ def config() -> Config:
             heads=4,
             ffn_width=512,
             norm="pre",
-            attention_chunk=564,
             router=Choice(auxiliary=True),
         ),
         data=DataConfig(

@@ -24,7 +24,7 @@ from moma_jax.config import (
 def config() -> Config:
     """The recipe."""
     return Config(
-        model=ModelConfig(ffn="4t4i", layers=4, width=128, heads=4, ffn_width=512, attention_chunk=1104),
+        model=ModelConfig(ffn="4t4i", layers=4, width=128, heads=4, ffn_width=512),
         data=DataConfig(
             modalities=(
                 # Nothing but pictures with short texts: rows are filled by choosing documents, so the quotas add up to

@@ -17,9 +17,8 @@ light; `cost` and `plan` need none, and are bound here because modules of their 
   read_metrics(run)          the records of a run
 """
 
-import importlib
-
 from moma_jax.cost import cost
+from moma_jax.late import attributes
 from moma_jax.plan import plan
 
 _HOME = {
@@ -36,12 +35,7 @@ _HOME = {
     "study": "moma_jax.studies.running",
 }
 __all__ = ["cost", "plan", *sorted(_HOME)]
-
-
-def __getattr__(name):
-    if name not in _HOME:
-        raise AttributeError(f"module 'moma_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+__getattr__ = attributes(__name__, _HOME)
 
 
 def __dir__():

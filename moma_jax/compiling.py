@@ -85,10 +85,11 @@ def use_cache(path: str | None) -> None:
     if path is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         path = str(Path(home) / "moma_jax" / "compiled")
-    found = None if path == "off" else path if "://" in path else os.path.abspath(path)
+    remote = "://" in path
+    found = None if path == "off" else path if remote else os.path.abspath(path)
     if found == jax.config.jax_compilation_cache_dir:
         return
-    if found is not None and "://" not in found:
+    if found is not None and not remote:
         try:
             os.makedirs(found, exist_ok=True)
         except OSError as error:
@@ -97,5 +98,5 @@ def use_cache(path: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", found)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES if found and "://" not in found else -1)
+    jax.config.update("jax_compilation_cache_max_size", -1 if found is None or remote else CACHE_BYTES)
     compilation_cache.reset_cache()  # it may have been set up, or found missing, before

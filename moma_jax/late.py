@@ -1,8 +1,10 @@
-"""JAX, imported when first used: routing rules are part of a config, and configs are read without JAX."""
+"""What is imported when first used: JAX, as routing rules are part of a config and configs are read without it, and
+what packages offer under names of their own."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -17,3 +19,14 @@ class _Late:
 
 
 jax, jnp = _Late("jax"), _Late("jax.numpy")
+
+
+def attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__` that finds names in modules, by name in full, which are loaded then."""
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return find

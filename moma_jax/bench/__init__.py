@@ -6,17 +6,15 @@ that a slow minute of the machine hits all of them alike. Times are medians; `sp
 the median. Compilation and first calls are not timed. Ratios travel; absolute figures are those of this machine, now.
 """
 
-import importlib
+from moma_jax.late import attributes
 
-_HOME = {f"bench_{name}": name for name in ("codec", "data", "ffn", "generate", "prepare", "step", "suite")}
-_HOME["format_bench"] = "report"
+_HOME = {
+    f"bench_{name}": f"moma_jax.bench.{name}"
+    for name in ("codec", "data", "ffn", "generate", "prepare", "step", "suite")
+}
+_HOME["format_bench"] = "moma_jax.bench.report"
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name):  # loaded when first used: each needs its own libraries
-    if name not in _HOME:
-        raise AttributeError(f"module 'moma_jax.bench' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"moma_jax.bench.{_HOME[name]}"), name)
+__getattr__ = attributes(__name__, _HOME)  # each needs its own libraries
 
 
 def __dir__():

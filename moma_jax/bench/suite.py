@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moma_jax.bench.timing import say
 from moma_jax.errors import InputError, RunError
 
 FFNS = ("dense", "8x", "1t1i", "4t4i", "mod+4t4i")
@@ -233,11 +234,18 @@ def work(out: Path, toy: bool, until: float) -> None:
     """Does the parts that are not done yet, one after the other."""
     import jax
 
+    from moma_jax.runs.directory import versions
+
     found = _read(out)
     if "device" not in found:
         device = jax.devices()[0]
         kind, count = device.device_kind, len(jax.devices())
-        found |= {"device": kind, "devices": count, "platform": device.platform, "versions": _versions()}
+        found |= {
+            "device": kind,
+            "devices": count,
+            "platform": device.platform,
+            "versions": versions() | {"python": sys.version.split()[0]},
+        }
     for part in parts(toy):
         if part.name in found["parts"]:
             continue
@@ -246,7 +254,7 @@ def work(out: Path, toy: bool, until: float) -> None:
             return
         found["running"] = part.name
         _write(out, found)
-        _say(f"{part.name}")
+        say(part.name)
         start = time.monotonic()
         try:
             figures = part.measure()
@@ -256,12 +264,6 @@ def work(out: Path, toy: bool, until: float) -> None:
         del found["running"]
         jax.clear_caches()
         _write(out, found)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")} | {"python": sys.version.split()[0]}
 
 
 # The process that watches it ------------------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def bench_suite(out: str, minutes: float = 9.0, toy: bool = False) -> dict[str, 
             reason = "the time was up" if late else f"its process ended with {code}"
             if not late:
                 found["parts"][running] = {"failed": reason}
-            _say(f"{running}: {reason}")
+            say(f"{running}: {reason}")
             _write(folder, found)
         elif left == [p.name for p in parts(toy) if p.name not in found["parts"]]:
             raise RunError(f"bench suite: its process ends with {code} before any part; see above")
@@ -433,8 +435,10 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+def told(out: str, found: dict[str, Any]) -> str:
+    """What is printed at the end: the page, and what is left."""
+    left = f"\nnot done: {', '.join(found['left'])}" if found["left"] else ""
+    return (Path(out) / "suite.md").read_text() + left
 
 
 def main() -> None:
@@ -453,9 +457,7 @@ def main() -> None:
     except (InputError, RunError) as error:
         print(f"moma: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    print((Path(words.out) / "suite.md").read_text())
-    if found["left"]:
-        print(f"not done: {', '.join(found['left'])}")
+    print(told(words.out, found))
 
 
 if __name__ == "__main__":

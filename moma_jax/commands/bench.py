@@ -1,11 +1,11 @@
 """Measure steps, generation, data, the FFN, codecs, stores."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from moma_jax import bench as benches
+from moma_jax.bench.suite import told
 from moma_jax.codec.folder import open_codec
 from moma_jax.commands import print_result
 from moma_jax.recipes import RecipeOption
@@ -117,10 +117,7 @@ def suite(out: str, minutes: float = 9.0, toy: bool = False) -> None:
       minutes: No part is begun after so long, and one that runs is ended.
       toy: Shapes for a CPU in a minute.
     """
-    found = benches.bench_suite(out, minutes, toy)
-    print((Path(out) / "suite.md").read_text())
-    if found["left"]:
-        print(f"not done: {', '.join(found['left'])}")
+    print(told(out, benches.bench_suite(out, minutes, toy)))
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

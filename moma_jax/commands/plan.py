@@ -35,7 +35,7 @@ def plan(
         raise InputError(f"--compiled: must be positive, is {compiled}")
     config = recipe.resolved()
     if search:
-        found = plan_search(config, topology, compiled, lambda line: print(line, file=sys.stderr, flush=True))
+        found = plan_search(config, topology, compiled, lambda line: print(line, file=sys.stderr, flush=True), target)
     else:
         found = moma_jax.plan(config, topology, target)
     print_result(found, json, format_search if search else format_plan)

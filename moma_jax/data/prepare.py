@@ -340,7 +340,8 @@ def _publish(directory: Directory) -> dict[str, Any]:
     seen = documents + broken + filtered
     listed = [entry for part in parts.values() for entry in part.pop("listed")][:LISTED_IN_REPORT]
     left_out = sum((Counter(part.pop("left_out")) for part in parts.values()), Counter())
-    own_split = not sum(not part.pop("own_split") for part in parts.values())
+    own_splits = [part.pop("own_split") for part in parts.values()]
+    own_split = all(own_splits)
     pictures = settle(directory, list(parts.values()), settings["settings"]["drop_duplicates"], own_split)
     documents = sum(c["documents"] for part in parts.values() for c in part["collections"].values())
     report = {"documents": seen, "broken": broken, "filtered": filtered, "left_out": left_out, "pictures": pictures}

@@ -1,20 +1,15 @@
 """Generation: a trained model writes text and draws pictures."""
 
-import importlib
+from moma_jax.late import attributes
 
 _HOME = {
-    **dict.fromkeys(("Settings", "generate", "generate_ids"), "generating"),
-    "MODES": "grammar",
-    "Output": "output",
-    **dict.fromkeys(("Guidance", "Sampling"), "sampling"),
+    **dict.fromkeys(("Settings", "generate", "generate_ids"), "moma_jax.generation.generating"),
+    "MODES": "moma_jax.generation.grammar",
+    "Output": "moma_jax.generation.output",
+    **dict.fromkeys(("Guidance", "Sampling"), "moma_jax.generation.sampling"),
 }
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name):  # loaded when first used: decoding alone needs neither pictures nor tokenizers
-    if name not in _HOME:
-        raise AttributeError(f"module 'moma_jax.generation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"moma_jax.generation.{_HOME[name]}"), name)
+__getattr__ = attributes(__name__, _HOME)  # decoding alone needs neither pictures nor tokenizers
 
 
 def __dir__():

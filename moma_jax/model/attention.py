@@ -22,8 +22,6 @@ from moma_jax.model.parameters import ATTENTION_AXES as AXES
 from moma_jax.model.precision import wide
 from moma_jax.sharding import TENSOR
 
-CHUNK = 512
-"""Queries at once where nothing says how many."""
 NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every one."""
 
@@ -73,7 +71,7 @@ def attend_splash(q_BSHK, k_BSHK, v_BSHK, segment_BS):
 
 def ways(platform: str, kind: str, sequence: int, heads: int, width: int) -> dict[str, Callable]:
     """Every attention that a device has, by name: functions of q, k, v, segments and positions, as `attend`."""
-    found = {"written": functools.partial(attend_written, chunk=CHUNK)}
+    found = {"written": functools.partial(attend_written, chunk=ModelConfig().attention_chunk)}
     kernel = {"tpu": ("splash", attend_splash), "gpu": ("triton", attend_triton)}.get(platform)
     if kernel is not None and refusal(platform, kind, sequence, heads, width) is None:
         found[kernel[0]] = lambda q, k, v, segment_BS, _: kernel[1](q, k, v, segment_BS)
@@ -143,9 +141,10 @@ def _attend_rows_fused(x_BSD, weights: dict[str, Any], segment_BS, angles, model
     matrices, norms, specs, norm_specs = _parts_of(weights)
 
     def prepare(x_BSD, matrices):
-        query_DHK, key_DHK, value_DHK = (gathered(matrices, x_BSD.dtype)[f"{n}_DHK"] for n in ("query", "key", "value"))
-        x_BSF = (jnp.einsum("bsd,df->bsf", x_BSD, w.reshape(len(w), -1)) for w in (query_DHK, key_DHK))
-        return *x_BSF, jnp.einsum("bsd,dhk->bhsk", x_BSD, value_DHK)
+        whole = gathered(matrices, x_BSD.dtype)
+        flat = (w.reshape(len(w), -1) for w in (whole["query_DHK"], whole["key_DHK"]))
+        x_BSF = (jnp.einsum("bsd,df->bsf", x_BSD, w_DF) for w_DF in flat)
+        return *x_BSF, jnp.einsum("bsd,dhk->bhsk", x_BSD, whole["value_DHK"])
 
     def mix(query_BSF, key_BSF, v_BHSK, norms, angles, segment_BS):
         q_BHSK, k_BHSK = (

@@ -43,7 +43,6 @@ def plan(config: Config, name: str, target_file: str | None = None) -> dict[str,
       `moma cost`'s convention), "collective_bytes" (kind -> mesh axes -> bytes that a device sends in a step),
       "step_seconds_estimate", "mfu_estimate", the [least, most] of both ("step_seconds_range", "mfu_range"),
       "tokens_per_second_estimate", "exposed_communication_share" and the settings that were planned.
-      "tokens_per_second_estimate", "exposed_communication_share" and the settings that were planned.
       "expert_stacks_gathered" and "replicated_logits" are what a step must not do (`placement`). "method" is "compiled"
       or "arithmetic". What a program says is None where there is no program.
 
@@ -75,12 +74,18 @@ def described(target: Topology, file: str | None) -> Topology:
         raise InputError(f"--target: {file}: {error}") from error
 
 
-def plan_search(config: Config, name: str, compiled: int = 6, report: Callable[[str], None] = print) -> dict[str, Any]:
+def plan_search(
+    config: Config,
+    name: str,
+    compiled: int = 6,
+    report: Callable[[str], None] = print,
+    target_file: str | None = None,
+) -> dict[str, Any]:
     """Plans the most promising meshes, remat policies and microbatches.
 
     Args:
       compiled: how many of them are compiled.
-      report: is told each as it is done.
+      report: is told each as it is done. target_file: as in `plan`.
 
     Returns:
       "plans": dictionaries of `plan`, those that fit first, the fastest first; "considered", "fit_by_arithmetic": how
@@ -89,7 +94,7 @@ def plan_search(config: Config, name: str, compiled: int = 6, report: Callable[[
     Raises:
       InputError: as `plan`; or nothing fits even by arithmetic, or no setting could be planned.
     """
-    target = topology_of(name)
+    target = described(topology_of(name), target_file)
     config = with_dtype(resolve(config), target)
     return search.search(config, target, compiled, lambda setting: planned(setting, target), report)
 

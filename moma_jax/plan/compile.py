@@ -79,13 +79,13 @@ def topology_devices(topology: Topology) -> list[Any]:
     Raises:
       InputError: libtpu is missing or cannot be used, or does not know the topology.
     """
+    if "jax" not in sys.modules:  # this process computes nothing on an accelerator, and must not occupy one
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.kind is None:
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("plan: libtpu is not installed; pip install 'moma_jax[plan]' on Python 3.11")
     os.environ.update(ENVIRONMENT)
-    if "jax" not in sys.modules:  # this process computes nothing on an accelerator, and must not occupy one
-        os.environ["JAX_PLATFORMS"] = "cpu"
     from jax.experimental import topologies
 
     name = topology.name.removeprefix(f"{topology.slices}x") if topology.slices > 1 else topology.name
@@ -106,8 +106,6 @@ def _gpus(topology: Topology) -> list[Any]:
     """The same for GPUs, as their description says."""
     os.environ.update(GPU_ENVIRONMENT)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # there is none to try on
-    if "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"
     from jax.experimental import topologies
 
     shape = f"1x{topology.shape[0]}x{topology.shape[1]}"

@@ -183,6 +183,8 @@ class Loop:
     def run_steps(self, received: list[int]) -> None:
         """Trains to the last step, or to the step after a signal."""
         config, batches, stops = self.config.train, iter(self.data), hosts.Stops(self.stage.mesh)
+        # A CPU is device and host, and would hold the memory of two steps.
+        ahead = self.stage.mesh.devices.flat[0].platform != "cpu"
         while self.step < self.total:
             self.profiler.before(self.step + 1)
             packed = next(batches, None)
@@ -197,9 +199,7 @@ class Loop:
             stop, log = stops(received[0] if received else 0), last or self.step % config.log_every == 0
             sets = [s for s in self.stage.eval_sets if last or self.step % (s.every or config.eval_every) == 0]
             save = last or stop or self.step % config.checkpoint_every == 0
-            # One step behind, unless somebody is about to read: the device never waits for the host. A CPU is both, and
-            # would hold the memory of two steps.
-            ahead = self.stage.mesh.devices.flat[0].platform != "cpu"
+            # One step behind, unless somebody is about to read: the device never waits for the host.
             self._check_finite(self.meter.settle(leave=int(ahead and not (log or sets or save))))
             if log:
                 self._log(packed.epochs)

@@ -10,7 +10,7 @@ import pytest
 
 from moma_jax.config import Config
 from moma_jax.errors import InputError
-from moma_jax.plan import described, with_dtype
+from moma_jax.plan import described, plan_search, with_dtype
 from moma_jax.plan.gpus import GPUS
 from moma_jax.plan.topology import topology_of
 
@@ -34,6 +34,8 @@ def test_a_file_goes_before_our_description(tmp_path):
     assert described(topology_of("b200:8"), str(tmp_path / "gpu")).target == "of another"
     with pytest.raises(InputError, match="--target: describes GPUs, and v5p:4x4x4 are TPUs"):
         described(topology_of("v5p-128"), str(tmp_path / "gpu"))
+    with pytest.raises(InputError, match="--target: .*none"):
+        plan_search(Config(), "b200:8", target_file=str(tmp_path / "none"))
     with pytest.raises(InputError, match="--target: .*none"):
         described(topology_of("b200:8"), str(tmp_path / "none"))
 

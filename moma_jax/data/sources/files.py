@@ -155,7 +155,7 @@ def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
     Raises:
       InputError: a split test, two splits in one path, or names that say a split beside names that do not.
     """
-    found = {path: split_of(path, names) for path in paths}
+    found = {path: _split(path, names) for path in paths}
     silent = [path for path, split in found.items() if split is None]
     if silent and len(silent) < len(found):
         telling = next(path for path, split in found.items() if split is not None)
@@ -166,7 +166,7 @@ def splits(paths: Iterable[str], names: bool) -> dict[str, str | None]:
     return found
 
 
-def split_of(path: str, names: bool) -> str | None:
+def _split(path: str, names: bool) -> str | None:
     """The split that one path says, as in `splits`; raises InputError."""
     *parts, name = path.lower().split("/")
     words = [word for part in [*parts, *([name] if names else [])] for word in re.findall("[a-z]+", part)]

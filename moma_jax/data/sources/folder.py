@@ -162,11 +162,10 @@ def _metadata(folder: Folder, path: str, caption: str | None, image: str | None)
     if named is None:
         raise InputError(f"prepare.source: {path} has no column file_name; it has {', '.join(map(str, rows[0]))}")
     unread = {key for row in rows for key in row if key not in (named, column) and key.lower() not in ABOUT}
+    weights = [key for key in rows[0] if key.lower() == "weight"] if path.endswith(".csv") else []
     found: dict[str, dict] = {}
     for row in rows:
-        weight = next((key for key in row if key.lower() == "weight"), None)
-        if path.endswith(".csv") and row.get(weight) is not None:
-            row[weight] = _number(row[weight])
+        row |= {key: _number(row[key]) for key in weights if row[key] is not None}
         name = posixpath.normpath(posixpath.join(posixpath.dirname(path), str(row.get(named))))
         text = row.get(column) if column else None
         if name in found:  # another caption of the same picture
