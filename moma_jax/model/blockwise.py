@@ -47,6 +47,10 @@ def attend_blocks(q_BHSK, k_BHSK, v_BHSK, segment_BS, position_BS, queries: int)
 
 
 def _forward(q_BHSK, k_BHSK, v_BHSK, segment_BS, position_BS, queries: int):
+    given = segment_BS, position_BS
+    # Layers are scanned, and JAX would take what depends on no layer out of the scan: every block's masks, kept whole.
+    q_BHSK, segment_BS, position_BS = jax.lax.optimization_barrier((q_BHSK, segment_BS, position_BS))
+
     def one(block):
         q_BHQK, segment_BQ, position_BQ, number = block
         visible_BQS = visible_to(segment_BQ, position_BQ, segment_BS, position_BS)
@@ -60,7 +64,7 @@ def _forward(q_BHSK, k_BHSK, v_BHSK, segment_BS, position_BS, queries: int):
     blocks = (_split(q_BHSK, queries, 0, 2), *_rows_of(segment_BS, position_BS, queries))
     y_NBHQK, partition_NBHQ = jax.lax.map(one, (*blocks, jnp.arange(len(blocks[0]))))
     y_BHSK = _joined(y_NBHQK, q_BHSK.shape[2])
-    return y_BHSK, (q_BHSK, k_BHSK, v_BHSK, segment_BS, position_BS, y_BHSK, partition_NBHQ)
+    return y_BHSK, (q_BHSK, k_BHSK, v_BHSK, *given, y_BHSK, partition_NBHQ)
 
 
 def _backward(queries: int, kept, dy_BHSK):
