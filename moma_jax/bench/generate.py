@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -124,18 +125,13 @@ def variant_of(config: Config, ffn: str) -> DecodeVariant:
     boxed = jax.jit(lambda key: nn.unbox(decoder.init(key, *_arguments(config, token_BS), **_state(config, None))))
     params = boxed(jax.random.key(0))["params"]
     routing_state = _apply(config, decoder, params, token_BS, first_routing_state(config)).routing_state
-    modality_V, routing = vocab.contiguous(config.data.modalities).modality_V, _causal_routing(config, routing_state)
-
-    def extend(weights, cache, token_BQ, count_B):
-        options = {"config": config, "vocabulary_modality_V": modality_V, "routing": routing}
-        return decode.extend(weights[0], cache, token_BQ, count_B, routing_state=weights[1], **options)
-
-    def logits(weights, hidden):
-        return decode.logits(weights[0], hidden)
-
-    weights = (jax.jit(lambda params: decode.unstack(params, config))(params), routing_state)
-    writes = Model(weights, lambda rows, positions: decode.new_cache(config, rows, positions), extend, logits)
-    return DecodeVariant(config, params, routing_state, routing, Writer(writes), weights[0])
+    modality_V = jnp.asarray(vocab.contiguous(config.data.modalities).modality_V, jnp.int32)
+    routing = _causal_routing(config, routing_state)
+    extend = functools.partial(decode.extend, config=config, vocabulary_modality_V=modality_V, routing=routing)
+    weights = jax.jit(lambda params, state: decode.unstack(params, config, state))(params, routing_state)
+    new_cache, whole = functools.partial(decode.new_cache, config), decode.by_one_program(config)
+    writes = Model(weights, new_cache, extend, decode.logits, whole)
+    return DecodeVariant(config, params, routing_state, routing, Writer(writes), weights)
 
 
 def _causal_routing(config: Config, routing_state) -> str:

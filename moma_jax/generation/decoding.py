@@ -1,7 +1,7 @@
 """The jitted side of generation: prompts in pieces of static shape, then a loop that writes up to STRIDE tokens.
 
 Programs are compiled once for each number of rows, number of positions (a multiple of POSITIONS) and length of a piece
-(powers of two up to PIECE), and for whether anything is sorted or guided; other values need no other program.
+(one of PIECES), and for whether anything is sorted or guided; other values need no other program.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from moma_jax.generation.sampling import Draw, guided, sample
 
 STRIDE = 32
 """Tokens that are written between two looks of the host, at most."""
-PIECE = 256
-"""Tokens of a prompt that are read at once."""
+PIECES = (16, 64, 256)
+"""Tokens of a prompt that are read at once: as many as the longest has, or fewer."""
 POSITIONS = 128
 """Caches have a multiple of this many positions."""
 
@@ -29,16 +29,19 @@ class Model(NamedTuple):
     """What writes: the weights, and the functions of model/decode.py for one config and routing.
 
     Attributes:
-      weights: a pytree of arrays, given to compiled functions as an argument.
+      weights: a pytree of arrays.
       new_cache: (rows, positions) -> cache, a NamedTuple with `length_B`; a row is rewound by lowering it.
       extend: (weights, cache, token_BQ, count_B) -> (hidden_BQD, cache), the first count tokens of each row appended.
-      logits: (weights, hidden) -> float32 (..., V).
+      logits: (weights, hidden) -> float32 (..., V). Both are called inside jit and outside, where they are programs
+        already.
+      whole: write tokens by one program.
     """
 
     weights: Any
     new_cache: Callable
     extend: Callable
     logits: Callable
+    whole: bool
 
 
 class Rows(NamedTuple):
@@ -63,17 +66,22 @@ class Writing(NamedTuple):
 
 
 class Writer:
-    """The compiled functions of one model."""
+    """The compiled functions of one model.
+
+    Prompts are read by `extend` called from the host, whose programs do not grow with the number of layers. Tokens are
+    written by one program, a loop on the device, or as prompts are read (`Model.whole`).
+    """
 
     def __init__(self, model: Model):
-        self._model = model
-        self._append = jax.jit(self._append_rows, donate_argnums=1)
-        self._write = jax.jit(self._write_stride, donate_argnums=1)
+        self._model, self._whole = model, model.whole
+        self._write_whole = jax.jit(self._write_stride, donate_argnums=1)
+        self._keys, self._draw, self._goes_on = jax.jit(_keys), jax.jit(_draw), jax.jit(_goes_on)
+        self._last, self._kept, self._guides_told = jax.jit(_last), jax.jit(_kept), jax.jit(_guides_told)
 
     def read(self, rows: list[np.ndarray], positions: int, vocabulary: int) -> Rows:
         """Reads the beginnings of documents, of any lengths from 1, into a new cache of at least `positions`."""
         length_B = np.array([len(id_N) for id_N in rows])
-        piece = min(PIECE, 1 << int(length_B.max() - 1).bit_length())
+        piece = max((size for size in PIECES if size <= length_B.max()), default=PIECES[0])
         cache = self._model.new_cache(len(rows), -(-positions // POSITIONS) * POSITIONS)
         read = Rows(cache, jnp.zeros((len(rows), vocabulary), jnp.float32))
         for start in range(0, int(length_B.max()), piece):
@@ -90,60 +98,99 @@ class Writer:
         Returns:
           What to go on with, and the tokens, int32 (B, STRIDE); how many of them a row wrote is in the state.
         """
-        writing, token_BN = self._write(self._model.weights, writing, rules, draw, seed_B)
+        stride = self._write_whole if self._whole else self._write_stride
+        rules, draw = jax.device_put((rules, draw))
+        writing, token_BN = stride(self._model.weights, writing, rules, draw, seed_B)
         return writing, np.asarray(token_BN)
 
-    def _append_rows(self, weights, rows: Rows, token_BQ, count_B) -> Rows:
+    def _append(self, weights, rows: Rows, token_BQ, count_B) -> Rows:
         """The first count tokens of each row appended; rows with none keep their logits."""
         hidden_BQD, cache = self._model.extend(weights, rows.cache, token_BQ, count_B)
-        last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
-        logit_BV = self._model.logits(weights, jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0])
-        return Rows(cache, jnp.where(count_B[:, None] > 0, logit_BV, rows.logit_BV))
+        logit_BV = self._model.logits(weights, self._last(hidden_BQD, count_B))
+        return Rows(cache, self._kept(count_B, logit_BV, rows.logit_BV))
 
     def _write_stride(self, weights, writing: Writing, rules: Rules, draw: Draw, seed_B):
-        draw, key_B = jax.tree.map(jnp.asarray, draw), jax.vmap(jax.random.key)(seed_B)
+        key_B = self._keys(seed_B)
 
         def goes_on(carried):
             number, writing, _ = carried
-            return (number < STRIDE) & jnp.any(writing.state.stopped_B == RUNNING)
+            return self._goes_on(number, STRIDE, writing.state.stopped_B)
 
         def write_one(carried):
             number, writing, token_BN = carried
-            state = writing.state
-            runs_B = state.stopped_B == RUNNING
-            logit_BV = jnp.where(grammar.allowed(rules, state), _guided(writing, draw), -jnp.inf)
-            sound = writing.sound & jnp.all(jnp.isfinite(logit_BV.max(-1)) | ~runs_B)
-            number_key_B = jax.vmap(jax.random.fold_in)(key_B, state.written_B)
-            inside_B = (state.inside_B > 0).astype(jnp.int32)
-            token_B = jnp.where(runs_B, sample(number_key_B, logit_BV, inside_B, draw), rules.pad)
-            state = grammar.advance(rules, state, token_B)
-            count_B = (state.stopped_B == RUNNING).astype(jnp.int32)
-            rows = self._append_rows(weights, writing.rows, token_B[:, None], count_B)
-            guides = writing.guides
-            if guides is not None:
-                guides = self._append_guides(weights, guides, rules, token_B, count_B)
-            token_BN = jax.lax.dynamic_update_index_in_dim(token_BN, token_B, number, axis=1)
+            token_B, count_B, state, sound, token_BN = self._draw(writing, rules, draw, key_B, token_BN, number)
+            rows, guides = writing.rows, writing.guides
+            if self._whole or np.any(count_B):  # the last token of all needs no logits after it
+                rows = self._append(weights, rows, token_B[:, None], count_B)
+                if guides is not None:
+                    guides = self._append_guides(weights, guides, rules, token_B, count_B)
             return number + 1, Writing(rows, guides, state, sound), token_BN
 
-        token_BN = jnp.full((seed_B.shape[0], STRIDE), rules.pad, jnp.int32)
-        _, writing, token_BN = jax.lax.while_loop(goes_on, write_one, (0, writing, token_BN))
-        return writing, token_BN
+        loop = jax.lax.while_loop if self._whole else _loop_on_host
+        begun = (np.int32(0), writing, jnp.full((seed_B.shape[0], STRIDE), rules.pad, jnp.int32))
+        return loop(goes_on, write_one, begun)[1:]
 
     def _append_guides(self, weights, guides: Rows, rules: Rules, token_B, count_B) -> Rows:
         """Appends codes and their marks; the contexts without anything go back to `<s>` at each begin mark.
 
         While no row is at a picture, the guides cost nothing.
         """
-        count_B = count_B * jnp.asarray(rules.picture_V)[token_B]
-        begun_B = (jnp.asarray(rules.begin_V)[token_B] > 0) & (count_B > 0)
-        rewound_C = jnp.concatenate([jnp.zeros_like(begun_B), begun_B])
+        token_C1, count_C, length_C = self._guides_told(guides.cache.length_B, rules, token_B, count_B)
 
         def append(guides):
-            cache = guides.cache._replace(length_B=jnp.where(rewound_C, 1, guides.cache.length_B))
-            token_C1, count_C = jnp.tile(token_B, 2)[:, None], jnp.tile(count_B, 2)
-            return self._append_rows(weights, Rows(cache, guides.logit_BV), token_C1, count_C)
+            cache = guides.cache._replace(length_B=length_C)
+            return self._append(weights, Rows(cache, guides.logit_BV), token_C1, count_C)
 
-        return jax.lax.cond(jnp.any(count_B > 0), append, lambda guides: guides, guides)
+        if self._whole:
+            return jax.lax.cond(jnp.any(count_C > 0), append, lambda guides: guides, guides)
+        return append(guides) if np.any(count_C) else guides
+
+
+def _loop_on_host(goes_on: Callable, body: Callable, carried):
+    """`jax.lax.while_loop` whose body is not one program."""
+    while goes_on(carried):
+        carried = body(carried)
+    return carried
+
+
+def _goes_on(number, most, stopped_B):
+    return (number < most) & jnp.any(stopped_B == RUNNING)
+
+
+def _keys(seed_B):
+    return jax.vmap(jax.random.key)(seed_B)
+
+
+def _draw(writing: Writing, rules: Rules, draw: Draw, key_B, token_BN, number):
+    """The next token of each row: (token_B, count_B of those that go on, State, whether all logits were numbers,
+    token_BN with it)."""
+    state = writing.state
+    runs_B = state.stopped_B == RUNNING
+    logit_BV = jnp.where(grammar.allowed(rules, state), _guided(writing, draw), -jnp.inf)
+    sound = writing.sound & jnp.all(jnp.isfinite(logit_BV.max(-1)) | ~runs_B)
+    number_key_B = jax.vmap(jax.random.fold_in)(key_B, state.written_B)
+    inside_B = (state.inside_B > 0).astype(jnp.int32)
+    token_B = jnp.where(runs_B, sample(number_key_B, logit_BV, inside_B, draw), rules.pad)
+    state = grammar.advance(rules, state, token_B)
+    count_B = (state.stopped_B == RUNNING).astype(jnp.int32)
+    return token_B, count_B, state, sound, jax.lax.dynamic_update_index_in_dim(token_BN, token_B, number, axis=1)
+
+
+def _last(hidden_BQD, count_B):
+    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0]
+
+
+def _kept(count_B, logit_BV, before_BV):
+    return jnp.where(count_B[:, None] > 0, logit_BV, before_BV)
+
+
+def _guides_told(length_C, rules: Rules, token_B, count_B):
+    """What guides are told of new tokens: (token_C1, count_C, the lengths that they go back to first)."""
+    count_B = count_B * rules.picture_V[token_B]
+    begun_B = (rules.begin_V[token_B] > 0) & (count_B > 0)
+    rewound_C = jnp.concatenate([jnp.zeros_like(begun_B), begun_B])
+    return jnp.tile(token_B, 2)[:, None], jnp.tile(count_B, 2), jnp.where(rewound_C, 1, length_C)
 
 
 def _guided(writing: Writing, draw: Draw):

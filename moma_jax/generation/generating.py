@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -245,25 +247,16 @@ class Generator:
         """What decoding reads, one copy for all routings."""
         from moma_jax.model import decode
 
-        return decode.unstack(self._loaded.params, self._loaded.config), self._loaded.routing_state
+        return decode.unstack(self._loaded.params, self._loaded.config, self._loaded.routing_state)
 
     def model(self, routing: str) -> Model:
         """The loaded model as one that writes, under a causal routing."""
         from moma_jax.model import decode
 
-        config, modality_V = self._loaded.config, self._loaded.vocabulary.modality_V
-
-        def extend(weights, cache, token_BQ, count_B):
-            layers, routing_state = weights
-            options = {"config": config, "routing": routing, "routing_state": routing_state}
-            return decode.extend(layers, cache, token_BQ, count_B, vocabulary_modality_V=modality_V, **options)
-
-        return Model(
-            self._weights,
-            lambda rows, positions: decode.new_cache(config, rows, positions),
-            extend,
-            lambda weights, hidden: decode.logits(weights[0], hidden),
-        )
+        config, modality_V = self._loaded.config, jnp.asarray(self._loaded.vocabulary.modality_V, jnp.int32)
+        extend = functools.partial(decode.extend, config=config, vocabulary_modality_V=modality_V, routing=routing)
+        new_cache, whole = functools.partial(decode.new_cache, config), decode.by_one_program(config)
+        return Model(self._weights, new_cache, extend, decode.logits, whole)
 
     def _job(self, number: int, prompt_N: np.ndarray, settings: Settings) -> Prompted:
         """One row without a reader, checked: there is room for what is asked for."""

@@ -1,19 +1,21 @@
 """Cached decoding: the decoder's layers on the next tokens of rows that were begun before (paper section 2.4).
 
-The same `block` as in training, under a causal routing, arranged for reading weights once: layers are unrolled and
-every expert's weights are arrays of their own, so that inside jit nothing is sliced out of a stack, which would copy
-it, and experts that no token enters are not read at all (`lax.cond`). docs/results/decode_layouts.py compares this with
-stacked, looped over, gathered and fully computed experts: on CPU it alone stays near dense's speed.
+The same `block` as in training, under a causal routing, arranged for reading weights once: every layer's and every
+expert's weights are arrays of their own, so that nothing is sliced out of a stack, which would copy it, and experts
+that no token enters are not read at all (`lax.cond`). docs/results/decode_layouts.py compares this with stacked, looped
+over, gathered and fully computed experts: on CPU it alone stays near dense's speed.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moma_jax.config import Config
+from moma_jax import sharding
+from moma_jax.config import Config, ModelConfig
 from moma_jax.geometry import depth_of, layer_of
 from moma_jax.model import moe
 from moma_jax.model.attention import NOWHERE, Memory, attend_cached, rotary_angles
@@ -21,6 +23,13 @@ from moma_jax.model.block import block, rms_norm
 from moma_jax.model.depth import depth_routing, enter_cached
 from moma_jax.model.parameters import MATRICES, ExpertWeights, weights_of
 from moma_jax.model.precision import compute_dtype
+
+TOGETHER = 4
+"""Layers of one program that the host calls: of fewer a call takes a CPU longer beside what they compute, of more they
+take longer to compile. Even, as layers of mixture of depths come in pairs."""
+DEEP = 12
+"""Layers from which a CPU writes tokens by calls from the host: a program of so many takes it longer to compile than
+to write some hundred tokens, and wide ones, which deep models have, hide the calls."""
 
 
 class Cache(NamedTuple):
@@ -33,6 +42,12 @@ class Cache(NamedTuple):
 
     memories: tuple[Memory, ...]
     length_B: Any
+
+
+def by_one_program(config: Config) -> bool:
+    """Whether tokens are better written by a loop on the device than by calls of `extend` from the host, which would
+    take an accelerator longer than what they compute."""
+    return sharding.platform() != "cpu" or config.model.layers < DEEP
 
 
 def new_cache(config: Config, rows: int, positions: int) -> Cache:
@@ -48,15 +63,16 @@ def new_cache(config: Config, rows: int, positions: int) -> Cache:
     return Cache(tuple(map(memory, range(model.layers))), jnp.zeros(rows, jnp.int32))
 
 
-def unstack(params: Any, config: Config) -> dict[str, Any]:
-    """Parameters as decoding reads them: layer by layer, expert by expert, matrices in compute dtype.
+def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
+    """A model as decoding reads it: layer by layer, expert by expert, matrices in compute dtype.
 
     Returns:
       {"embedding_VD", "unembedding_DV", "final_norm_D", "layers": for each layer {"attention", "attention_norm",
       "ffn_norm", "ffn": {group: ExpertWeights of the routers alone}, "experts": {group: each expert's
-      ExpertWeights of two-dimensional arrays}, "depth": the routers in front of it by name; {} where all enter}}.
+      ExpertWeights of two-dimensional arrays}, "depth": the routers in front of it by name; {} where all enter,
+      "state": its part of the routing state}}.
     """
-    dtype = compute_dtype(config.model)
+    dtype, pairs = compute_dtype(config.model), {group.name for group in config.depth}
 
     def layer(number: int) -> dict[str, Any]:
         own = jax.tree.map(lambda x_L: x_L[number // 2 if config.depth else number], params["layers"])
@@ -64,6 +80,7 @@ def unstack(params: Any, config: Config) -> dict[str, Any]:
         own = own[("even", "odd")[number % 2]] if config.depth else own
         matrices = {name: w.astype(dtype) for name, w in own["attention"].items() if not name.endswith("_norm")}
         ffn = weights_of(own["ffn"])
+        place = {name: number // 2 if name in pairs else number for name in routing_state or {}}
         return {
             "attention": own["attention"] | matrices,
             "attention_norm": own["attention_norm"]["scale_D"],
@@ -71,6 +88,7 @@ def unstack(params: Any, config: Config) -> dict[str, Any]:
             "ffn": {name: weights._replace(gate_EDF=None, up_EDF=None, down_EFD=None) for name, weights in ffn.items()},
             "experts": {name: _apart(weights, dtype) for name, weights in ffn.items()},
             "depth": depth,
+            "state": {name: jax.tree.map(lambda x_L, n=n: x_L[n], routing_state[name]) for name, n in place.items()},
         }
 
     return {
@@ -89,7 +107,12 @@ def _apart(weights: ExpertWeights, dtype) -> tuple[ExpertWeights, ...]:
 
 def logits(weights: dict[str, Any], hidden):
     """Logits (..., V), float32, of hidden states (..., D)."""
-    return jnp.matmul(hidden, weights["unembedding_DV"], preferred_element_type=jnp.float32)
+    return _unembedded(hidden, weights["unembedding_DV"])
+
+
+@jax.jit
+def _unembedded(hidden, unembedding_DV):
+    return jnp.matmul(hidden, unembedding_DV, preferred_element_type=jnp.float32)
 
 
 def extend(
@@ -101,71 +124,102 @@ def extend(
     config: Config,
     vocabulary_modality_V,
     routing: str,
-    routing_state: Any,
 ) -> tuple[Any, Cache]:
     """Appends the first count_B[b] of Q tokens to each row: Q = 1 decodes, a larger Q is a piece of prefill.
 
+    Inside jit it becomes part of that program. Called from the host it is a few programs, of which one is called for
+    every TOGETHER layers: what there is to compile does not grow with depth.
+
     Args:
-      weights: of `unstack`. cache: with room for what is appended; what finds none is not seen by later tokens.
+      weights: of `unstack`. cache: with room for what is appended; what finds none is not seen by later tokens. From
+        the host it is used up.
       token_BQ: int32 ids; those behind the count are ignored. count_B: int32, 0 to Q.
       config: the resolved config, static. vocabulary_modality_V: modality of every id.
-      routing: name of a causal routing of the config's rule, static. routing_state: of the model.
+      routing: name of a causal routing of the config's rule, static.
 
     Returns:
       (hidden_BQD after the final norm, of no meaning behind the count; the cache).
     """
-    model = config.model
-    token_BQ, count_B = jnp.asarray(token_BQ), jnp.asarray(count_B)
+    model, depth = config.model, depth_of(config)
+    of_depth = depth_routing(model, depth.routers, len(config.data.modalities), routing) if depth else None
+    static = _Static(model, moe.layer_routing(model, layer_of(config), 1, routing, False), of_depth)
+    arguments = (token_BQ, count_B, cache.length_B, jnp.asarray(vocabulary_modality_V, jnp.int32))
+    x_BQD, new, length_B = _looked_up(weights["embedding_VD"], *arguments, model=model)
+    memories = []
+    for start in range(0, model.layers, TOGETHER):
+        some = slice(start, start + TOGETHER)
+        arguments = (cache.memories[some], x_BQD, weights["layers"][some], new, cache.length_B)
+        x_BQD, written = _through_layers(*arguments, static=static)
+        memories += written
+    hidden_BQD = _normed(x_BQD, weights["final_norm_D"], model.norm_epsilon)
+    return hidden_BQD, Cache(tuple(memories), length_B)
+
+
+class _Static(NamedTuple):
+    """What programs are made for."""
+
+    model: ModelConfig
+    of_experts: moe.Routing
+    of_depth: moe.Routing | None
+
+
+class _New(NamedTuple):
+    """What layers know of new tokens; modality_BQ is -1 behind the count."""
+
+    position_BQ: Any
+    modality_BQ: Any
+    angles: Any
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _looked_up(embedding_VD, token_BQ, count_B, length_B, vocabulary_modality_V, *, model: ModelConfig):
+    """(x_BQD, _New, the rows' new lengths)."""
     offset_Q = jnp.arange(token_BQ.shape[1])
-    position_BQ = cache.length_B[:, None] + offset_Q
-    modality_BQ = jnp.take(jnp.asarray(vocabulary_modality_V, jnp.int32), token_BQ)
+    position_BQ = length_B[:, None] + offset_Q
+    modality_BQ = jnp.take(vocabulary_modality_V, token_BQ)
     modality_BQ = jnp.where(offset_Q < count_B[:, None], modality_BQ, -1)
     angles = rotary_angles(position_BQ, model.width // model.heads, model.rope_theta)
-    modalities, depth = len(config.data.modalities), depth_of(config)
-    of_experts = moe.layer_routing(model, layer_of(config), 1, routing, False)
-    of_depth = depth_routing(model, depth.routers, modalities, routing) if depth else None
-    x_BQD = weights["embedding_VD"][token_BQ]
-    memories = []
-    for number, layer in enumerate(weights["layers"]):
-        state = _of_layer(routing_state, number, config)
-        memory = _without_rewound(cache.memories[number], cache.length_B)
+    return embedding_VD[token_BQ], _New(position_BQ, modality_BQ, angles), length_B + count_B
 
-        def through(x_BQD, enters_BQ, memory, layer=layer, state=state):
-            modality_N = jnp.where(enters_BQ, modality_BQ, -1).reshape(-1)
-            return _layer(x_BQD, layer, memory, position_BQ, enters_BQ, angles, modality_N, state, of_experts, model)
+
+_normed = jax.jit(rms_norm, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnames="static", donate_argnums=0)
+def _through_layers(memories, x_BQD, layers, new: _New, length_B, *, static: _Static):
+    """Some layers, which some tokens alone may enter: (x_BQD, the memories with them)."""
+    written = []
+    for memory, layer in zip(memories, layers, strict=True):
+        memory = _without_rewound(memory, length_B)
+
+        def through(x_BQD, enters_BQ, memory, layer=layer):
+            modality_N = jnp.where(enters_BQ, new.modality_BQ, -1).reshape(-1)
+            tokens = (memory, new.position_BQ, enters_BQ, new.angles)
+            return _layer(x_BQD, layer, tokens, modality_N, static.of_experts, static.model)
 
         if layer["depth"]:
-            arguments = (x_BQD, modality_BQ, memory, layer["depth"], state, of_depth, through)
+            arguments = (x_BQD, new.modality_BQ, memory, layer["depth"], layer["state"], static.of_depth, through)
             x_BQD, memory = enter_cached(*arguments)
         else:
-            x_BQD, memory = through(x_BQD, modality_BQ >= 0, memory)
-        memories.append(memory)
-    hidden_BQD = rms_norm(x_BQD, weights["final_norm_D"], model.norm_epsilon)
-    return hidden_BQD, Cache(tuple(memories), cache.length_B + count_B)
+            x_BQD, memory = through(x_BQD, new.modality_BQ >= 0, memory)
+        written.append(memory)
+    return x_BQD, written
 
 
-def _layer(x_BQD, layer, memory, position_BQ, enters_BQ, angles, modality_N, state, routing: moe.Routing, model):
+def _layer(x_BQD, layer, tokens, modality_N, routing: moe.Routing, model: ModelConfig):
     """`block` on new tokens: (its output, the memory with them)."""
 
     def attend(y_BQD):
-        tokens = (memory, position_BQ, enters_BQ, angles)
         return attend_cached(y_BQD, layer["attention"], *tokens, model.norm_epsilon)
 
     def experts(y_BQD):
         x_ND = y_BQD.reshape(-1, model.width)
         arguments = (jnp.zeros_like(x_ND), x_ND, modality_N, routing.groups, layer["ffn"], layer["experts"])
-        y_ND = moe.add_decided(*arguments, state, routing)[0]
+        y_ND = moe.add_decided(*arguments, layer["state"], routing)[0]
         return y_ND.reshape(y_BQD.shape), None
 
     x_BQD, memory, _ = block(x_BQD, layer, attend, experts, model)
     return x_BQD, memory
-
-
-def _of_layer(routing_state: Any, number: int, config: Config) -> Any:
-    """The part of layer `number`; that of mixture of depths is stacked over every second layer."""
-    pairs = {group.name for group in config.depth}
-    index = {name: number // 2 if name in pairs else number for name in routing_state or {}}
-    return {name: jax.tree.map(lambda x_L, n=n: x_L[n], routing_state[name]) for name, n in index.items()}
 
 
 def _without_rewound(memory: Memory, length_B) -> Memory:

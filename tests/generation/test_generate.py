@@ -65,11 +65,11 @@ PROMPTS = [["a red circle"], [picture(1), "left of"], [], ["a", picture(2), "blu
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("piece, stride", [(256, 32), (8, 3)])
-def test_greedy_writing_equals_whole_forward_passes(loaded, monkeypatch, seed, piece, stride):
-    monkeypatch.setattr(writing_module, "PIECE", piece)
+@pytest.mark.parametrize("pieces, stride, whole", [((4, 16, 256), 32, True), ((4, 8), 3, True), ((4, 8), 3, False)])
+def test_greedy_writing_equals_whole_forward_passes(loaded, monkeypatch, seed, pieces, stride, whole):
+    monkeypatch.setattr(writing_module, "PIECES", pieces)
     monkeypatch.setattr(writing_module, "STRIDE", stride)
-    loaded.model = scripted.make(loaded.vocabulary.size, seed)
+    loaded.model = scripted.make(loaded.vocabulary.size, seed, whole=whole)
     out_DV = loaded.model.weights["out_DV"]
     begin = loaded.vocabulary.modalities[1].begin
     loaded.model.weights["out_DV"] = out_DV.at[:, begin].mul(3.0)  # so that pictures are begun now and then
@@ -82,8 +82,10 @@ def test_greedy_writing_equals_whole_forward_passes(loaded, monkeypatch, seed, p
     assert any(output.images for output in outputs)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("guidance", [None, Guidance(), Guidance(0.5, 2.0), Guidance(1.0, 1.0)])
-def test_guided_pictures_equal_three_forward_passes(loaded, guidance):
+def test_guided_pictures_equal_three_forward_passes(loaded, guidance, whole):
+    loaded.model = loaded.model._replace(whole=whole)
     prompts = PROMPTS[:2] + [["a blue square", picture(5), "over"]]
     outputs = generate(loaded, prompts, mode="image", images=2, text=GREEDY, image=GREEDY, guidance=guidance)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -161,10 +163,11 @@ def test_modes_and_lengths(loaded):
 
 def test_programs_are_compiled_once_for_all_settings_of_a_kind(loaded):
     generate(loaded, ["a", "b"], mode="text", max_tokens=5)
-    writer = loaded._generator._writers["causal"]
+    draw = loaded._generator._writers["causal"]._draw
+    programs = draw._cache_size()
     for options in ({"mode": "free"}, {"mode": "image"}, {"text": Sampling(0.3)}, {"seed": 5, "max_tokens": 9}):
         generate(loaded, ["c", "d"], **{"max_tokens": 20, **options})
-    assert writer._write._cache_size() == 1
+    assert draw._cache_size() == programs
 
 
 def test_ids_in_ids_out_without_a_tokenizer(loaded):

@@ -8,8 +8,8 @@ from moma_jax.config import Config, DataConfig, MeshConfig, Modality, ModelConfi
 def small(ffn: str, mesh: MeshConfig, **train) -> Config:
     """Sizes that nobody mistakes for one another: width 256, rows of 384, hidden 896, 2560 ids, chunks of 192 tokens.
 
-    Four layers: of fewer the TPU compiler leaves no loop. Cores' memory as the compiler shares it out by itself: with the
-    option of `compiling.OPTIONS` it takes twice as long.
+    Four layers: of fewer the TPU compiler leaves no loop. Without the option of `compiling.OPTIONS`, with
+    which compiling takes twice as long.
     """
     modalities = (Modality("text", "t", 2048, quota=0.5), Modality("image", "i", 512, span=64, quota=0.5))
     return resolve(

@@ -3,6 +3,7 @@
 import types
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +25,7 @@ def new_cache(rows, positions):
     return Memory(jnp.full((rows, positions, WIDTH), jnp.nan), jnp.zeros(rows, jnp.int32))
 
 
+@jax.jit
 def extend(weights, cache, token_BQ, count_B):
     """Hidden: the token's own vector and the fading sum of all before it in its row."""
     rows, pieces = token_BQ.shape
@@ -42,16 +44,17 @@ def extend(weights, cache, token_BQ, count_B):
     return hidden_BQD, Memory(value_BPD, cache.length_B + count_B)
 
 
+@jax.jit
 def logits(weights, hidden):
     return hidden @ weights["out_DV"]
 
 
-def make(vocabulary: int, seed: int = 0, scale: float = 1.0) -> Model:
+def make(vocabulary: int, seed: int = 0, scale: float = 1.0, whole: bool = True) -> Model:
     """A random model of `vocabulary` ids; a larger `scale` makes it surer."""
     random = np.random.default_rng(seed)
     in_VD = random.normal(size=(vocabulary, WIDTH)).astype(np.float32)
     out_DV = (scale * random.normal(size=(WIDTH, vocabulary))).astype(np.float32)
-    return Model({"in_VD": jnp.asarray(in_VD), "out_DV": jnp.asarray(out_DV)}, new_cache, extend, logits)
+    return Model({"in_VD": jnp.asarray(in_VD), "out_DV": jnp.asarray(out_DV)}, new_cache, extend, logits, whole)
 
 
 def logits_of(model: Model, ids) -> np.ndarray:
@@ -70,7 +73,7 @@ def scripted(vocabulary: int, words: dict[int, int]) -> Model:
     def extend_last(weights, cache, token_BQ, count_B):
         return weights["in_VD"][token_BQ], Memory(cache.value_BPD, cache.length_B + count_B)
 
-    return Model({"in_VD": jnp.asarray(in_VD), "out_DV": jnp.asarray(out_DV)}, new_cache, extend_last, logits)
+    return Model({"in_VD": jnp.asarray(in_VD), "out_DV": jnp.asarray(out_DV)}, new_cache, extend_last, logits, True)
 
 
 class StandIn(types.SimpleNamespace):

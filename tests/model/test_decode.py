@@ -23,9 +23,9 @@ SEQUENCE, TOLERANCE = 16, 1e-4
 VARIANTS = ("dense", "8x", "1t1i", "4t4i", "4t4i+1x", "4t4i+1t1i", "mod+dense", "mod+1t1i", "mod+4t4i+1x")
 
 
-def model_of(ffn, norm="swin"):
+def model_of(ffn, norm="swin", **options):
     """Config, random parameters and thresholds near the middle of the logits."""
-    config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True), model_norm=norm)
+    config = tiny(model_ffn=ffn, model_router=Choice(auxiliary=True), model_norm=norm, **options)
     state = create_state(make_program(config), first_routing_state(config))
     key = jax.random.key(7)
 
@@ -60,13 +60,15 @@ def forced(model, routing, token_BS):
     return np.asarray(output.hidden_BSD), np.asarray(output.report.taken_LM3).sum((0, 1))
 
 
+def extends(config, routing, jit=jax.jit):
+    return jit(functools.partial(decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing=routing))
+
+
 def cached(model, routing, rows, splits, positions=SEQUENCE):
     """Hidden states of ragged rows told piece by piece: `splits` are the widths of the calls."""
     config, params, routing_state = model
-    extend = jax.jit(functools.partial(
-        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing=routing, routing_state=routing_state
-    ))  # fmt: skip
-    weights, cache = decode.unstack(params, config), decode.new_cache(config, len(rows), positions)
+    extend = extends(config, routing)
+    weights, cache = decode.unstack(params, config, routing_state), decode.new_cache(config, len(rows), positions)
     length_B, hidden = np.array([len(row) for row in rows]), [[] for _ in rows]
     start = 0
     for width in splits:
@@ -157,13 +159,24 @@ def test_pre_norm_and_blocks_of_many_tokens():
         np.testing.assert_allclose(found, expected_BSD, atol=TOLERANCE)
 
 
+def test_layers_called_from_the_host_are_those_of_one_program():
+    """Six layers, so that two programs have four and two of them; the cache is given away."""
+    config, params, routing_state = model_of("mod+2t2i", model_layers=6)
+    weights, row = decode.unstack(params, config, routing_state), rows_of(5, 2)
+    found = []
+    for jit in (jax.jit, lambda function: function):
+        cache, extend = decode.new_cache(config, 2, SEQUENCE), extends(config, "threshold", jit)
+        _, cache = extend(weights, cache, row[:, :9], np.array([9, 4]))
+        hidden_BQD, cache = extend(weights, cache, row[:, 9:10], np.array([1, 1]))
+        found.append((hidden_BQD, cache))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, other, atol=TOLERANCE)
+
+
 def test_a_rewound_row_forgets():
     config, params, routing_state = model = model_of("2t2i")
     (row,) = rows_of(3, 1)
-    extend = jax.jit(functools.partial(
-        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="causal", routing_state=routing_state
-    ))  # fmt: skip
-    weights = decode.unstack(params, config)
+    extend, weights = extends(config, "causal"), decode.unstack(params, config, routing_state)
     _, cache = extend(weights, decode.new_cache(config, 1, SEQUENCE), row[None], np.array([16]))
     cache = cache._replace(length_B=jnp.array([3]))
     hidden_BQD, cache = extend(weights, cache, row[None, 8:12], np.array([4]))
@@ -180,10 +193,7 @@ def test_a_rewound_row_forgets_layers_that_it_does_not_enter():
         state[name] |= {"threshold_E": jnp.full_like(state[name]["threshold_E"], reached)}
     model = config, params, state
     (text, *_), row = (np.flatnonzero(np.asarray(MODALITY_V) == m)[-8:] for m in (0, 1))
-    extend = functools.partial(
-        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="threshold", routing_state=state
-    )
-    weights = decode.unstack(params, config)
+    extend, weights = extends(config, "threshold"), decode.unstack(params, config, state)
     _, cache = extend(weights, decode.new_cache(config, 1, SEQUENCE), row[None], np.array([8]))
     cache = cache._replace(length_B=jnp.array([3]))
     _, cache = extend(weights, cache, np.array([[text, text]]), np.array([2]))
@@ -201,10 +211,11 @@ def test_a_cache_can_be_given_away():
 
 
 def test_logits_are_those_of_the_unembedding():
-    config, params, _ = model_of("1t1i")
+    config, params, routing_state = model_of("1t1i")
+    weights = decode.unstack(params, config, routing_state)
     hidden_BD = np.random.default_rng(0).normal(size=(3, config.model.width)).astype(np.float32)
     expected_BV = hidden_BD @ np.asarray(params["unembedding"]["kernel_DV"])
-    np.testing.assert_allclose(decode.logits(decode.unstack(params, config), hidden_BD), expected_BV, atol=1e-5)
+    np.testing.assert_allclose(decode.logits(weights, hidden_BD), expected_BV, atol=1e-5)
 
 
 def test_weights_of_experts_that_no_token_enters_are_not_touched():
@@ -214,14 +225,12 @@ def test_weights_of_experts_that_no_token_enters_are_not_touched():
         n: s | {"threshold_E": jnp.full_like(s["threshold_E"], 1e9).at[:, 0].set(-1e9)}
         for n, s in routing_state.items()
     }
-    weights = decode.unstack(params, config)
+    weights = decode.unstack(params, config, never)
     broken = jax.tree.map(lambda x: x, weights)
     for layer in broken["layers"]:
         for name, (first, second) in layer["experts"].items():
             layer["experts"][name] = (first, jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), second))
-    extend = jax.jit(functools.partial(
-        decode.extend, config=config, vocabulary_modality_V=MODALITY_V, routing="threshold", routing_state=never
-    ))  # fmt: skip
+    extend = extends(config, "threshold")
     rows = (rows_of(4, 2), np.array([16, 16]))
     whole, _ = extend(weights, decode.new_cache(config, 2, SEQUENCE), *rows)
     found, _ = extend(broken, decode.new_cache(config, 2, SEQUENCE), *rows)
