@@ -32,6 +32,14 @@ def test_options_by_device_and_config():
     assert compiling.options_for(sharding.make_mesh(MeshConfig(), 1)) == {}
 
 
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v5 lite", "TPU v6 lite"])
+def test_kinds_are_called_as_libtpu_calls_them(monkeypatch, kind):
+    monkeypatch.setattr(FakeDevice, "device_kind", kind)
+    assert compiling.options_for(FakeMesh(1)) == {compiling.VMEM: "49152"}
+    asked = compiling.options_for(FakeMesh(4))
+    assert ("xla_tpu_enable_async_all_to_all" in asked) == (kind != "TPU v5 lite"), "its links do not allow it"
+
+
 def test_what_a_compiler_does_not_know_is_left_out_and_said(caplog):
     lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(3))
     asked = {"xla_no_such_option": "1", "xla_cpu_enable_fast_math": "maybe", "xla_backend_optimization_level": "1"}
@@ -47,7 +55,7 @@ import jax, jax.numpy as jnp
 from moma_jax.compiling import use_cache
 use_cache(None if sys.argv[1] == "None" else sys.argv[1])
 jax.jit(lambda x: jnp.sin(x) * 3)(jnp.ones(7)).block_until_ready()
-print(json.dumps([jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size]))
+print(json.dumps(jax.config.jax_compilation_cache_dir))
 """
 
 
@@ -65,13 +73,33 @@ def test_where_programs_are_kept(tmp_path, asked):
     environment["XDG_CACHE_HOME"] = str(tmp_path / "home")
     words = [sys.executable, "-c", CACHED, str(tmp_path / "own") if asked == "own" else asked]
     found = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-    folder, most = json.loads(found)
+    folder = json.loads(found)
     places = {"None": str(tmp_path / "home" / "moma_jax" / "compiled"), "own": str(tmp_path / "own"), "off": None}
     assert folder == places[asked]
     if folder is None:
         assert not (tmp_path / "home").exists()
     else:
-        assert any(name.endswith("-cache") for name in os.listdir(folder)) and most == compiling.CACHE_BYTES
+        assert any(name.endswith("-cache") for name in os.listdir(folder))
+
+
+def test_the_oldest_programs_go_and_those_that_are_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "CACHE_BYTES", 25)
+    for age, (name, size) in enumerate(
+        {"c-cache": 10, "a-cache": 10, "empty-cache": 0, "b-cache": 10, "else": 90}.items()
+    ):
+        (tmp_path / name).write_bytes(bytes(size))
+        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    compiling._sweep(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["a-cache", "b-cache", "else"]
+
+
+def test_nothing_is_written_where_nothing_can_be(tmp_path, caplog, monkeypatch):
+    found = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: found.setdefault(name, value))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    compiling.use_cache(str(tmp_path))
+    assert found["jax_compilation_cache_dir"] == str(tmp_path) and "not kept" in caplog.text
+    assert found["jax_persistent_cache_min_compile_time_secs"] > 1e6
 
 
 INITIAL = """

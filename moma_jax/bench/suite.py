@@ -26,6 +26,8 @@ FFNS = ("dense", "8x", "1t1i", "4t4i", "mod+4t4i")
 REPEATS = 5
 SLOWEST_PART = 300.0
 """Seconds after which a part is taken for hung."""
+ELSEWHERE = 77
+"""Exit code of the process that measures where the folder has figures of another machine."""
 
 
 class Shape(NamedTuple):
@@ -237,19 +239,25 @@ def work(out: Path, toy: bool, until: float) -> None:
     from moma_jax.runs.directory import versions
 
     found = _read(out)
-    if "device" not in found:
-        device = jax.devices()[0]
-        kind, count = device.device_kind, len(jax.devices())
-        found |= {
-            "device": kind,
-            "devices": count,
-            "platform": device.platform,
-            "versions": versions() | {"python": sys.version.split()[0]},
-        }
+    device = jax.devices()[0]
+    own = {
+        "device": device.device_kind,
+        "devices": len(jax.devices()),
+        "platform": device.platform,
+        "versions": versions() | {"python": sys.version.split()[0]},
+        "toy": toy,
+    }
+    for name, value in own.items():
+        if found.setdefault(name, value) != value:
+            print(
+                f"{out}: measured with {name} {found[name]}, and this is {value}; give another folder", file=sys.stderr
+            )
+            sys.exit(ELSEWHERE)
+    parent = os.getppid()
     for part in parts(toy):
         if part.name in found["parts"]:
             continue
-        if time.time() > until:
+        if time.time() > until or os.getppid() != parent:  # whoever watched it was killed
             _write(out, found)
             return
         found["running"] = part.name
@@ -273,19 +281,25 @@ def bench_suite(out: str, minutes: float = 9.0, toy: bool = False) -> dict[str, 
     """Runs the suite.
 
     Args:
-      out: a directory for suite.json and suite.md; parts that it already has are not done again.
+      out: a directory for suite.json and suite.md; parts that it already has are not done again, those that
+        failed are.
       minutes: after so long no part is begun, and one that runs is ended. toy: shapes for a CPU in a minute.
 
     Returns:
       {"device", "versions", "parts": {name: figures with "seconds", or "failed"}, "left": names of parts not done}.
 
     Raises:
-      InputError: `out` cannot be written, or was measured on another device. RunError: no part could be done.
+      InputError: `out` cannot be written, or was measured on another device or with other versions or shapes.
+      RunError: no part could be done.
     """
+    if not minutes > 0:
+        raise InputError(f"--minutes: {minutes}; give more than 0")
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found = _read(folder)
+        found.pop("running", None)  # of a process that was killed
+        found["parts"] = {name: part for name, part in found["parts"].items() if "failed" not in part}
         _write(folder, found)
     except (OSError, ValueError) as error:
         raise InputError(f"--out: {out}: {error}") from error
@@ -295,15 +309,17 @@ def bench_suite(out: str, minutes: float = 9.0, toy: bool = False) -> dict[str, 
         quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} if toy else {}  # what is slow then is compiling
         child = subprocess.Popen([*words, *(["--toy"] if toy else [])], env=os.environ | quick)
         code = _watched(child, folder, until)
+        if code == ELSEWHERE:
+            raise InputError(f"--out: {out}: has figures of another machine; see above")
         found = _read(folder)
         if (running := found.pop("running", None)) is not None:
             late = time.time() >= until
             reason = "the time was up" if late else f"its process ended with {code}"
             if not late:
-                found["parts"][running] = {"failed": reason}
+                found["parts"][running] = {"failed": reason, "seconds": 0.0}
             say(f"{running}: {reason}")
             _write(folder, found)
-        elif left == [p.name for p in parts(toy) if p.name not in found["parts"]]:
+        elif time.time() < until and left == [p.name for p in parts(toy) if p.name not in found["parts"]]:
             raise RunError(f"bench suite: its process ends with {code} before any part; see above")
     return _read(folder) | {"left": [p.name for p in parts(toy) if p.name not in found["parts"]]}
 
@@ -326,7 +342,11 @@ def _watched(child: subprocess.Popen, folder: Path, until: float) -> int:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "suite.json"
-    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+    found = json.loads(path.read_text()) if path.exists() else {"parts": {}}
+    parts = found.get("parts") if isinstance(found, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(part, dict) and "seconds" in part for part in parts.values()):
+        raise ValueError("suite.json is none of this suite; give another folder")
+    return found
 
 
 def _write(folder: Path, found: dict[str, Any]) -> None:

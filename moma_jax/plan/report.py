@@ -39,7 +39,7 @@ def _printed(parts: list[Any]) -> str:
     console = Console(width=120, highlight=False)
     with console.capture() as capture:
         for part in parts:
-            console.print(part, soft_wrap=isinstance(part, str))
+            console.print(part, soft_wrap=isinstance(part, str), markup=False)
     return capture.get()
 
 

@@ -51,6 +51,21 @@ def test_a_child_that_does_nothing_is_said(tmp_path, monkeypatch):
         bench_suite(str(tmp_path / "file"), 1.0, True)
 
 
+@pytest.mark.parametrize("text", ["[]", '{"parts": []}', '{"parts": {"step toy dense": {"x": 1}}}'])
+def test_a_file_of_another_form_is_refused(tmp_path, text):
+    (tmp_path / "suite.json").write_text(text)
+    with pytest.raises(InputError, match="none of this suite"):
+        bench_suite(str(tmp_path), 1.0, True)
+
+
+def test_figures_of_another_machine_are_not_mixed_in(tmp_path):
+    (tmp_path / "suite.json").write_text(json.dumps({"device": "NVIDIA H100", "parts": {}}))
+    with pytest.raises(InputError, match="another machine"):
+        bench_suite(str(tmp_path), 5.0, True)
+    with pytest.raises(InputError, match="--minutes"):
+        bench_suite(str(tmp_path), 0.0, True)
+
+
 def test_tables_of_what_there_is():
     step = {"tokens_per_second": 1000.0, "spread": 0.01, "mfu": 0.5, "mfu_causal": 0.45, "compile_seconds": 30.0,
             "bytes": {"arguments": 2**30, "temporary": 2**30}, "rows": 6}  # fmt: skip
