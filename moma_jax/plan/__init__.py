@@ -63,13 +63,14 @@ def plan(config: Config, name: str, target_file: str | None = None) -> dict[str,
 
 
 def described(target: Topology, file: str | None) -> Topology:
-    """GPUs with a file's description; raises InputError where it cannot be read, or `target` are TPUs."""
+    """GPUs with a file's description and memory; raises InputError where it cannot be read, or `target` are TPUs."""
     if file is None:
         return target
     if target.kind is not None:
         raise InputError(f"--target: describes GPUs, and {target.name} are TPUs; leave it out")
     try:
-        return target._replace(target=Path(file).read_text())
+        description = gpus.checked(Path(file).read_text())
+        return target._replace(target=description, memory=gpus.figure(description, "device_memory_size"))
     except (OSError, ValueError) as error:
         raise InputError(f"--target: {file}: {error}") from error
 

@@ -6,9 +6,13 @@ form (XLA's GpuTargetConfigProto as text; `moma plan --target FILE`). Nothing is
 
 from __future__ import annotations
 
+import math
+import re
 from typing import NamedTuple
 
 GB = 10**9
+MAJORS = 7, 12
+"""Compute capabilities that the compiler of the tested JAX takes: Volta to Blackwell."""
 
 
 class Gpu(NamedTuple):
@@ -64,3 +68,41 @@ gpu_device_info {{
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 12 minor: 9 patch: 0 }}
 device_description_str: "{gpu.name}"
 """
+
+
+NEEDED = (
+    *("device_memory_size", "core_count", "fpus_per_core", "threads_per_warp", "threads_per_block_limit"),
+    *("threads_per_core_limit", "shared_memory_per_block", "shared_memory_per_core", "clock_rate_ghz"),
+    *("memory_bandwidth", "l2_cache_size", "registers_per_block_limit"),
+)
+"""Figures without which XLA's compiler ends the process, or chooses by nothing."""
+
+
+def figure(description: str, name: str) -> float:
+    """One figure of a description; raises ValueError where it is missing or not above 0."""
+    found = re.search(rf"\b{name}\s*:\s*([^\s}}]+)", description)
+    if found is None:
+        raise ValueError(f"{name} is missing; the form is that of moma_jax/plan/gpus.py")
+    try:
+        value = float(found.group(1))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {found.group(1)}; give a number above 0")
+    return value
+
+
+def capability(description: str) -> int | None:
+    """The first number of CUDA's compute capability; None where there is none."""
+    inside = re.search(r"cuda_compute_capability\s*:?\s*\{([^}]*)\}", description)
+    major = inside and re.search(r"\bmajor\s*:\s*(\d+)", inside.group(1))
+    return int(major.group(1)) if major else None
+
+
+def checked(description: str) -> str:
+    """A description that the compiler can be given; raises ValueError, which says what it lacks."""
+    for name in NEEDED:
+        figure(description, name)
+    if (major := capability(description)) is None or not MAJORS[0] <= major <= MAJORS[1]:
+        raise ValueError(f"cuda_compute_capability has major {major}; give one from {MAJORS[0]} to {MAJORS[1]}")
+    return description

@@ -128,8 +128,8 @@ class Topology(NamedTuple):
     @property
     def narrow(self) -> bool:
         """Whether it computes in bfloat16."""
-        major = re.search(r"cuda_compute_capability\s*\{\s*major:\s*(\d+)", self.target)
-        return major is None or int(major.group(1)) >= 8
+        major = gpus.capability(self.target)
+        return major is None or major >= 8
 
     @property
     def devices(self) -> int:
