@@ -1,5 +1,7 @@
 """Attention inside documents: the oracle, chunks, leaks, padding."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -126,6 +128,24 @@ def test_blocks_in_bfloat16():
     for one, other in zip(blocks, whole, strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_allclose(one.astype(np.float32), other, atol=2**-6 * np.abs(other).max())
+
+
+def test_masks_of_all_blocks_never_exist_at_once():
+    """What depends on no layer JAX takes out of a scan over layers, were it not held in its block."""
+    x_BHSK = jnp.ones((1, 2, 64, 8))
+    segment_BS, position_BS = jnp.ones((1, 64), jnp.int32), jnp.arange(64)[None]
+
+    def loss(x_BHSK):
+        def layer(x, _):
+            return x + attend_blocks(x, x, x, segment_BS, position_BS, 16), None
+
+        return jax.lax.scan(layer, x_BHSK, None, length=3)[0].sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(x_BHSK))
+    sizes = {int(size) for size in re.findall(r"\[(?:\d+,)*16,(\d+)\]", text)}
+    assert 64 in sizes, "a block's scores are seen, or this test looks at nothing"
+    whole = [shape for shape in re.findall(r"\[[\d,]+\]", text) if re.fullmatch(r"\[4,1,2,16,(16|32|48|64)\]", shape)]
+    assert not whole
 
 
 def test_documents_and_the_future_do_not_leak():
