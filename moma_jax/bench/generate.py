@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.ffn import SHARED
-from moma_jax.generation.decoding import Model, Writer, Writing
+from moma_jax.generation.decoding import Writer, Writing, model_of
 from moma_jax.generation.grammar import first_state, make_rules
 from moma_jax.generation.sampling import Sampling, draw_of
 from moma_jax.model import decode
@@ -125,13 +124,10 @@ def variant_of(config: Config, ffn: str) -> DecodeVariant:
     boxed = jax.jit(lambda key: nn.unbox(decoder.init(key, *_arguments(config, token_BS), **_state(config, None))))
     params = boxed(jax.random.key(0))["params"]
     routing_state = _apply(config, decoder, params, token_BS, first_routing_state(config)).routing_state
-    modality_V = jnp.asarray(vocab.contiguous(config.data.modalities).modality_V, jnp.int32)
-    routing = _causal_routing(config, routing_state)
-    extend = functools.partial(decode.extend, config=config, vocabulary_modality_V=modality_V, routing=routing)
+    modality_V, routing = vocab.contiguous(config.data.modalities).modality_V, _causal_routing(config, routing_state)
     weights = jax.jit(lambda params, state: decode.unstack(params, config, state))(params, routing_state)
-    new_cache, whole = functools.partial(decode.new_cache, config), decode.by_one_program(config)
-    writes = Model(weights, new_cache, extend, decode.logits, whole)
-    return DecodeVariant(config, params, routing_state, routing, Writer(writes), weights)
+    writer = Writer(model_of(weights, config, modality_V, routing))
+    return DecodeVariant(config, params, routing_state, routing, writer, weights)
 
 
 def _causal_routing(config: Config, routing_state) -> str:

@@ -249,9 +249,7 @@ def work(out: Path, toy: bool, until: float) -> None:
     }
     for name, value in own.items():
         if found.setdefault(name, value) != value:
-            print(
-                f"{out}: measured with {name} {found[name]}, and this is {value}; give another folder", file=sys.stderr
-            )
+            say(f"{out}: measured with {name} {found[name]}, and this is {value}; give another folder")
             sys.exit(ELSEWHERE)
     parent = os.getppid()
     for part in parts(toy):
@@ -304,7 +302,7 @@ def bench_suite(out: str, minutes: float = 9.0, toy: bool = False) -> dict[str, 
     except (OSError, ValueError) as error:
         raise InputError(f"--out: {out}: {error}") from error
     until = time.time() + 60 * minutes
-    while time.time() < until and (left := [p.name for p in parts(toy) if p.name not in found["parts"]]):
+    while time.time() < until and (left := _left(found, toy)):
         words = [sys.executable, "-m", "moma_jax.bench.suite", "--out", str(folder), "--until", str(until)]
         quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"} if toy else {}  # what is slow then is compiling
         child = subprocess.Popen([*words, *(["--toy"] if toy else [])], env=os.environ | quick)
@@ -319,9 +317,14 @@ def bench_suite(out: str, minutes: float = 9.0, toy: bool = False) -> dict[str, 
                 found["parts"][running] = {"failed": reason, "seconds": 0.0}
             say(f"{running}: {reason}")
             _write(folder, found)
-        elif time.time() < until and left == [p.name for p in parts(toy) if p.name not in found["parts"]]:
+        elif time.time() < until and left == _left(found, toy):
             raise RunError(f"bench suite: its process ends with {code} before any part; see above")
-    return _read(folder) | {"left": [p.name for p in parts(toy) if p.name not in found["parts"]]}
+    return _read(folder) | {"left": _left(found, toy)}
+
+
+def _left(found: dict[str, Any], toy: bool) -> list[str]:
+    """Names of parts that are not done."""
+    return [part.name for part in parts(toy) if part.name not in found["parts"]]
 
 
 def _watched(child: subprocess.Popen, folder: Path, until: float) -> int:
@@ -343,8 +346,8 @@ def _watched(child: subprocess.Popen, folder: Path, until: float) -> int:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "suite.json"
     found = json.loads(path.read_text()) if path.exists() else {"parts": {}}
-    parts = found.get("parts") if isinstance(found, dict) else None
-    if not isinstance(parts, dict) or not all(isinstance(part, dict) and "seconds" in part for part in parts.values()):
+    done = found.get("parts") if isinstance(found, dict) else None
+    if not isinstance(done, dict) or not all(isinstance(part, dict) and "seconds" in part for part in done.values()):
         raise ValueError("suite.json is none of this suite; give another folder")
     return found
 

@@ -6,6 +6,7 @@ Programs are compiled once for each number of rows, number of positions (a multi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import moma_jax.generation.grammar as grammar
+from moma_jax.config import Config
 from moma_jax.generation.grammar import RUNNING, Rules, State
 from moma_jax.generation.sampling import Draw, guided, sample
+from moma_jax.model import decode
 
 STRIDE = 32
 """Tokens that are written between two looks of the host, at most."""
@@ -42,6 +45,19 @@ class Model(NamedTuple):
     extend: Callable
     logits: Callable
     whole: bool
+
+
+def model_of(weights: Any, config: Config, modality_V, routing: str) -> Model:
+    """A decoder as one that writes.
+
+    Args:
+      weights: of `decode.unstack`. config: the resolved config. modality_V: modality of every id.
+      routing: name of a causal routing of the config's rule.
+    """
+    modality_V = jnp.asarray(modality_V, jnp.int32)
+    extend = functools.partial(decode.extend, config=config, vocabulary_modality_V=modality_V, routing=routing)
+    new_cache = functools.partial(decode.new_cache, config)
+    return Model(weights, new_cache, extend, decode.logits, decode.by_one_program(config))
 
 
 class Rows(NamedTuple):
@@ -73,10 +89,8 @@ class Writer:
     """
 
     def __init__(self, model: Model):
-        self._model, self._whole = model, model.whole
+        self._model = model
         self._write_whole = jax.jit(self._write_stride, donate_argnums=1)
-        self._keys, self._draw, self._goes_on = jax.jit(_keys), jax.jit(_draw), jax.jit(_goes_on)
-        self._last, self._kept, self._guides_told = jax.jit(_last), jax.jit(_kept), jax.jit(_guides_told)
 
     def read(self, rows: list[np.ndarray], positions: int, vocabulary: int) -> Rows:
         """Reads the beginnings of documents, of any lengths from 1, into a new cache of at least `positions`."""
@@ -98,7 +112,7 @@ class Writer:
         Returns:
           What to go on with, and the tokens, int32 (B, STRIDE); how many of them a row wrote is in the state.
         """
-        stride = self._write_whole if self._whole else self._write_stride
+        stride = self._write_whole if self._model.whole else self._write_stride
         rules, draw = jax.device_put((rules, draw))
         writing, token_BN = stride(self._model.weights, writing, rules, draw, seed_B)
         return writing, np.asarray(token_BN)
@@ -106,27 +120,27 @@ class Writer:
     def _append(self, weights, rows: Rows, token_BQ, count_B) -> Rows:
         """The first count tokens of each row appended; rows with none keep their logits."""
         hidden_BQD, cache = self._model.extend(weights, rows.cache, token_BQ, count_B)
-        logit_BV = self._model.logits(weights, self._last(hidden_BQD, count_B))
-        return Rows(cache, self._kept(count_B, logit_BV, rows.logit_BV))
+        logit_BV = self._model.logits(weights, _last(hidden_BQD, count_B))
+        return Rows(cache, _kept(count_B, logit_BV, rows.logit_BV))
 
     def _write_stride(self, weights, writing: Writing, rules: Rules, draw: Draw, seed_B):
-        key_B = self._keys(seed_B)
+        key_B = _keys(seed_B)
 
         def goes_on(carried):
             number, writing, _ = carried
-            return self._goes_on(number, STRIDE, writing.state.stopped_B)
+            return _goes_on(number, STRIDE, writing.state.stopped_B)
 
         def write_one(carried):
             number, writing, token_BN = carried
-            token_B, count_B, state, sound, token_BN = self._draw(writing, rules, draw, key_B, token_BN, number)
+            token_B, count_B, state, sound, token_BN = _draw(writing, rules, draw, key_B, token_BN, number)
             rows, guides = writing.rows, writing.guides
-            if self._whole or np.any(count_B):  # the last token of all needs no logits after it
+            if self._model.whole or np.any(count_B):  # the last token of all needs no logits after it
                 rows = self._append(weights, rows, token_B[:, None], count_B)
                 if guides is not None:
                     guides = self._append_guides(weights, guides, rules, token_B, count_B)
             return number + 1, Writing(rows, guides, state, sound), token_BN
 
-        loop = jax.lax.while_loop if self._whole else _loop_on_host
+        loop = jax.lax.while_loop if self._model.whole else _loop_on_host
         begun = (np.int32(0), writing, jnp.full((seed_B.shape[0], STRIDE), rules.pad, jnp.int32))
         return loop(goes_on, write_one, begun)[1:]
 
@@ -135,13 +149,13 @@ class Writer:
 
         While no row is at a picture, the guides cost nothing.
         """
-        token_C1, count_C, length_C = self._guides_told(guides.cache.length_B, rules, token_B, count_B)
+        token_C1, count_C, length_C = _guides_told(guides.cache.length_B, rules, token_B, count_B)
 
         def append(guides):
             cache = guides.cache._replace(length_B=length_C)
             return self._append(weights, Rows(cache, guides.logit_BV), token_C1, count_C)
 
-        if self._whole:
+        if self._model.whole:
             return jax.lax.cond(jnp.any(count_C > 0), append, lambda guides: guides, guides)
         return append(guides) if np.any(count_C) else guides
 
@@ -153,14 +167,17 @@ def _loop_on_host(goes_on: Callable, body: Callable, carried):
     return carried
 
 
+@jax.jit
 def _goes_on(number, most, stopped_B):
     return (number < most) & jnp.any(stopped_B == RUNNING)
 
 
+@jax.jit
 def _keys(seed_B):
     return jax.vmap(jax.random.key)(seed_B)
 
 
+@jax.jit
 def _draw(writing: Writing, rules: Rules, draw: Draw, key_B, token_BN, number):
     """The next token of each row: (token_B, count_B of those that go on, State, whether all logits were numbers,
     token_BN with it)."""
@@ -176,15 +193,18 @@ def _draw(writing: Writing, rules: Rules, draw: Draw, key_B, token_BN, number):
     return token_B, count_B, state, sound, jax.lax.dynamic_update_index_in_dim(token_BN, token_B, number, axis=1)
 
 
+@jax.jit
 def _last(hidden_BQD, count_B):
     last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden_BQD, last_B11, axis=1)[:, 0]
 
 
+@jax.jit
 def _kept(count_B, logit_BV, before_BV):
     return jnp.where(count_B[:, None] > 0, logit_BV, before_BV)
 
 
+@jax.jit
 def _guides_told(length_C, rules: Rules, token_B, count_B):
     """What guides are told of new tokens: (token_C1, count_C, the lengths that they go back to first)."""
     count_B = count_B * rules.picture_V[token_B]

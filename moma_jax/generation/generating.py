@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError, RunError
-from moma_jax.generation.decoding import Model, Writer, Writing
+from moma_jax.generation.decoding import Model, Writer, Writing, model_of
 from moma_jax.generation.grammar import (
     REASONS,
     RUNNING,
@@ -30,6 +28,7 @@ from moma_jax.generation.grammar import (
 from moma_jax.generation.output import Output, OutputReader
 from moma_jax.generation.prompts import Language, Piece, encode_prompt, language_of, writable_text
 from moma_jax.generation.sampling import Draw, Guidance, Sampling, draw_of
+from moma_jax.model import decode
 from moma_jax.training.load import Loaded
 from moma_jax.vocab import Vocabulary
 
@@ -245,18 +244,11 @@ class Generator:
     @cached_property
     def _weights(self) -> Any:
         """What decoding reads, one copy for all routings."""
-        from moma_jax.model import decode
-
         return decode.unstack(self._loaded.params, self._loaded.config, self._loaded.routing_state)
 
     def model(self, routing: str) -> Model:
         """The loaded model as one that writes, under a causal routing."""
-        from moma_jax.model import decode
-
-        config, modality_V = self._loaded.config, jnp.asarray(self._loaded.vocabulary.modality_V, jnp.int32)
-        extend = functools.partial(decode.extend, config=config, vocabulary_modality_V=modality_V, routing=routing)
-        new_cache, whole = functools.partial(decode.new_cache, config), decode.by_one_program(config)
-        return Model(self._weights, new_cache, extend, decode.logits, whole)
+        return model_of(self._weights, self._loaded.config, self._loaded.vocabulary.modality_V, routing)
 
     def _job(self, number: int, prompt_N: np.ndarray, settings: Settings) -> Prompted:
         """One row without a reader, checked: there is room for what is asked for."""

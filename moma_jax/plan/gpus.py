@@ -71,9 +71,18 @@ device_description_str: "{gpu.name}"
 
 
 NEEDED = (
-    *("device_memory_size", "core_count", "fpus_per_core", "threads_per_warp", "threads_per_block_limit"),
-    *("threads_per_core_limit", "shared_memory_per_block", "shared_memory_per_core", "clock_rate_ghz"),
-    *("memory_bandwidth", "l2_cache_size", "registers_per_block_limit"),
+    "device_memory_size",
+    "core_count",
+    "fpus_per_core",
+    "threads_per_warp",
+    "threads_per_block_limit",
+    "threads_per_core_limit",
+    "shared_memory_per_block",
+    "shared_memory_per_core",
+    "clock_rate_ghz",
+    "memory_bandwidth",
+    "l2_cache_size",
+    "registers_per_block_limit",
 )
 """Figures without which XLA's compiler ends the process, or chooses by nothing."""
 

@@ -161,13 +161,15 @@ def test_modes_and_lengths(loaded):
         assert output.stopped == "end" or output.prompt_tokens + len(output.ids) == CONTEXT
 
 
-def test_programs_are_compiled_once_for_all_settings_of_a_kind(loaded):
+@pytest.mark.parametrize("whole", [True, False])
+def test_programs_are_compiled_once_for_all_settings_of_a_kind(loaded, whole):
+    loaded.model = loaded.model._replace(whole=whole)
     generate(loaded, ["a", "b"], mode="text", max_tokens=5)
-    draw = loaded._generator._writers["causal"]._draw
-    programs = draw._cache_size()
+    programs = writing_module._draw._cache_size()
     for options in ({"mode": "free"}, {"mode": "image"}, {"text": Sampling(0.3)}, {"seed": 5, "max_tokens": 9}):
         generate(loaded, ["c", "d"], **{"max_tokens": 20, **options})
-    assert draw._cache_size() == programs
+    assert loaded._generator._writers["causal"]._write_whole._cache_size() == int(whole)
+    assert writing_module._draw._cache_size() == programs
 
 
 def test_ids_in_ids_out_without_a_tokenizer(loaded):
