@@ -176,6 +176,12 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def placed_by(place: PartitionSpec) -> NamedSharding | None:
+    """Where `place` is on the mesh that is in use; None without one."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else NamedSharding(mesh, place)
+
+
 def own_groups(mesh: Mesh, groups: int) -> tuple[int, ...]:
     """Which of a batch's `groups` routing groups lie on devices of this process, ascending."""
     held = rows(mesh).addressable_devices_indices_map((groups,)).values()
@@ -284,6 +290,12 @@ def pvary(x, *axes: str):
 def psum(tree: Any, *axes: str) -> Any:
     """The sum over devices along mesh axes."""
     return jax.lax.psum(tree, places) if (places := split_axes(*axes)) else tree
+
+
+def all_gather(x, dimension: int, *axes: str):
+    """The parts that devices along mesh axes have of one dimension, joined."""
+    places = split_axes(*axes)
+    return jax.lax.all_gather(x, places, axis=dimension, tiled=True) if places else x
 
 
 def pmean(tree: Any, *axes: str) -> Any:

@@ -58,13 +58,13 @@ def eval(
       json: Print JSON.
     """
     if tasks:
-        if len(routing) > 1 or mesh != DEVICES:
-            raise InputError("--tasks: run under one --routing and without a --mesh")
+        if len(routing) > 1:
+            raise InputError("--tasks: run under one --routing")
         try:
             from moma_jax.evaluation import harness
         except ImportError as error:
             raise InputError(str(error)) from error
-        results = harness.run_tasks(run, tasks, *routing, router=router, **dataclasses.asdict(options))
+        results = harness.run_tasks(run, tasks, *routing, router=router, mesh=mesh, **dataclasses.asdict(options))
         print(harness.as_json(results) if json else harness.as_table(results))
         return
     if options != TaskOptions():

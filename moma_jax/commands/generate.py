@@ -14,6 +14,7 @@ import tyro
 
 from moma_jax import generation
 from moma_jax.commands import Run
+from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.generation.files import held, write
 from moma_jax.generation.generating import causal_routing, generator_of, settings_of
@@ -68,6 +69,8 @@ class Generate:
     """The run's own routing rule, FILE.py:ATTRIBUTE, where it was trained with one."""
     step: int | None = None
     """Which checkpoint; the newest where None."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to share the model: along fsdp, expert and tensor alike each has heads and a part of every expert."""
     scale: int | None = None
     """Enlargement of the picture files, to 8192 pixels a side at most; to at least 128 where None."""
 
@@ -111,7 +114,7 @@ def generate(run: Run, options: Annotated[Generate, tyro.conf.arg(name="", help=
     }
     with _complaints_of_options(settings), held(options.out) as home:
         settings_of(settings)  # complains before a model is loaded
-        loaded = load(run, step=options.step, router=options.router)
+        loaded = load(run, step=options.step, router=options.router, mesh=options.mesh)
         settings["routing"] = options.routing or causal_routing(loaded)
         codec = generator_of(loaded).language.image
         if options.scale is not None and codec is not None and options.scale * codec.side > MOST_SIDE:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.scoring import Scorer
 from moma_jax.generation import Sampling, generate_ids
@@ -111,19 +112,21 @@ class MomaLM(LM):
         batch_size: int = 8,
         step: int | None = None,
         router: Any = None,
+        mesh: MeshConfig | None = None,
     ):
         """Loads the run and its tokenizer.
 
         Args:
           run: run directory, or what `moma_jax.load` gave. step: which checkpoint; None: the newest.
           routing: "causal" or "threshold". batch_size: documents at a time.
-          router: the run's own routing rule, where it was trained with one (`moma_jax.load`).
+          router: the run's own routing rule, where it was trained with one. mesh: devices to lay the model on; both as
+            of `moma_jax.load`.
 
         Raises:
           InputError: no such run, checkpoint or routing; or the stores, which hold the tokenizer, are not there.
         """
         super().__init__()
-        self.loaded = run if isinstance(run, Loaded) else load(run, step=step, router=router)
+        self.loaded = run if isinstance(run, Loaded) else load(run, step=step, router=router, mesh=mesh)
         self.routing, self.batch_size = routing, int(batch_size)
         self._text = language_of(self.loaded).text
         self._scorer = Scorer(self.loaded, routing, batch_rows=self.batch_size)
@@ -280,6 +283,7 @@ def run_tasks(
     samples: bool = False,
     out: str | None = None,
     router: Any = None,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Runs tasks on a run, and writes the results to the new file `out`, whole or not at all.
 
@@ -298,7 +302,7 @@ def run_tasks(
         _require_free(path)
     names = [name for task in tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
     try:
-        model = MomaLM(run, routing, batch_size, step, router)
+        model = MomaLM(run, routing, batch_size, step, router, mesh)
         results = evaluate_tasks(model, names, num_fewshot=num_fewshot, limit=limit, log_samples=samples)
     except (InputError, RunError):
         raise

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moma_jax import sharding
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError, RunError
 from moma_jax.generation.decoding import Model, Writer, Writing, model_of
@@ -224,12 +225,13 @@ class Generator:
         jobs = [self._job(i, id_N, settings) for i, id_N in enumerate(rows)]
         if speaks:
             jobs = [self._read(i, job, settings.stop, on_text, on_image) for i, job in enumerate(jobs)]
-        writer = self._writer(settings.routing or causal_routing(self._loaded))
         # Rows of text alone draw no codes, unless their prompt left a span open: then no guides are needed.
         codes = settings.mode != "text" or any(job.start < len(job.prompt_N) for job in jobs)
         draw = draw_of(settings.text, settings.image, settings.guidance if codes else None, vocabulary.size)
-        for start in range(0, len(jobs), settings.batch):
-            self._run_batch(writer, jobs[start : start + settings.batch], rules, draw)
+        with sharding.use_mesh(self._loaded.program.mesh):
+            writer = self._writer(settings.routing or causal_routing(self._loaded))
+            for start in range(0, len(jobs), settings.batch):
+                self._run_batch(writer, jobs[start : start + settings.batch], rules, draw)
         return [job.output() for job in jobs]
 
     def _writer(self, routing: str) -> Writer:
@@ -247,7 +249,7 @@ class Generator:
         return decode.unstack(self._loaded.params, self._loaded.config, self._loaded.routing_state)
 
     def model(self, routing: str) -> Model:
-        """The loaded model as one that writes, under a causal routing."""
+        """The loaded model as one that writes, under a causal routing; call it under the mesh that it shall lie on."""
         return model_of(self._weights, self._loaded.config, self._loaded.vocabulary.modality_V, routing)
 
     def _job(self, number: int, prompt_N: np.ndarray, settings: Settings) -> Prompted:

@@ -4,6 +4,9 @@ The same `block` as in training, under a causal routing, arranged for reading we
 expert's weights are arrays of their own, so that nothing is sliced out of a stack, which would copy it, and experts
 that no token enters are not read at all (`lax.cond`). docs/results/decode_layouts.py compares this with stacked, looped
 over, gathered and fully computed experts: on CPU it alone stays near dense's speed.
+
+On a mesh every device has its own heads and its own part of each expert's hidden width, whichever of the axes but
+`data` its neighbours lie on; two sums a layer join them. Tokens and decisions are everywhere the same.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from moma_jax import sharding
 from moma_jax.config import Config, ModelConfig
+from moma_jax.errors import InputError
 from moma_jax.geometry import depth_of, layer_of
 from moma_jax.model import moe
 from moma_jax.model.attention import NOWHERE, Memory, attend_cached, rotary_angles
@@ -30,6 +35,16 @@ take longer to compile. Even, as layers of mixture of depths come in pairs."""
 DEEP = 12
 """Layers from which a CPU writes tokens by calls from the host: a program of so many takes it longer to compile than
 to write some hundred tokens, and wide ones, which deep models have, hide the calls."""
+
+SPLIT = (sharding.FSDP, sharding.EXPERT, sharding.TENSOR)
+"""Mesh axes that one model is split over; along `data` there are copies."""
+SPLIT_AXIS = {
+    **dict.fromkeys(("query_DHK", "key_DHK", "value_DHK", "gate_EDF", "up_EDF", "embedding_VD"), 1),
+    **dict.fromkeys(("out_HKD", "scale_HK", "bias_HK", "down_EFD", "unembedding_DV"), 0),
+    **dict.fromkeys(("key_BPHK", "value_BPHK"), 2),
+}
+"""Which axis of an array devices have a part of: heads, hidden width, and the width of embeddings. Matrices of experts
+are each expert's own here, without E. What is not named is whole everywhere."""
 
 
 class Cache(NamedTuple):
@@ -51,14 +66,15 @@ def by_one_program(config: Config) -> bool:
 
 
 def new_cache(config: Config, rows: int, positions: int) -> Cache:
-    """An empty cache of `rows` rows with room for `positions` tokens each."""
+    """An empty cache of `rows` rows with room for `positions` tokens each, on the mesh that is in use."""
     model = config.model
     shape = (rows, positions, model.heads, model.width // model.heads)
+    place = sharding.placed_by(_spec("key_BPHK"))
 
     def memory(number: int) -> Memory:
         # Arrays of their own for each layer: a cache is donated, and no buffer can be given away twice.
         entered = jnp.full((rows, positions), NOWHERE, jnp.int32) if config.depth and number % 2 == 0 else None
-        return Memory(*(jnp.zeros(shape, compute_dtype(model)) for _ in range(2)), entered)
+        return Memory(*(jnp.zeros(shape, compute_dtype(model), device=place) for _ in range(2)), entered)
 
     return Cache(tuple(map(memory, range(model.layers))), jnp.zeros(rows, jnp.int32))
 
@@ -66,12 +82,18 @@ def new_cache(config: Config, rows: int, positions: int) -> Cache:
 def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
     """A model as decoding reads it: layer by layer, expert by expert, matrices in compute dtype.
 
+    Under a mesh every device gets its part, whatever parts it had of the parameters.
+
     Returns:
       {"embedding_VD", "unembedding_DV", "final_norm_D", "layers": for each layer {"attention", "attention_norm",
       "ffn_norm", "ffn": {group: ExpertWeights of the routers alone}, "experts": {group: each expert's
       ExpertWeights of two-dimensional arrays}, "depth": the routers in front of it by name; {} where all enter,
       "state": its part of the routing state}}.
+
+    Raises:
+      InputError: the devices do not divide the heads or a hidden width.
     """
+    _require_parts(config)
     dtype, pairs = compute_dtype(config.model), {group.name for group in config.depth}
 
     def layer(number: int) -> dict[str, Any]:
@@ -81,7 +103,7 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
         matrices = {name: w.astype(dtype) for name, w in own["attention"].items() if not name.endswith("_norm")}
         ffn = weights_of(own["ffn"])
         place = {name: number // 2 if name in pairs else number for name in routing_state or {}}
-        return {
+        return _placed({
             "attention": own["attention"] | matrices,
             "attention_norm": own["attention_norm"]["scale_D"],
             "ffn_norm": own["ffn_norm"]["scale_D"],
@@ -89,14 +111,48 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
             "experts": {name: _apart(weights, dtype) for name, weights in ffn.items()},
             "depth": depth,
             "state": {name: jax.tree.map(lambda x_L, n=n: x_L[n], routing_state[name]) for name, n in place.items()},
-        }
+        })  # fmt: skip
 
-    return {
+    ends = _placed({
         "embedding_VD": params["embedding"]["kernel_VD"].astype(dtype),
         "unembedding_DV": params["unembedding"]["kernel_DV"].astype(dtype),
         "final_norm_D": params["final_norm"]["scale_D"],
-        "layers": tuple(layer(number) for number in range(config.model.layers)),
-    }
+    })  # fmt: skip
+    return ends | {"layers": tuple(layer(number) for number in range(config.model.layers))}
+
+
+def _require_parts(config: Config) -> None:
+    """InputError where the devices that share a model cannot be given equal parts of it."""
+    parts = sharding.size(*SPLIT)
+    for name in ("heads", "hidden"):
+        if (number := getattr(config.model, name)) % parts:
+            raise InputError(
+                f"mesh: to write, model.heads and model.hidden are split over fsdp x expert x tensor; these are "
+                f"{parts} devices, which do not divide model.{name} {number}; use a divisor, and data for the rest"
+            )
+
+
+def _spec(name: str) -> PartitionSpec:
+    """Where an array of this name lies."""
+    places = sharding.split_axes(*SPLIT)
+    return PartitionSpec(*[None] * SPLIT_AXIS[name], places) if places and name in SPLIT_AXIS else PartitionSpec()
+
+
+def specs_of(tree: Any) -> Any:
+    """Where each array of weights or of a cache lies on the mesh that is in use, by its name."""
+
+    def one(path, _) -> PartitionSpec:
+        names = (getattr(key, "key", getattr(key, "name", None)) for key in reversed(path))
+        return _spec(next((name for name in names if isinstance(name, str)), ""))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _placed(tree: Any) -> Any:
+    """Arrays where they belong on the mesh that is in use."""
+    if sharding.size(*sharding.AXES) == 1:
+        return tree
+    return jax.device_put(tree, jax.tree.map(sharding.placed_by, specs_of(tree)))
 
 
 def _apart(weights: ExpertWeights, dtype) -> tuple[ExpertWeights, ...]:
@@ -112,7 +168,13 @@ def logits(weights: dict[str, Any], hidden):
 
 @jax.jit
 def _unembedded(hidden, unembedding_DV):
-    return jnp.matmul(hidden, unembedding_DV, preferred_element_type=jnp.float32)
+    def local(hidden, unembedding_DV):
+        logits = jnp.matmul(hidden, unembedding_DV, preferred_element_type=jnp.float32)
+        return sharding.psum(logits, *SPLIT)
+
+    own = PartitionSpec(*[None] * (hidden.ndim - 1), *_spec("unembedding_DV"))
+    specs = own, _spec("unembedding_DV")
+    return sharding.shard_map(local, specs, PartitionSpec(), check=False)(hidden, unembedding_DV)
 
 
 def extend(
@@ -179,7 +241,13 @@ def _looked_up(embedding_VD, token_BQ, count_B, length_B, vocabulary_modality_V,
     modality_BQ = jnp.take(vocabulary_modality_V, token_BQ)
     modality_BQ = jnp.where(offset_Q < count_B[:, None], modality_BQ, -1)
     angles = rotary_angles(position_BQ, model.width // model.heads, model.rope_theta)
-    return embedding_VD[token_BQ], _New(position_BQ, modality_BQ, angles), length_B + count_B
+
+    def look_up(embedding_VD, token_BQ):
+        return sharding.all_gather(embedding_VD[token_BQ], 2, *SPLIT)
+
+    places = _spec("embedding_VD"), PartitionSpec()
+    x_BQD = sharding.shard_map(look_up, places, PartitionSpec(), check=False)(embedding_VD, token_BQ)
+    return x_BQD, _New(position_BQ, modality_BQ, angles), length_B + count_B
 
 
 _normed = jax.jit(rms_norm, static_argnums=2)
@@ -188,6 +256,14 @@ _normed = jax.jit(rms_norm, static_argnums=2)
 @functools.partial(jax.jit, static_argnames="static", donate_argnums=0)
 def _through_layers(memories, x_BQD, layers, new: _New, length_B, *, static: _Static):
     """Some layers, which some tokens alone may enter: (x_BQD, the memories with them)."""
+    arguments = (memories, x_BQD, layers, new, length_B)
+    specs = specs_of(arguments)
+    run = functools.partial(_through_parts, static=static)
+    return sharding.shard_map(run, specs, (PartitionSpec(), list(specs[0])), check=False)(*arguments)
+
+
+def _through_parts(memories, x_BQD, layers, new: _New, length_B, *, static: _Static):
+    """`_through_layers` by a device's own parts of memories and layers."""
     written = []
     for memory, layer in zip(memories, layers, strict=True):
         memory = _without_rewound(memory, length_B)
@@ -210,13 +286,14 @@ def _layer(x_BQD, layer, tokens, modality_N, routing: moe.Routing, model: ModelC
     """`block` on new tokens: (its output, the memory with them)."""
 
     def attend(y_BQD):
-        return attend_cached(y_BQD, layer["attention"], *tokens, model.norm_epsilon)
+        y_BQD, memory = attend_cached(y_BQD, layer["attention"], *tokens, model.norm_epsilon)
+        return sharding.psum(y_BQD, *SPLIT), memory
 
     def experts(y_BQD):
         x_ND = y_BQD.reshape(-1, model.width)
         arguments = (jnp.zeros_like(x_ND), x_ND, modality_N, routing.groups, layer["ffn"], layer["experts"])
         y_ND = moe.add_decided(*arguments, layer["state"], routing)[0]
-        return y_ND.reshape(y_BQD.shape), None
+        return sharding.psum(y_ND, *SPLIT).reshape(y_BQD.shape), None
 
     x_BQD, memory, _ = block(x_BQD, layer, attend, experts, model)
     return x_BQD, memory

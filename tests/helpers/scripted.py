@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moma_jax import sharding
+from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.generation.decoding import Model
 
@@ -80,6 +82,7 @@ class StandIn(types.SimpleNamespace):
     """What generation reads of a loaded model; `causal` is the only routing it has."""
 
     run, step, params, routing_state, routings = "runs/standin", 7, {}, {}, ("choice", "causal")
+    program = types.SimpleNamespace(mesh=sharding.make_mesh(MeshConfig(1), 1))
 
     def under(self, routing):
         if routing not in self.routings:

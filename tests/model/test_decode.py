@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from tiers import slow_but
 from tiny import MODALITIES, tiny
 
+from moma_jax.errors import InputError
 from moma_jax.model import decode
 from moma_jax.model.decoder import causal_decoder, first_routing_state
 from moma_jax.router import CAUSAL
 from moma_jax.routers.choice import Choice
+from moma_jax.sharding import AXES
 from moma_jax.training.step import create_state, make_program
 from moma_jax.vocab import contiguous
 
@@ -208,6 +211,16 @@ def test_a_cache_can_be_given_away():
     assert [memory.position_BP is None for memory in cache.memories] == [False, True] * 2
     buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
     assert len(set(buffers)) == len(buffers)
+
+
+def test_devices_that_divide_no_heads_are_refused():
+    config, params, routing_state = model_of("1t1i")
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(InputError, match="4 devices, which do not divide model.heads 2"),
+    ):
+        decode.unstack(params, config, routing_state)
 
 
 def test_logits_are_those_of_the_unembedding():
