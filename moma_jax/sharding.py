@@ -177,9 +177,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def placed_by(place: PartitionSpec) -> NamedSharding | None:
-    """Where `place` is on the mesh that is in use; None without one."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else NamedSharding(mesh, place)
+    """Where `place` is on the mesh that is in use; None on a single device."""
+    return None if size(*AXES) == 1 else NamedSharding(jax.sharding.get_mesh(), place)
 
 
 def own_groups(mesh: Mesh, groups: int) -> tuple[int, ...]:

@@ -90,7 +90,7 @@ class Writer:
 
     def __init__(self, model: Model):
         self._model = model
-        self._write_whole = jax.jit(self._write_stride, donate_argnums=1)
+        self.write_whole = jax.jit(self._write_stride, donate_argnums=1)
 
     def read(self, rows: list[np.ndarray], positions: int, vocabulary: int) -> Rows:
         """Reads the beginnings of documents, of any lengths from 1, into a new cache of at least `positions`."""
@@ -112,7 +112,7 @@ class Writer:
         Returns:
           What to go on with, and the tokens, int32 (B, STRIDE); how many of them a row wrote is in the state.
         """
-        stride = self._write_whole if self._model.whole else self._write_stride
+        stride = self.write_whole if self._model.whole else self._write_stride
         rules, draw = jax.device_put((rules, draw))
         writing, token_BN = stride(self._model.weights, writing, rules, draw, seed_B)
         return writing, np.asarray(token_BN)

@@ -91,9 +91,9 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
       "state": its part of the routing state}}.
 
     Raises:
-      InputError: the devices do not divide the heads or a hidden width.
+      InputError: the devices do not divide the heads or the hidden width.
     """
-    _require_parts(config)
+    require_parts(config)
     dtype, pairs = compute_dtype(config.model), {group.name for group in config.depth}
 
     def layer(number: int) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
     return ends | {"layers": tuple(layer(number) for number in range(config.model.layers))}
 
 
-def _require_parts(config: Config) -> None:
-    """InputError where the devices that share a model cannot be given equal parts of it."""
+def require_parts(config: Config) -> None:
+    """Raises InputError where the devices that share a model cannot be given equal parts of it."""
     parts = sharding.size(*SPLIT)
     for name in ("heads", "hidden"):
         if (number := getattr(config.model, name)) % parts:

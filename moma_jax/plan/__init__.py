@@ -100,6 +100,23 @@ def plan_search(
     return search.search(config, target, compiled, lambda setting: planned(setting, target), report)
 
 
+def plan_generation(config: Config, name: str, rows: int, target_file: str | None = None) -> dict[str, Any]:
+    """What a device needs to write `rows` documents with the trained model, as `generation.generation_plan` tells it.
+
+    Raises:
+      InputError: as `plan`; or the devices do not divide the heads or the hidden width.
+    """
+    from moma_jax.plan import compile as compiler
+
+    target = described(topology_of(name), target_file)
+    if not target.kind and (lacks := _gpu_lacks(target, compiler)):
+        raise InputError(f"--generate: its programs are compiled, and for {target.name} that needs {lacks}")
+    devices = compiler.topology_devices(target)  # before anything imports JAX
+    from moma_jax.plan.generation import generation_plan
+
+    return generation_plan(with_dtype(resolve(config), target), target, devices, rows)
+
+
 def with_dtype(config: Config, target: Topology) -> Config:
     """The config with `model.dtype` auto replaced by what the topology computes in."""
     if config.model.dtype != "auto":
@@ -148,10 +165,9 @@ def gpu_plan(config: Config, target: Topology) -> dict[str, Any]:
     from moma_jax.plan import compile as compiler
     from moma_jax.plan import memory_use
 
-    if not target.target or not compiler.has_gpu_compiler():
-        what = "a description (--target FILE)" if not target.target else "pip install 'moma_jax[plan-gpu]'"
+    if lacks := _gpu_lacks(target, compiler):
         found = arithmetic_plan(config, target)
-        return {**found, "warnings": [f"{found['warnings'][0]}, for want of {what}"]}
+        return {**found, "warnings": [f"{found['warnings'][0]}, for want of {lacks}"]}
     compiled = compiler.compile_step(config, target)
     sizes = memory_use.gpu_bytes(compiled)
     return {
@@ -164,6 +180,13 @@ def gpu_plan(config: Config, target: Topology) -> dict[str, Any]:
             "seconds and communication: not estimated, as XLA gives no cycles for GPUs; kernels were not tuned"
         ],
     }
+
+
+def _gpu_lacks(target: Topology, compiler) -> str:
+    """What there has to be to compile for GPUs; "" where it is here."""
+    if not target.target:
+        return "a description (--target FILE)"
+    return "" if compiler.has_gpu_compiler() else "pip install 'moma_jax[plan-gpu]'"
 
 
 def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:

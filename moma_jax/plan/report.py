@@ -26,6 +26,19 @@ def format_plan(plan: dict[str, Any]) -> str:
     return _printed(parts)
 
 
+def format_generation(plan: dict[str, Any]) -> str:
+    """What `plan_generation` returned, as a table for the terminal."""
+    fits = "fits" if plan["fits"] else "does NOT fit"
+    title = (
+        f"writing {plan['rows']} documents of {plan['positions']} tokens with {plan['ffn']} on {plan['topology']} "
+        f"({plan['devices']} devices): {fits} (compiled for it)"
+    )
+    table = _sizes(plan)
+    for name, size in plan["programs"].items():
+        table.add_row(f"all, while {'prompts are read' if name == 'read' else 'tokens are written'}", _gib(size))
+    return _printed([title, _mesh(plan), "", table, *(f"warning: {warning}" for warning in plan["warnings"])])
+
+
 def format_search(result: dict[str, Any]) -> str:
     """What `plan_search` returned: settings, the best first, and the first in full."""
     end = " (interrupted)" if result["interrupted"] else ""
@@ -44,9 +57,16 @@ def _printed(parts: list[Any]) -> str:
 
 
 def _settings(plan: dict[str, Any]) -> str:
-    flags = [f"--mesh.{axis} {size}" for axis, size in plan["mesh"].items()]
-    flags += [f"--train.accumulate {plan['accumulate']}", f"--model.remat {plan['remat']}"]
-    return f"{'chosen: ' if plan.get('mesh_chosen') else ''}{' '.join(flags)}"
+    flags = f"{_mesh(plan)} --train.accumulate {plan['accumulate']} --model.remat {plan['remat']}"
+    return f"{'chosen: ' if plan.get('mesh_chosen') else ''}{flags}"
+
+
+def _mesh(plan: dict[str, Any]) -> str:
+    return " ".join(f"--mesh.{axis} {size}" for axis, size in plan["mesh"].items())
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / GIB:,.2f}"
 
 
 def _table(first: str, *others: str) -> Table:
@@ -58,11 +78,16 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _memory(plan: dict[str, Any]) -> Table:
+    table = _sizes(plan)
+    table.add_row("host memory to save a checkpoint, at most", _gib(plan["host_checkpoint_bytes"]))
+    return table
+
+
+def _sizes(plan: dict[str, Any]) -> Table:
     table = _table("memory of a device", "GiB")
     for name, size in plan["bytes_per_device"].items():
-        table.add_row(name, "unknown" if size is None else f"{size / GIB:,.2f}")
-    table.add_row("there is", f"{plan['memory_per_device'] / GIB:,.2f}")
-    table.add_row("host memory to save a checkpoint, at most", f"{plan['host_checkpoint_bytes'] / GIB:,.2f}")
+        table.add_row(name, _gib(size))
+    table.add_row("there is", _gib(plan["memory_per_device"]))
     return table
 
 

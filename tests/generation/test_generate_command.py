@@ -26,7 +26,7 @@ from moma_jax.generation.terminal import Terminal
 def moma(loaded, monkeypatch, tmp_path):
     """Runs the words after `moma generate RUN`, in an empty directory; returns the record."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "load", lambda run, step=None, router=None: loaded)
+    monkeypatch.setattr(command, "load", lambda run, step=None, router=None, mesh=None: loaded)
 
     def words(*rest):
         return commands.run(["generate", "runs/r", *map(str, rest)])
@@ -193,7 +193,7 @@ def test_directories_that_cannot_be_renamed_are_written_into(moma, tmp_path, mon
 
 
 def test_a_directory_is_held_from_before_the_model_is_loaded(moma, loaded, tmp_path, monkeypatch):
-    def intrude(run, step=None, router=None):
+    def intrude(run, step=None, router=None, mesh=None):
         assert (tmp_path / "out" / ".writing").exists()
         with pytest.raises(InputError, match="out is being written, or was left unfinished"), held("out"):
             pass

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from paths import ROOT
 from planned import small
+from processes import output, spawn
 
 from moma_jax.config import MeshConfig
 from moma_jax.cost import cost
@@ -110,3 +112,20 @@ def test_neither_experts_nor_logits_lie_where_they_should_not(programs, name):
     if config.mesh.expert > 1:
         crossing = {axes for sent in result["collective_bytes"].values() for axes in sent if "expert" in axes}
         assert crossing, "something crosses the expert axis, or this test looks at nothing"
+
+
+def test_writing_is_planned_from_its_programs(tmp_path):
+    """Matrices in bfloat16 and the cache, an eighth of both; a device's parts and what a program needs beside them."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moma_jax[plan]'")
+    shape = {"layers": 2, "heads": 8, "width": 512, "hidden": 512}
+    options = [word for name, size in shape.items() for word in (f"--model.{name}", str(size))]
+    asked = ["plan", "configs/paper_90m.py", "--topology", "v5e-8", "--generate", "4", "--json", *options]
+    found = json.loads(output(spawn("-m", "moma_jax", *asked, cwd=ROOT)))
+    assert found["fits"] and found["mesh"] == {"data": 1, "fsdp": 1, "expert": 1, "tensor": 8}
+    vocabulary, layers, width = 65536, shape["layers"], shape["width"]
+    matrices = 2 * vocabulary * width + layers * (4 * width**2 + 8 * 3 * width * shape["hidden"])
+    sizes = found["bytes_per_device"]
+    assert 1 <= sizes["weights"] / (2 * matrices / 8) < 1.1  # norms and routers are whole
+    cache = layers * 2 * 4 * found["positions"] * width * 2 / 8
+    assert cache <= sizes["cache"] < 1.01 * cache
+    assert sizes["total"] == max(found["programs"].values()) > sizes["weights"] + sizes["cache"]

@@ -1,0 +1,122 @@
+"""Does a model that writes fit devices that are not here: `moma generate`'s programs, compiled for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moma_jax import sharding, vocab
+from moma_jax.config import Config, MeshConfig
+from moma_jax.errors import InputError
+from moma_jax.generation import grammar
+from moma_jax.generation.decoding import PIECES, Rows, Writer, Writing, model_of
+from moma_jax.generation.sampling import Sampling, draw_of
+from moma_jax.model import decode
+from moma_jax.model.decoder import first_routing_state
+from moma_jax.plan.compile import needed_bytes
+from moma_jax.plan.memory import USABLE
+from moma_jax.plan.topology import Topology
+from moma_jax.router import CAUSAL_ROUTINGS
+from moma_jax.training import step
+
+
+def generation_plan(config: Config, target: Topology, devices: Sequence[Any], rows: int) -> dict[str, Any]:
+    """What a device holds while `rows` documents are read and written, up to the model's context, without guidance.
+
+    Args:
+      config: resolved, with model.dtype set. Where its mesh is the default, all devices share one model (tensor).
+      target, devices: the topology, and its devices (`compile.topology_devices`).
+
+    Returns:
+      "fits", "bytes_per_device" ("weights" in compute dtype, "cache" of keys and values, "temporaries" of the program
+      that needs most, "total"), "programs" (read, a piece of the prompts; write: the bytes that each needs in all;
+      None where the compiler gave it up), "mesh", "rows", "positions", "devices", "topology", "memory_per_device" and
+      "warnings".
+
+    Raises:
+      InputError: the devices do not divide the heads or the hidden width, or the model has no causal routing.
+    """
+    if config.mesh == MeshConfig():
+        config = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, len(devices)))
+    mesh = sharding.make_mesh(config.mesh, math.prod(dataclasses.astuple(config.mesh)[:3]), devices)
+    shapes = _shapes(config, rows, devices[:1])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        decode.require_parts(config)
+        weights, cache = (_placed(tree, decode.specs_of(tree), mesh) for tree in shapes)
+        held = {"weights": _bytes_of(weights), "cache": _bytes_of(cache)}
+        needs, complaints = {}, []
+        for name, program, arguments in _programs(config, rows, weights, cache, mesh):
+            try:
+                memory = program.lower(*arguments).compile().memory_analysis()
+                needs[name] = sum(held.values()) + memory.temp_size_in_bytes
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                needs[name] = needed_bytes(str(error), sum(held.values()))
+                complaints.append(f"the compiler, of {name}: {' '.join(str(error).split())[:300]}")
+    total = None if None in needs.values() else max(needs.values())
+    temporaries = None if total is None else total - sum(held.values())
+    return {
+        "fits": not complaints and total <= (1 if target.kind else USABLE) * target.memory,
+        "bytes_per_device": {**held, "temporaries": temporaries, "total": total},
+        "programs": needs,
+        "topology": target.name,
+        "devices": mesh.size,
+        "memory_per_device": int(target.memory),
+        "ffn": config.model.ffn,
+        "mesh": dict(mesh.shape),
+        "rows": rows,
+        "positions": config.data.sequence,
+        "warnings": complaints,
+    }
+
+
+def _shapes(config: Config, rows: int, device: list[Any]) -> tuple[Any, Any]:
+    """Weights and cache, abstract."""
+    one = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 1))
+    state = first_routing_state(one)
+    params = step.abstract_params(step.make_program(one, device), state)
+    weights = jax.eval_shape(lambda params, state: decode.unstack(params, config, state), params, state)
+    return weights, jax.eval_shape(lambda: decode.new_cache(config, rows, config.data.sequence))
+
+
+def _placed(tree: Any, specs: Any, mesh) -> Any:
+    """Abstract arrays with shardings."""
+    struct = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    return jax.tree.map(struct, tree, specs)
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes of one device's parts."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _programs(config: Config, rows: int, weights, cache, mesh):
+    """(name, jitted function, abstract arguments) of what reads a piece of the prompts, and what writes."""
+
+    def everywhere(tree):
+        tree = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
+        return _placed(tree, jax.tree.map(lambda _: PartitionSpec(), tree), mesh)
+
+    vocabulary = vocab.contiguous(config.data.modalities)
+    rule = config.model.router
+    routing = next((name for name in reversed(CAUSAL_ROUTINGS) if not config.routed or name in rule.causal), None)
+    if routing is None:
+        raise InputError("model.router: its rule has no causal routing, without which nothing can be written")
+    model = model_of(weights, config, vocabulary.modality_V, routing)
+    tokens = everywhere((np.zeros((rows, PIECES[-1]), np.int32), np.zeros(rows, np.int32)))
+    yield "read", jax.jit(model.extend, donate_argnums=1), (weights, cache, *tokens)
+    rules = grammar.make_rules(vocabulary, range(vocabulary.modalities[0].size), "free", 1)
+    state = grammar.first_state(vocabulary, [np.zeros(0, np.int32)] * rows, [1] * rows)
+    logit_BV = everywhere(np.zeros((rows, vocabulary.size), np.float32))
+    writing = Writing(Rows(cache, logit_BV), None, everywhere(state), everywhere(np.bool_(True)))
+    draw = draw_of(Sampling(), Sampling(), None, vocabulary.size)
+    rest = everywhere((rules, draw, np.zeros(rows, np.uint32)))
+    yield "write", Writer(model).write_whole, (weights, writing, *rest)
