@@ -14,6 +14,7 @@ def plan(
     recipe: RecipeOption,
     topology: str = "",
     target: str | None = None,
+    measured: str | None = None,
     generate: int | None = None,
     search: bool = False,
     compiled: int = 6,
@@ -27,6 +28,7 @@ def plan(
     Args:
       topology: v5p-128, v5p:4x4x4, v5e-16, v6e-64, 2xv5e-256 (two slices), h100:8, h100:4x8.
       target: Of GPUs: a file that describes them (XLA's GpuTargetConfigProto as text).
+      measured: suite.json of `moma bench suite` on such a device: its nearest step is planned too, and put beside.
       generate: Plan for writing so many documents side by side, up to the model's context, instead of training.
       search: Try meshes, remat policies and microbatches, and rank those that fit.
       compiled: With --search: how many settings are compiled.
@@ -38,6 +40,8 @@ def plan(
         raise InputError(f"--compiled: must be positive, is {compiled}")
     if generate is not None and (search or generate < 1):
         raise InputError("--generate: give a number of documents, 1 or more, and no --search")
+    if measured is not None and (search or generate is not None):
+        raise InputError("--measured: goes with the plan of one training step, without --search or --generate")
     config = recipe.resolved()
     if generate is not None:
         print_result(plan_generation(config, topology, generate, target), json, format_generation)
@@ -45,5 +49,5 @@ def plan(
     if search:
         found = plan_search(config, topology, compiled, lambda line: print(line, file=sys.stderr, flush=True), target)
     else:
-        found = moma_jax.plan(config, topology, target)
+        found = moma_jax.plan(config, topology, target, measured)
     print_result(found, json, format_search if search else format_plan)

@@ -18,7 +18,7 @@ from moma_jax.config import Config, MeshConfig
 from moma_jax.cost import flops_per_token
 from moma_jax.errors import InputError
 from moma_jax.geometry import require_split
-from moma_jax.plan import gpus, memory, search
+from moma_jax.plan import gpus, measured, memory, search
 from moma_jax.plan.topology import Topology, topology_of
 
 FROM_PROGRAM = (
@@ -29,7 +29,7 @@ FROM_PROGRAM = (
 """Parts of a plan that are None where there is no program."""
 
 
-def plan(config: Config, name: str, target_file: str | None = None) -> dict[str, Any]:
+def plan(config: Config, name: str, target_file: str | None = None, measured_file: str | None = None) -> dict[str, Any]:
     """What a run needs on a topology, per step and device.
 
     Args:
@@ -37,6 +37,7 @@ def plan(config: Config, name: str, target_file: str | None = None) -> dict[str,
         many microbatches as it takes to fit, and a remat policy that keeps less where they are not enough.
       name: as `topology.topology_of` reads it: v5p-128, v5p:4x4x4, v5e-16, h100:8.
       target_file: of GPUs, a description that goes before our own (`gpus`).
+      measured_file: suite.json of `moma bench suite` on this kind of device, to put beside (`measured`).
 
     Returns:
       "fits", "devices", "bytes_per_device" (bytes by category, with "total"), "flops_per_device" (of a step, by
@@ -44,13 +45,23 @@ def plan(config: Config, name: str, target_file: str | None = None) -> dict[str,
       "step_seconds_estimate", "mfu_estimate", the [least, most] of both ("step_seconds_range", "mfu_range"),
       "tokens_per_second_estimate", "exposed_communication_share" and the settings that were planned.
       "expert_stacks_gathered" and "replicated_logits" are what a step must not do (`placement`). "method" is "compiled"
-      or "arithmetic". What a program says is None where there is no program.
+      or "arithmetic". What a program says is None where there is no program. "measured", where a file was given.
 
     Raises:
-      InputError: no such topology, the config contradicts itself or the topology, or libtpu is missing.
+      InputError: no such topology, the config contradicts itself or the topology, libtpu is missing, or the file has
+        nothing to put beside.
     """
     target = described(topology_of(name), target_file)
     config = with_dtype(resolve(config), target)
+    if measured_file is None:
+        return _planned_or_chosen(config, target)
+    step = measured.measured_step(measured_file, config, target)
+    beside = measured.beside(step, config, target, planned)
+    return _planned_or_chosen(config, target) | {"measured": beside}
+
+
+def _planned_or_chosen(config: Config, target: Topology) -> dict[str, Any]:
+    """`plan` on a topology."""
     if config.mesh != MeshConfig():
         return {**planned(memory.with_mesh(config, target.devices, target.name), target), "mesh_chosen": False}
     chosen = search.choose(config, target)

@@ -116,13 +116,13 @@ def _gpus(topology: Topology) -> list[Any]:
     return list(found.devices)
 
 
-def needed_bytes(error: str, arguments: int) -> int | None:
-    """Bytes that the compiler says a program needs, from its complaint; None where it names none.
+def needed_bytes(error: str) -> int | None:
+    """Bytes that the compiler says a program needs, arguments included, from its complaint; None where it names none.
 
-    Where it speaks of temporaries alone, the bytes of the arguments are added.
+    "HLO temporaries" are all of it too: a program of 10 GiB of arguments and 7 of temporaries is refused with 17.
     """
     found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of|usage >= ([\d.]+)([KMGT]?)", error)
     if found is None:
         return None
     number, unit = [group for group in found.groups() if group is not None][:2]
-    return int(float(number) * _UNITS[unit]) + (arguments if "HLO temporaries" in error else 0)
+    return int(float(number) * _UNITS[unit])

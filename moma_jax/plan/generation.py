@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moma_jax import sharding, vocab
+from moma_jax import vocab
 from moma_jax.config import Config, MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.generation import grammar
@@ -35,31 +35,34 @@ def generation_plan(config: Config, target: Topology, devices: Sequence[Any], ro
       target, devices: the topology, and its devices (`compile.topology_devices`).
 
     Returns:
-      "fits", "bytes_per_device" ("weights" in compute dtype, "cache" of keys and values, "temporaries" of the program
-      that needs most, "total"), "programs" (read, a piece of the prompts; write: the bytes that each needs in all;
-      None where the compiler gave it up), "mesh", "rows", "positions", "devices", "topology", "memory_per_device" and
-      "warnings".
+      "fits", "bytes_per_device" ("parameters" as they are loaded, float32, "weights" made of them in compute dtype,
+      "cache" of keys and values, "temporaries" of the program that needs most, "total"), "programs" (read, a piece of
+      the prompts; write: the bytes of a device while each runs; None where the compiler does not say), "mesh", "rows",
+      "positions", "devices", "topology", "memory_per_device" and "warnings".
 
     Raises:
-      InputError: the devices do not divide the heads or the hidden width, or the model has no causal routing.
+      InputError: the devices do not divide the model's sizes, or it has no causal routing.
     """
     if config.mesh == MeshConfig():
         config = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, len(devices)))
-    mesh = sharding.make_mesh(config.mesh, math.prod(dataclasses.astuple(config.mesh)[:3]), devices)
-    shapes = _shapes(config, rows, devices[:1])
+    program, state = step.make_program(config, devices), first_routing_state(config)
+    mesh, params = program.mesh, step.abstract_params(program, state)
+    weights = jax.eval_shape(lambda params, state: decode.unstack(params, config, state), params, state)
+    cache = jax.eval_shape(lambda: decode.new_cache(config, rows, config.data.sequence))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         decode.require_parts(config)
-        weights, cache = (_placed(tree, decode.specs_of(tree), mesh) for tree in shapes)
-        held = {"weights": _bytes_of(weights), "cache": _bytes_of(cache)}
+        weights, cache = (_placed(tree, decode.specs_of(tree), mesh) for tree in (weights, cache))
+        held = {"parameters": _bytes_of(params), "weights": _bytes_of(weights), "cache": _bytes_of(cache)}
         needs, complaints = {}, []
-        for name, program, arguments in _programs(config, rows, weights, cache, mesh):
+        for name, function, arguments in _programs(config, rows, weights, cache, mesh):
             try:
-                memory = program.lower(*arguments).compile().memory_analysis()
-                needs[name] = sum(held.values()) + memory.temp_size_in_bytes
+                memory = function.lower(*arguments).compile().memory_analysis()
+                needs[name] = held["parameters"] + memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                needs[name] = needed_bytes(str(error), sum(held.values()))
+                needed = needed_bytes(str(error))
+                needs[name] = None if needed is None else held["parameters"] + needed
                 complaints.append(f"the compiler, of {name}: {' '.join(str(error).split())[:300]}")
     total = None if None in needs.values() else max(needs.values())
     temporaries = None if total is None else total - sum(held.values())
@@ -76,15 +79,6 @@ def generation_plan(config: Config, target: Topology, devices: Sequence[Any], ro
         "positions": config.data.sequence,
         "warnings": complaints,
     }
-
-
-def _shapes(config: Config, rows: int, device: list[Any]) -> tuple[Any, Any]:
-    """Weights and cache, abstract."""
-    one = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, 1))
-    state = first_routing_state(one)
-    params = step.abstract_params(step.make_program(one, device), state)
-    weights = jax.eval_shape(lambda params, state: decode.unstack(params, config, state), params, state)
-    return weights, jax.eval_shape(lambda: decode.new_cache(config, rows, config.data.sequence))
 
 
 def _placed(tree: Any, specs: Any, mesh) -> Any:

@@ -43,7 +43,7 @@ def bytes_by_category(config: Config, compiled: Compiled, module: Module | None)
     logits = (FLOAT32 + width) * chunk * config.vocabulary_size // mesh["tensor"]
     result = {**state, "gradients": state["parameters"], "logits": logits}
     if module is None:
-        total = needed_bytes(compiled.error, sum(state.values()))
+        total = needed_bytes(compiled.error)
         return {**result, "activations": None, "temporaries": None, "total": total}
     memory = compiled.memory
     result |= {
@@ -61,7 +61,7 @@ def gpu_bytes(compiled: Compiled) -> dict[str, int | None]:
     """The same of a program for GPUs, of which less is known: what is neither state nor batch are temporaries."""
     state = state_bytes(compiled.state)
     if compiled.memory is None:
-        return {**state, "temporaries": None, "total": needed_bytes(compiled.error, sum(state.values()))}
+        return {**state, "temporaries": None, "total": needed_bytes(compiled.error)}
     memory = compiled.memory
     batch, total = memory.argument_size_in_bytes - sum(state.values()), memory.peak_memory_in_bytes
     return {**state, "batch": batch, "temporaries": total - batch - sum(state.values()), "total": total}

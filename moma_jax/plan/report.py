@@ -22,8 +22,25 @@ def format_plan(plan: dict[str, Any]) -> str:
     parts = [title, _settings(plan), "", _memory(plan)]
     if plan["step_seconds_estimate"] is not None:
         parts += ["", _speed(plan), "", _seconds(plan), "", _network(plan)]
+    if "measured" in plan:
+        parts += ["", _beside(plan["measured"])]
     parts += [f"warning: {warning}" for warning in plan["warnings"]]
     return _printed(parts)
+
+
+def _beside(step: dict[str, Any]) -> Table:
+    title = f"{step['part']}, {step['rows']} rows, {step['devices']} x {step['device']}"
+    table = _table(title, "measured", "predicted", "predicted over measured")
+    if step["predicted_seconds"] is not None:
+        least, most = step["predicted_range"]
+        predicted = f"{step['predicted_seconds']:.3f} ({least:.3f} to {most:.3f})"
+        table.add_row(
+            "seconds of a step", f"{step['seconds']:.3f}", predicted, f"{step['predicted_over_measured']:.2f}"
+        )
+    if step["predicted_bytes"] is not None:
+        row = _gib(step["bytes"]), _gib(step["predicted_bytes"]), f"{step['bytes_over_measured']:.2f}"
+        table.add_row("memory of a device, GiB", *row)
+    return table
 
 
 def format_generation(plan: dict[str, Any]) -> str:

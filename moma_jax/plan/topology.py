@@ -76,11 +76,11 @@ _CUBES = {
 KINDS = {
     # Four 128 x 128 units in each of two cores: 131,072 cells.
     "v4": Kind("TPU v4", 32 * GIB, 1228 * GB, 275e12 / (2 * 131072), 45 * GB, 25 * GB / 4, 3, 1, 4096, 2, _CUBES),
-    "v5p": Kind("TPU v5p", 95 * GIB, 2765 * GB, 459e12 / (2 * 131072), 90 * GB, 25 * GB / 4, 3, 1, 8960, 2, _CUBES),
+    "v5p": Kind("TPU v5", 95 * GIB, 2765 * GB, 459e12 / (2 * 131072), 90 * GB, 25 * GB / 4, 3, 1, 8960, 2, _CUBES),
     # Four 128 x 128 units: 65,536 cells. Of 16 GiB the compiler leaves a program 15.75.
-    "v5e": Kind("TPU v5e", 15.75 * GIB, 819 * GB, 197e12 / (2 * 65536), 45 * GB, 25 * GB / 8, 2, 1, 256, 1, _FLAT),
+    "v5e": Kind("TPU v5 lite", 15.75 * GIB, 819 * GB, 197e12 / (2 * 65536), 45 * GB, 25 * GB / 8, 2, 1, 256, 1, _FLAT),
     # Taken to have four times as many cells in the matrix units of a core: 262,144.
-    "v6e": Kind("TPU v6e", 32 * GIB, 1640 * GB, 918e12 / (2 * 262144), 90 * GB, 100 * GB / 8, 2, 1, 256, 1, _FLAT),
+    "v6e": Kind("TPU v6 lite", 32 * GIB, 1640 * GB, 918e12 / (2 * 262144), 90 * GB, 100 * GB / 8, 2, 1, 256, 1, _FLAT),
     # A device is one of a chip's two cores: half of 192 GiB, 7380 GB/s and six links of 100 GB/s.
     "tpu7x": Kind("TPU7x", 96 * GIB, 3690 * GB, 1153.5e12 / (2 * 262144), 50 * GB, 50 * GB / 4, 3, 2, 9216, 2, _CUBES),
 }

@@ -128,4 +128,5 @@ def test_writing_is_planned_from_its_programs(tmp_path):
     assert 1 <= sizes["weights"] / (2 * matrices / 8) < 1.1  # norms and routers are whole
     cache = layers * 2 * 4 * found["positions"] * width * 2 / 8
     assert cache <= sizes["cache"] < 1.01 * cache
-    assert sizes["total"] == max(found["programs"].values()) > sizes["weights"] + sizes["cache"]
+    assert sizes["parameters"] == pytest.approx(2 * sizes["weights"], rel=0.1)
+    assert sizes["total"] == max(found["programs"].values()) > sizes["parameters"] + sizes["weights"] + sizes["cache"]
