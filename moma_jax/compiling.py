@@ -29,11 +29,20 @@ OPTIONS: dict[str, dict[str, str]] = {
 """Compiler options of the training step, by `jax.Device.device_kind` (docs/results/speed.md has each one's effect)."""
 APART = {"xla_tpu_enable_async_all_to_all": "true"}
 """With experts that live apart: tokens travel while the experts of other groups compute."""
+SEVERAL_GPUS = {
+    "xla_gpu_enable_latency_hiding_scheduler": "True",
+    "xla_gpu_enable_pipelined_all_gather": "True",
+    "xla_gpu_enable_pipelined_reduce_scatter": "True",
+    "xla_gpu_enable_pipelined_all_reduce": "True",
+}
+"""Where there are several GPUs: weights are gathered, and gradients scattered, while the layer before computes. As
+trainers for GPUs publish them; we timed nothing of it. The memory it takes is in docs/results/speed.md."""
 NOT_APART = ("TPU v5 lite",)
 """Kinds of TPU whose links do not allow it; asked for it, their compiler refuses the program."""
 
 ONCE = {"cpu": {"xla_backend_optimization_level": "1"}}
 """By platform, of programs that run once and take longer to compile than to run. Level 0 changes the values drawn."""
+REMOTE = ("gs://", "s3://")
 CACHE_BYTES = 4 << 30
 """Of compiled programs that a process finds; the oldest beyond it are deleted when the process begins."""
 
@@ -51,6 +60,8 @@ def options_for(mesh: Mesh, asked: Mapping[str, str] | None = None) -> dict[str,
     options = dict(OPTIONS.get(device.device_kind, {}))
     if device.platform == "tpu" and device.device_kind not in NOT_APART and mesh.shape[sharding.EXPERT] > 1:
         options |= APART
+    if device.platform == "gpu" and mesh.size > 1:
+        options |= SEVERAL_GPUS
     return {name: value for name, value in (options | dict(asked or {})).items() if value != ""}
 
 
@@ -90,6 +101,8 @@ def use_cache(path: str | None) -> None:
     if path is None:
         path = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moma_jax", "compiled")
     remote = "://" in path
+    if remote and not path.startswith(REMOTE):
+        raise InputError(f"run.compilation_cache: {path}: give a folder, {' or '.join(REMOTE)}..., or off")
     found = None if path == "off" else path if remote else os.path.abspath(os.path.expanduser(path))
     if found == jax.config.jax_compilation_cache_dir:
         return

@@ -12,6 +12,7 @@ import pytest
 
 from moma_jax import compiling, sharding
 from moma_jax.config import MeshConfig
+from moma_jax.errors import InputError
 
 
 class FakeDevice:
@@ -21,6 +22,7 @@ class FakeDevice:
 class FakeMesh:
     def __init__(self, experts):
         self.devices, self.shape = np.array([FakeDevice()]), {sharding.EXPERT: experts}
+        self.size = experts
 
 
 def test_options_by_device_and_config():
@@ -38,6 +40,18 @@ def test_kinds_are_called_as_libtpu_calls_them(monkeypatch, kind):
     assert compiling.options_for(FakeMesh(1)) == {compiling.VMEM: "49152"}
     asked = compiling.options_for(FakeMesh(4))
     assert ("xla_tpu_enable_async_all_to_all" in asked) == (kind != "TPU v5 lite"), "its links do not allow it"
+
+
+def test_several_gpus_are_asked_to_gather_ahead(monkeypatch):
+    monkeypatch.setattr(FakeDevice, "platform", "gpu")
+    monkeypatch.setattr(FakeDevice, "device_kind", "NVIDIA H100 80GB HBM3")
+    assert compiling.options_for(FakeMesh(1)) == {}
+    assert compiling.options_for(FakeMesh(8)) == compiling.SEVERAL_GPUS
+
+
+def test_a_cache_of_an_unknown_scheme_is_refused():
+    with pytest.raises(InputError, match="run.compilation_cache: foo://x: give a folder"):
+        compiling.use_cache("foo://x")
 
 
 def test_what_a_compiler_does_not_know_is_left_out_and_said(caplog):
