@@ -123,12 +123,13 @@ class Routed(NamedTuple):
 class Router:
     """A routing rule. Subclasses are frozen dataclasses whose fields, their options, have defaults.
 
-    `jitter`, `gumbel` and `auxiliary` are facts that the layer asks of every rule; a subclass that declares them as
-    fields makes them options.
+    `jitter`, `gumbel`, `gumbel_until` and `auxiliary` are facts that the layer asks of every rule; a subclass that
+    declares them as fields makes them options.
 
     Attributes:
       jitter: size of the fixed tie-breaking term of `Score.rank_TE`.
       gumbel: Gumbel-Sigmoid noise on logits in training (paper Eq. 5).
+      gumbel_until: share of training at which the noise has faded to 0, linearly; None: it stays as it is.
       auxiliary: auxiliary routers (paper section 2.4) train beside the model, on stopped gradients.
       causal: which of the causal routings, `CAUSAL` and `THRESHOLD`, `decide` knows.
       exact: `select` takes `quota.take(count)` of every `count` eligible tokens, never more.
@@ -137,10 +138,15 @@ class Router:
 
     jitter = 1e-3
     gumbel = False
+    gumbel_until = None
     auxiliary = False
     causal: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
     training_name: ClassVar[str] = "training"
+
+    def noise_at(self, share):
+        """The size of the noise, 1 for that of Eq. 5, after a share of training."""
+        return 1.0 if self.gumbel_until is None else jnp.maximum(0.0, 1.0 - share / self.gumbel_until)
 
     def parameters(self, width: int, experts: int) -> dict[str, Parameter]:
         """The score network of a group of experts; names end in their axes."""
@@ -232,6 +238,8 @@ class Function(Router):
     jitter: float = setting(1e-3, least=0)
     """As of `Choice`."""
     gumbel: bool = False
+    """As of `Choice`."""
+    gumbel_until: float | None = setting(0.5, above=0, most=1)
     """As of `Choice`."""
     training_name: ClassVar[str] = "choice"
 

@@ -234,7 +234,7 @@ def recorded_rule(router: Router, meta: Mapping[str, Any]) -> Router:
     own, options = meta.get("select", "expert_choice"), options_of(router)
     if own == "expert_choice":
         return router
-    return Unloaded(own, {name: options[name] for name in ("jitter", "gumbel")})
+    return Unloaded(own, {name: options[name] for name in ("jitter", "gumbel", "gumbel_until")})
 
 
 def as_named(recorded: Router, rule: Router) -> Router:

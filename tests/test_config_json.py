@@ -22,7 +22,7 @@ FORMAT_1 = {
     "routing_warmup": 7,
     "routing_slack": 1.5,
 }
-OPTIONS = {"jitter": 0.0, "gumbel": True, "decay": 0.9, "auxiliary": True}
+OPTIONS = {"jitter": 0.0, "gumbel": True, "gumbel_until": None, "decay": 0.9, "auxiliary": True}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def rms_norm(x_BSD, scale_D, epsilon: float):
 
 class Context(NamedTuple):
     """What every layer sees alike: the rows, rotary angles, what routing knows of tokens, PRNG keys of the fixed jitter
-    and of this step."""
+    and of this step, the size of routers' noise."""
 
     segment_BS: Any
     position_BS: Any
@@ -71,6 +71,7 @@ class Context(NamedTuple):
     tokens: RoutingTokens
     jitter_key: Any
     step_key: Any
+    noise: Any
 
 
 class Layer(nn.Module):
@@ -98,7 +99,7 @@ class Layer(nn.Module):
             "ffn": FfnParameters(model, self.shape.groups, name="ffn")(),
         }
         jitter = jax.random.bits(jax.random.fold_in(context.jitter_key, number))
-        keys = RoutingKeys(jitter, jax.random.fold_in(key, 0))
+        keys = RoutingKeys(jitter, jax.random.fold_in(key, 0), context.noise)
         routing = layer_routing(model, self.shape, self.group_rows, self.causal, self.train)
 
         def attend(y_BSD):

@@ -81,6 +81,7 @@ class Decoder(nn.Module):
         *,
         key,
         step=0,
+        noise=1.0,
         group_G=None,
         routing_state=None,
         train: bool = False,
@@ -105,6 +106,7 @@ class Decoder(nn.Module):
             self.tokens(segment_BS, modality_BS, jnp.arange(groups) if group_G is None else group_G),
             jitter_key,
             jax.random.fold_in(step_key, step),
+            jnp.float32(noise),
         )
         with jax.named_scope("embedding"):
             x_BSD = look_up(embedding_VD, token_BS, compute_dtype(model))

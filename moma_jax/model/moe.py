@@ -48,10 +48,11 @@ class RoutingTokens(NamedTuple):
 
 
 class RoutingKeys(NamedTuple):
-    """Randomness of one layer: uint32 seed of the jitter (fixed), PRNG key of this step."""
+    """Randomness of one layer: uint32 seed of the jitter (fixed), PRNG key of this step, size of its noise."""
 
     jitter: Any
     step: Any
+    noise: Any = 1.0
 
 
 class RoutingResult(NamedTuple):
@@ -240,7 +241,7 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
     for number, own in routing.routed:
         group, before = own.group, state.get(own.group.name)
         score_GTE, predicted_GTE = scores(x_GTD, weights[group.name], routing.rule)
-        answer = _select_group(score_GTE, predicted_GTE, tokens, keys, before, number, own, routing)
+        answer, quiet = _select_group(score_GTE, predicted_GTE, tokens, keys, before, number, own, routing)
         selections[group.name] = answer.selection
         if group.name in state:
             state[group.name] = jax.tree.map(lambda new: new.mean(0), answer.state)
@@ -248,7 +249,7 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
         if predicted_GTE is not None:
             if auxiliary.LOSS in extra:
                 raise InputError(f"router: its loss {auxiliary.LOSS} is the auxiliary routers'; give it another name")
-            judged = (predicted_GTE, tokens.modality_GT, answer.selection, group, routing.modalities)
+            judged = (predicted_GTE, tokens.modality_GT, quiet, group, routing.modalities)
             loss, own_M4 = auxiliary.judge(*judged)
             extra, predicted_M4 = extra | {auxiliary.LOSS: loss}, predicted_M4 + own_M4
         for name, loss_G in extra.items():
@@ -264,7 +265,8 @@ def scores(x_GTD, weights: ExpertWeights, rule: Router):
 
 
 def _select_group(logit_GTE, predicted_GTE, tokens: RoutingTokens, keys, before, number: int, own, routing: Routing):
-    """The rule's answer for one group of experts; every array has a leading axis G."""
+    """The rule's answer for one group of experts, and the selection that it would make without noise, which is what
+    auxiliary routers can learn; every array has a leading axis G."""
     rule, count = routing.rule, logit_GTE.shape[1]
     order_T = position_order(routing.rows, count)
     eligible_GT = jnp.isin(tokens.modality_GT, jnp.array(own.group.modalities))
@@ -272,10 +274,15 @@ def _select_group(logit_GTE, predicted_GTE, tokens: RoutingTokens, keys, before,
     def one(logit_TE, eligible_T, hash_T, index, predicted_TE):
         key = jax.random.fold_in(jax.random.fold_in(keys.step, index), number)
         noise_key, select_key = jax.random.split(key)
-        noise_key = noise_key if routing.noise and rule.gumbel else None
-        score = score_of(logit_TE, hash_T, keys.jitter, rule, noise_key, predicted_TE, order_T)
-        answer = rule.select(score, eligible_T, own.quota, before, select_key)
-        return checked(answer, rule, logit_TE.shape, before)
+
+        def answer(noise):
+            score = score_of(logit_TE, hash_T, keys.jitter, rule, noise, predicted_TE, order_T)
+            chosen = rule.select(score, eligible_T, own.quota, before, select_key)
+            return checked(chosen, rule, logit_TE.shape, before)
+
+        noisy = routing.noise and rule.gumbel
+        given = answer((noise_key, keys.noise) if noisy else None)
+        return given, answer(None).selection if noisy and predicted_TE is not None else given.selection
 
     return jax.vmap(one)(logit_GTE, eligible_GT, tokens.hash_GT, tokens.group_G, predicted_GTE)
 

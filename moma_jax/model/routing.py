@@ -31,20 +31,21 @@ class RoutingReport(NamedTuple):
     entered_PM4: Any
 
 
-def score_of(logit_TE, hash_T, seed, rule: Router, noise_key=None, predicted_TE=None, order_T=None) -> Score:
-    """Logits to a Score: Gumbel noise on logits if `noise_key` is given, jitter on ranks only.
+def score_of(logit_TE, hash_T, seed, rule: Router, noise=None, predicted_TE=None, order_T=None) -> Score:
+    """Logits to a Score: Gumbel noise on logits if `noise` is given, jitter on ranks only.
 
     Args:
       logit_TE: float32 router logits.
       hash_T: uint32 hashes of each token's row and position (`position_hash`).
       seed: uint32 scalar of this run's seed and this layer.
-      noise_key: Gumbel-Sigmoid noise (paper Eq. 5) in logit and rank; the difference of two Gumbel samples is one
-        logistic sample.
+      noise: (PRNG key, size) of Gumbel-Sigmoid noise (paper Eq. 5) in logit and rank; the difference of two Gumbel
+        samples is one logistic sample.
       predicted_TE: logits of the auxiliary router. order_T: `Score.order_T`.
     """
     plain_TE = logit_TE
-    if noise_key is not None:
-        logit_TE = logit_TE + jax.random.logistic(noise_key, logit_TE.shape, jnp.float32)
+    if noise is not None:
+        key, size = noise
+        logit_TE = logit_TE + size * jax.random.logistic(key, logit_TE.shape, jnp.float32)
     expert_E = jnp.arange(logit_TE.shape[1], dtype=jnp.uint32)
     bits_TE = _mix(hash_T[:, None] ^ _mix(seed + expert_E * jnp.uint32(0x9E3779B9)))
     # 24 bits are exact in float32.

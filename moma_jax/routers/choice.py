@@ -34,6 +34,8 @@ class Choice(Router):
     """Size of the fixed tie-breaking term added to logits for ranking only; never in the gate."""
     gumbel: bool = False
     """Gumbel-Sigmoid noise on router scores in training (paper Eq. 5)."""
+    gumbel_until: float | None = setting(0.5, above=0, most=1)
+    """Share of training at which the noise has faded to 0, linearly; None: it stays, as in the paper."""
     decay: float = setting(0.98, least=0, below=1)
     """Decay per update of the running thresholds, 0 to 1."""
     auxiliary: bool = False

@@ -2,7 +2,7 @@
 threshold its logit reaches, so training is causal.
 
 No expert can starve for long: its threshold follows the scores of all tokens of its modality, not of those it took, so
-where nothing passes it sinks to where the expert's share does.
+where nothing passes it sinks to where the expert's share does. Noise on scores is for the warm-up alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Threshold(Choice):
         chosen, followed, *_ = super().select(score, eligible_T, quota, state, key)
         chosen = Selection(*(jnp.pad(x_EC, ((0, 0), (0, slots - quota.slots))) for x_EC in chosen))
         passes_TE = eligible_T[:, None] & passes_threshold(score.plain_TE, state)
-        passed = take_entering(passes_TE, jax.nn.sigmoid(score.logit_TE), score.order_T, slots)
+        gate_TE = jax.nn.sigmoid(score.plain_TE)  # noise would multiply gates and explore nothing
+        passed = take_entering(passes_TE, gate_TE, score.order_T, slots)
         warm = state["updates"] < self.warmup
         selection = Selection(*(jnp.where(warm, a, b) for a, b in zip(chosen, passed, strict=True)))
         count_E = jnp.maximum(passes_TE.sum(0), 1)

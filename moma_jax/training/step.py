@@ -18,6 +18,7 @@ from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.compiling import compiled_for, compiled_once
 from moma_jax.config import Config
+from moma_jax.cost import total_steps
 from moma_jax.geometry import micro_groups, require_split
 from moma_jax.model.decoder import decoder_of
 from moma_jax.model.moe import as_before
@@ -177,8 +178,11 @@ def init_params(program: Program, routing_state):
 
 
 def _noise(config: Config, step, group_G) -> dict[str, Any]:
-    """The decoder's arguments that fix all of its randomness: the run's seed, the step, the group within the update."""
-    return {"key": jax.random.fold_in(jax.random.key(config.train.seed), 1), "step": step, "group_G": group_G}
+    """The decoder's arguments that fix all of its randomness: the run's seed, the step, how far noise has faded by
+    then, the group within the update."""
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    noise = config.model.router.noise_at(step / total_steps(config))
+    return {"key": key, "step": step, "noise": noise, "group_G": group_G}
 
 
 # Forward --------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from tiers import slow_but
@@ -13,8 +14,11 @@ from tiny import tiny
 import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
+from moma_jax.geometry import layer_of
+from moma_jax.model import moe
 from moma_jax.model.auxiliary import count_pairs, cross_entropy, taken_pairs
 from moma_jax.model.decoder import first_routing_state
+from moma_jax.model.parameters import ExpertWeights
 from moma_jax.router import Selection
 from moma_jax.routers.choice import Choice
 from moma_jax.routers.threshold import Threshold
@@ -138,6 +142,41 @@ def test_routers_begin_undecided_and_learn():
     right_M, predicted_M, taken_M, all_M = last.predicted_M4.T
     assert (all_M == config.model.layers * 2 * last.tokens_M).all() and (2 * taken_M == all_M).all()
     assert (right_M > 0.8 * taken_M).all() and (right_M > 0.8 * predicted_M).all()
+
+
+def test_routers_beside_noise_let_in_what_the_quiet_experts_take():
+    """Random tokens of one group under noise that stays; the auxiliary routers alone are trained. Judged against noisy
+    selections, which no token's activations tell, they would let in few."""
+    rule, width = Choice(gumbel=True, gumbel_until=None, auxiliary=True), 8
+    shape = layer_of(tiny(model_width=width, model_heads=2, model_ffn="4t4i", model_router=rule))
+    routing = moe.layer_routing(tiny(model_router=rule).model, shape, 2, None, True)
+    own, x_GTD = routing.groups[0], jax.random.normal(jax.random.key(0), (16, 32, width))
+    modality_GT = jnp.tile(jnp.arange(32) % 2, (16, 1))
+    tokens = moe.RoutingTokens(modality_GT, jnp.zeros((16, 32), jnp.uint32), jnp.arange(16), {})
+    state = {group.group.name: rule.state(4) for group in routing.groups}
+    router = {"router_DE": jax.random.normal(jax.random.key(1), (width, 4)) / width**0.5}
+    first = {"in_DA": jax.random.normal(jax.random.key(2), (width, 64)), "out_AE": jnp.zeros((64, 4))}
+
+    def answer(auxiliary, step):
+        weights = {group.group.name: ExpertWeights(router=router, auxiliary=auxiliary) for group in routing.groups}
+        keys = moe.RoutingKeys(jnp.uint32(0), jax.random.key(step))
+        result = moe.select(x_GTD, tokens, keys, state, weights, routing)
+        return result.losses["auxiliary"], result.predicted_M4
+
+    @jax.jit
+    def train(auxiliary):
+        def update(step, carried):
+            auxiliary, moments = carried
+            grads = jax.grad(answer, has_aux=True)(auxiliary, step)[0]
+            changes, moments = optimizer.update(grads, moments)
+            return optax.apply_updates(auxiliary, changes), moments
+
+        optimizer = optax.adam(1e-2)
+        return jax.lax.fori_loop(0, 400, update, (auxiliary, optimizer.init(auxiliary)))[0]
+
+    right, predicted, taken, _ = answer(train(first), 401)[1][0].tolist()
+    assert taken == 16 * 4 * own.quota.take(16)
+    assert 0.9 < predicted / taken < 1.1 and right > 0.8 * taken
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from moma_jax import sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.model.moe import position_order
+from moma_jax.model.routing import score_of
 from moma_jax.router import Quota, Score, take_entering
 from moma_jax.routers.choice import Choice, best_of, follow, passes_threshold
 from moma_jax.routers.threshold import Threshold
@@ -304,3 +305,18 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def test_gates_of_thresholds_are_clean_beside_noise():
+    """After the warm-up noise could only multiply gates: who enters is decided by the clean logit."""
+    rule = Threshold(gumbel=True, warmup=1)
+    logit_TE = jax.random.normal(jax.random.key(3), (64, 2))
+    score = score_of(
+        logit_TE, jnp.zeros(64, jnp.uint32), jnp.uint32(0), rule, (jax.random.key(4), 1.0), None, jnp.arange(64)
+    )
+    state = rule.state(2) | {"updates": np.float32(5), "unseen_E": np.zeros(2, np.float32)}
+    chosen = rule.select(score, jnp.ones(64, bool), Quota(64, Fraction(1, 2)), state, jax.random.key(5)).selection
+    gate_EC, index_EC, filled_EC = (np.asarray(x) for x in (chosen.gate_EC, chosen.index_EC, chosen.filled_EC))
+    clean_EC = np.take_along_axis(np.asarray(jax.nn.sigmoid(logit_TE)).T, index_EC, axis=1)
+    assert filled_EC.sum() > 30
+    np.testing.assert_array_equal(gate_EC[filled_EC], clean_EC[filled_EC])

@@ -104,12 +104,20 @@ def test_gradient_of_gates_reaches_taken_tokens_only():
 
 def test_noise_is_the_difference_of_two_gumbel_samples_in_gate_and_rank():
     zero_TE = jnp.zeros((50_000, 2))
-    score = score_of(zero_TE, jnp.zeros(50_000, jnp.uint32), jnp.uint32(0), Choice(jitter=0.0), KEY)
+    score = score_of(zero_TE, jnp.zeros(50_000, jnp.uint32), jnp.uint32(0), Choice(jitter=0.0), (KEY, 1.0))
     # Logistic: mean 0, variance pi^2 / 3, quartiles at +-ln 3.
     noise = np.asarray(score.logit_TE)
     np.testing.assert_array_equal(noise, score.rank_TE)
     assert abs(noise.mean()) < 0.03 and abs(noise.var() / (np.pi**2 / 3) - 1) < 0.03
     np.testing.assert_allclose(np.quantile(noise, [0.25, 0.75]), [-np.log(3), np.log(3)], atol=0.04)
+    half = score_of(zero_TE, jnp.zeros(50_000, jnp.uint32), jnp.uint32(0), Choice(jitter=0.0), (KEY, 0.5))
+    np.testing.assert_allclose(half.logit_TE, noise / 2, rtol=1e-6)
+
+
+def test_noise_fades_to_nothing_or_stays():
+    sizes = [float(Choice(gumbel_until=0.5).noise_at(share)) for share in (0.0, 0.25, 0.5, 0.9)]
+    assert sizes == [1.0, 0.5, 0.0, 0.0]
+    assert Choice(gumbel_until=None).noise_at(0.9) == 1.0
 
 
 def test_count_taken():
