@@ -6,6 +6,7 @@ light; `cost` and `plan` need none, and are bound here because modules of their 
   recipe(path, overrides)    a recipe or config.json with overrides -> resolved Config
   prepare(config, out)       a source -> a token store
   train(config)              a run directory with checkpoints and metrics
+  calibrate(run)             thresholds of a trained run by its final weights
   fit_routers(run)           auxiliary routers for a trained run, so that it can be used causally
   evaluate(run)              held-out losses of a run
   load(run)                  a trained model: config, vocabulary, decoder, parameters
@@ -25,6 +26,7 @@ _HOME = {
     "recipe": "moma_jax.recipes",
     "prepare": "moma_jax.data.prepare",
     "train": "moma_jax.training.pretrain",
+    "calibrate": "moma_jax.training.calibrate",
     "fit_routers": "moma_jax.training.fit_routers",
     "evaluate": "moma_jax.evaluation.evaluate",
     "load": "moma_jax.generation.model",

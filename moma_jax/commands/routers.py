@@ -11,8 +11,10 @@ import tyro
 
 import moma_jax
 from moma_jax.command_line import first_line
-from moma_jax.commands import print_list
+from moma_jax.commands import Run, print_list
 from moma_jax.config import MeshConfig, RoutersConfig
+
+DEVICES = MeshConfig()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,27 @@ def fit(run: Annotated[FitOptions, tyro.conf.arg(name="", help="")]) -> None:
     moma_jax.fit_routers(run.run, run.options, mesh=run.mesh, router=run.router)
 
 
+def calibrate(
+    run: Run, batches: int = 16, step: int | None = None, mesh: MeshConfig = DEVICES, router: str | None = None
+) -> None:
+    """Set the thresholds of a run by its final weights, `moma routers calibrate RUN`, for --routing threshold.
+
+    The model stays as it is; the thresholds go to RUN/thresholds.json.
+
+    Args:
+      run: Run directory.
+      batches: Batches of training that are read, each as large as an update.
+      step: Which checkpoint; the newest where None.
+      mesh: Devices to lay the model on.
+      router: The run's own routing rule, FILE.py:ATTRIBUTE, where it was trained with one.
+    """
+    found = moma_jax.calibrate(run, batches=batches, step=step, router=router, mesh=mesh)
+    for name, load_LE in found["load_before"].items():
+        loads = [load for layer in load_LE for load in layer]
+        mean = sum(loads) / len(loads)
+        print(f"{name}: tokens entered over tokens taken were {mean:.2f} ({min(loads):.2f} to {max(loads):.2f}), now 1")
+
+
 def list(json: bool = False) -> None:
     """List the routing rules that `--model.router` knows by name.
 
@@ -58,4 +81,4 @@ def list(json: bool = False) -> None:
     print_list([{"name": n, "about": first_line(Path(home.__path__[0], f"{n}.py"))} for n in names], json)
 
 
-SUBCOMMANDS = {"list": list, "fit": fit}
+SUBCOMMANDS = {"list": list, "fit": fit, "calibrate": calibrate}

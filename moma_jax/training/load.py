@@ -8,6 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
@@ -29,6 +30,10 @@ from moma_jax.vocab import Vocabulary
 
 ROUTERS = "routers"
 """Directory, inside a run's, of the auxiliary routers that were fitted to it."""
+
+
+THRESHOLDS = "thresholds.json"
+"""File, in a run's directory, of the thresholds that `moma routers calibrate` set."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def load(
     step: int | None = None,
     router: Any = None,
     fitted: bool = True,
+    calibrated: bool = True,
     mesh: MeshConfig | None = None,
 ) -> Loaded:
     """The model of a run.
@@ -119,7 +125,8 @@ def load(
       run: run directory. step: which checkpoint; None: the newest.
       router: the run's own routing rule, where it was trained with one: a Router, its class, a select function, or a
         name "file.py:attribute"; the code that a run names is never run for that alone.
-      fitted: take the auxiliary routers that `moma routers fit` left there.
+      fitted: take the auxiliary routers that `moma routers fit` left there. calibrated: take the thresholds that
+        `moma routers calibrate` left there, where they are of this checkpoint.
       mesh: devices to lay the parameters on, which need not be those of training; None: whole on every device.
 
     Raises:
@@ -142,6 +149,8 @@ def load(
             routing_state = checkpoints.routing_state(step, sharding.replicated(program.mesh))
             params = checkpoints.restore_params(step, abstract_params(program, routing_state))
     hashes = meta["hashes"]
+    if calibrated:
+        routing_state = _calibrated(RunDir(run), step, params, routing_state, program)
     model = Loaded(str(run), config, vocabulary, params, program.decoder, routing_state, step, program, hashes)
     return _with_fitted_routers(model) if fitted and not config.model.router.auxiliary else model
 
@@ -169,6 +178,22 @@ def joined(params: Any, routers: Any) -> Any:
         name: own if name not in params or name.endswith(SUFFIX) else joined(params[name], own)
         for name, own in routers.items()
     }
+
+
+def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program: Program) -> Any:
+    """The routing state with the thresholds of `moma routers calibrate`, where they belong to these parameters."""
+    if (found := run.read_json(THRESHOLDS)) is None or found.get("step") != step:
+        return routing_state
+    if found.get("model") != fingerprint(params):
+        return routing_state
+    state = dict(routing_state)
+    for name, values in found["thresholds"].items():
+        threshold_E = np.asarray(values, np.float32)
+        if name not in state or state[name]["threshold_E"].shape != threshold_E.shape:
+            raise InputError(f"{run.join(THRESHOLDS)}: does not fit the run's routers; remove it and calibrate again")
+        own = {"threshold_E": threshold_E, "unseen_E": np.zeros_like(threshold_E)}
+        state[name] = state[name] | jax.device_put(own, sharding.replicated(program.mesh))
+    return state
 
 
 def _with_fitted_routers(model: Loaded) -> Loaded:

@@ -1,0 +1,104 @@
+"""Thresholds by the final weights: pooled quantiles, where they are kept, and that experts are entered by their share."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+import moma_jax
+from moma_jax import sharding
+from moma_jax.data.stream import open_stream
+from moma_jax.errors import InputError
+from moma_jax.router import Quota, Score
+from moma_jax.training.calibrate import Counting, thresholds_of
+from moma_jax.training.step import put, run_decoder
+
+FIELDS = {"train_steps": 30, "data_group_rows": 4, "optimizer_peak_lr": 5e-2, "router_decay": 0.98}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Its logits drift: few updates, a high learning rate, thresholds that average over them all."""
+    config = tiny(tmp_path_factory.mktemp("run"), model_ffn="mod+2t2i", **FIELDS)
+    moma_jax.train(config, quiet=True)
+    return config.run.dir
+
+
+def loads(model) -> dict[str, np.ndarray]:
+    """Passing over taken tokens under a loaded model's thresholds, by layer and expert, as training reckons them."""
+    found = []
+    with sharding.use_mesh(model.program.mesh):
+
+        def step(params, state, batch):
+            group_G = jnp.arange(batch.token_BS.shape[0] // model.config.data.group_rows)
+            return run_decoder(model.program, params, batch, jnp.int32(0), group_G, state, False).routing_state
+
+        stream, step = iter(open_stream(model.config)), jax.jit(step)
+        for _ in range(8):
+            state = step(model.params, model.routing_state, put(next(stream).batch, model.program.mesh))
+            found.append({name: np.asarray(own["load_E"]) for name, own in state.items()})
+    return jax.tree.map(lambda *each: np.mean(each, axis=0), *found)
+
+
+def test_loads_are_near_one_after_calibration(run):
+    before = loads(moma_jax.load(run))
+    state = moma_jax.load(run).routing_state
+    found = moma_jax.calibrate(run, batches=8)
+    for name, expected in before.items():
+        np.testing.assert_allclose(found["load_before"][name], expected, atol=0.05)
+    model = moma_jax.load(run)
+    off = {name: np.abs(own - 1).max() for name, own in before.items()}
+    assert max(off.values()) > 0.25 and "depth_image" in off, "there was something to mend"
+    for own in loads(model).values():
+        assert np.all((own > 0.8) & (own < 1.25))
+    without = moma_jax.load(run, calibrated=False).routing_state
+    jax.tree.map(np.testing.assert_array_equal, without, state)
+
+
+def test_thresholds_are_pooled_quantiles():
+    """Groups of unequal numbers of tokens, and logits that no bin's edge meets."""
+    rng = np.random.default_rng(0)
+    rule, quota = Counting(), Quota(64, Counting().capacity(4, None))
+    state, logits, taken = jax.tree.map(jnp.asarray, rule.state(4)), [], 0
+    for count in (64, 5, 33):
+        logit_TE = (3 * rng.normal(size=(64, 4)) + 1).astype(np.float32)
+        score = Score(*3 * (jnp.asarray(logit_TE),))
+        state = rule.select(score, jnp.arange(64) < count, quota, state, None).state
+        logits.append(logit_TE[:count])
+        taken += quota.take(count)
+    pooled_ET, found_E = np.sort(np.concatenate(logits).T)[:, ::-1], thresholds_of(**jax.device_get(state))
+    np.testing.assert_array_equal(state["taken_E"], taken)
+    for logit_T, found in zip(pooled_ET, found_E, strict=True):
+        assert logit_T[taken] - 0.02 < found < logit_T[taken - 1] + 0.02
+
+
+def test_a_router_without_tokens_lets_nobody_in():
+    counts = Counting().state(2)
+    assert np.all(thresholds_of(**counts) > 1e38)
+
+
+def test_thresholds_of_another_checkpoint_are_not_taken(run, tmp_path):
+    state, found = moma_jax.load(run, calibrated=False), moma_jax.calibrate(run, batches=1)
+    path = f"{run}/thresholds.json"
+    for change in ({"step": 3}, {"model": "another"}):
+        with open(path, "w") as file:
+            json.dump(found | change, file)
+        jax.tree.map(np.testing.assert_array_equal, moma_jax.load(run).routing_state, state.routing_state)
+    with open(path, "w") as file:
+        json.dump(found | {"thresholds": {"text": [[0.0]]}}, file)
+    with pytest.raises(InputError, match=r"thresholds.json: does not fit the run's routers; remove it"):
+        moma_jax.load(run)
+    moma_jax.calibrate(run, batches=1)
+
+
+def test_what_has_no_thresholds_is_refused(tmp_path):
+    config = tiny(tmp_path / "dense", model_ffn="dense", train_steps=1)
+    moma_jax.train(config, quiet=True)
+    with pytest.raises(InputError, match="nothing to calibrate: model.ffn dense has no router"):
+        moma_jax.calibrate(config.run.dir)
+    with pytest.raises(InputError, match="--batches: 0; give 1 or more"):
+        moma_jax.calibrate(dataclasses.replace(config.run).dir, batches=0)
