@@ -1,4 +1,4 @@
-"""Thresholds by the final weights: pooled quantiles, where they are kept, and that experts are entered by their share."""
+"""Thresholds by the final weights: pooled quantiles, where they are kept, and experts that have their share."""
 
 import dataclasses
 import json
