@@ -38,7 +38,8 @@ UNIGRAM_POSITIONS = 1_000_000
 
 Figures = dict[str, float | int | None]
 """Of one routing on one held-out set: `Kinds.figures`, `perplexity...` where the routing is causal, and the cost:
-`experts_per_token`, routed experts that a token enters, a mean over layers (shared ones apart), and `seconds` of
+`experts_per_token`, routed experts that a token enters, a mean over layers (shared ones apart), each group's part of
+it, `experts_per_token_<group>` (with mixture of depths in even and in odd layers), and `seconds` of
 computation (compiling apart)."""
 
 
@@ -133,10 +134,12 @@ class EvalReport(NamedTuple):
     Attributes:
       sums: cross-entropy and weights by kind of target.
       entered: int32 (token, layer, expert) triples of tokens and the routed experts that they entered.
+      by_group: the same of each group of experts that has a router.
     """
 
     sums: objective.Sums
     entered: Any
+    by_group: dict[str, Any]
 
 
 def make_eval_step(program: Program, kinds: int) -> Callable:
@@ -154,20 +157,22 @@ def make_eval_step(program: Program, kinds: int) -> Callable:
         kernel_DV, chunk = params["unembedding"]["kernel_DV"], config.train.loss_chunk
         targets = (kernel_DV, batch.target_BS, batch.weight_BS, kind_BS)
         _, sums = objective.cross_entropy(output.hidden_BSD, *targets, kinds=kinds, chunk=chunk)
-        return EvalReport(sums, _entered(config, output.selections, batch))
+        return EvalReport(sums, *_entered(config, output.selections, batch))
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
 
 
 def _entered(config: Config, selections, batch: Batch):
-    """`EvalReport.entered`; a dense layer is one expert for all tokens that enter the layer."""
+    """`EvalReport.entered` and `by_group`; a dense layer is one expert for all tokens that enter the layer."""
     routed = {name: own for name, own in selections.items() if not name.rpartition("/")[2].startswith(SHARED)}
     filled = {name: jnp.sum(chosen.filled_EC, dtype=jnp.int32) for name, chosen in routed.items()}
     of_depth = filled.pop(SELECTED, 0)
     if config.experts.dense:
         layers = config.model.layers // 2 if config.depth else config.model.layers
-        return layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32) + of_depth
-    return sum(filled.values())
+        return layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32) + of_depth, {}
+    names = {group.name for group in config.routed}
+    by_group = {name.replace("/", "_"): n for name, n in filled.items() if name.rpartition("/")[2] in names}
+    return sum(filled.values()), by_group
 
 
 class Evaluator:
@@ -213,7 +218,9 @@ class Evaluator:
         # same as the causal ones.
         if name != config.model.router.training_name or not config.routed:
             figures |= _perplexities(figures)
-        return figures | {"experts_per_token": float(total.entered / (tokens * config.model.layers))}
+        entered = {"": total.entered, **{f"_{name}": number for name, number in total.by_group.items()}}
+        places = tokens * config.model.layers
+        return figures | {f"experts_per_token{name}": float(number / places) for name, number in entered.items()}
 
 
 def _perplexities(figures: Figures) -> Figures:

@@ -11,6 +11,10 @@ from moma_jax.runs.progress import likelihood, losses
 
 SEES_THE_FUTURE = "choice sees the future: its loss is no likelihood"
 
+EACH = "experts_per_token_"
+"""How figures of single groups of experts begin."""
+REMEDY = "set them by the final weights with: moma routers calibrate RUN"
+
 
 def held_out_lines(name: str, result: dict[str, Any]) -> list[str]:
     """What a run says of an evaluation set: a line for each routing and the unigram model.
@@ -24,7 +28,22 @@ def held_out_lines(name: str, result: dict[str, Any]) -> list[str]:
             gap = result["gap_percent"].get(routing, {}).get("loss")
             shown[_label(routing, figures)] = losses(figures, conditions=True) + likelihood(figures, gap)
     width = max(map(len, shown))
-    return [f"held out, {name}:  {label:{width}}  {text}" for label, text in shown.items()]
+    lines = [f"held out, {name}:  {label:{width}}  {text}" for label, text in shown.items()]
+    return lines + [f"held out, {name}:  {note}" for note in uncalibrated(result)]
+
+
+def uncalibrated(result: dict[str, Any]) -> list[str]:
+    """A line for every group of experts that thresholds let too few or too many tokens enter.
+
+    Args:
+      result: as `moma_jax.evaluate` returns it.
+    """
+    choice, threshold, lines = result.get("choice", {}), result.get("threshold", {}), []
+    for key, taken in choice.items():
+        if key.startswith(EACH) and taken and not 0.8 <= (load := threshold.get(key, taken) / taken) <= 1.25:
+            group = key.removeprefix(EACH).replace("_", " ")
+            lines.append(f"thresholds let {load:.2f} of the tokens enter experts {group} that choice does; {REMEDY}")
+    return lines
 
 
 def _label(routing: str, figures: dict[str, Any]) -> str:
@@ -82,6 +101,8 @@ def _perplexities(causal: dict[str, Any], measures: list[str]) -> list[Table]:
 
 def _costs(routings: dict[str, Any]) -> Table:
     table = _table("cost", [*routings])
+    if notes := uncalibrated(routings):
+        table.caption = "\n".join(notes)
     for words, key, form in (("experts per token", "experts_per_token", "{:.3f}"), ("seconds", "seconds", "{:.2f}")):
         table.add_row(words, *(_number(figures.get(key), form) for figures in routings.values()))
     return table

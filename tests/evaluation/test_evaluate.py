@@ -20,6 +20,7 @@ from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.evaluation import evaluate as evaluate_lib
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, held_out, scheduled, unigram
+from moma_jax.evaluation.tables import uncalibrated
 from moma_jax.model.decoder import causal_decoder, first_routing_state
 from moma_jax.training.pretrain import train
 from moma_jax.training.step import create_state, make_program
@@ -40,14 +41,25 @@ def test_evaluating_a_run_again_gives_its_figures(run):
     assert timeless(result) == timeless(summary["eval"]["heldout"]) == timeless(evaluate(config))
     assert list(result) == ["choice", "threshold", "gap_percent", "unigram"]
     figures = {f"{what}{measure}" for what in ("loss", "tokens") for measure in MEASURES}
-    costs = {"experts_per_token", "seconds"}
+    costs = {"experts_per_token", "experts_per_token_text", "experts_per_token_image", "seconds"}
     assert set(result["unigram"]) == figures and set(result["choice"]) == figures | costs
     assert set(result["threshold"]) == figures | costs | {f"perplexity{measure}" for measure in MEASURES}
     assert len({result[name]["tokens"] for name in ("choice", "threshold", "unigram")}) == 1
     assert all(result[name]["seconds"] > 0 for name in ("choice", "threshold"))
     assert result["choice"]["experts_per_token"] == 1, "two experts, each of half"
     assert 0 < result["threshold"]["experts_per_token"] < 2
+    parts = [result["threshold"][f"experts_per_token_{name}"] for name in ("text", "image")]
+    assert sum(parts) == pytest.approx(result["threshold"]["experts_per_token"]) and min(parts) > 0
     json.dumps(result, allow_nan=False)
+
+
+def test_thresholds_that_let_in_too_few_or_too_many_are_named():
+    figures = lambda text, image: {"experts_per_token_text": text, "experts_per_token_even_image": image}  # noqa: E731
+    result = {"choice": figures(0.5, 0.2), "threshold": figures(0.42, 0.02)}
+    (line,) = uncalibrated(result)
+    assert line.startswith("thresholds let 0.10 of the tokens enter experts even image that choice does; set them by")
+    assert not uncalibrated({"choice": figures(0.5, 0.2)}) and not uncalibrated({"threshold": figures(0.5, 0.2)})
+    assert len(uncalibrated(result | {"threshold": figures(0.63, 0.2)})) == 1
 
 
 def timeless(result):

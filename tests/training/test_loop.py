@@ -63,7 +63,8 @@ def test_records_say_what_the_readme_promises(whole):
     conditions = {"image_given_text", "text_given_image", "interleaved"}
     measures = {"", "_text", "_image"} | {f"_{name}" for name in conditions}
     figures = {f"{what}{measure}" for what in ("loss", "tokens") for measure in measures}
-    assert set(choice) == both | figures | {"eval_set", "routing", "experts_per_token"}
+    experts = {f"experts_per_token{group}" for group in ("", "_text", "_image")}
+    assert set(choice) == both | figures | {"eval_set", "routing"} | experts
     assert set(threshold) == set(choice) | {f"perplexity{measure}" for measure in measures} | {"gap_percent"}
     assert (choice["routing"], threshold["routing"]) == ("choice", "threshold")
     assert threshold["perplexity"] == pytest.approx(np.exp(threshold["loss"]))
