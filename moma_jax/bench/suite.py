@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moma_jax.bench.shapes import SHAPES, Shape, recipe_of
 from moma_jax.bench.timing import say
 from moma_jax.errors import InputError, RunError
+from moma_jax.plan.shapes import SHAPES, Shape, recipe_of
 
 FFNS = ("dense", "8x", "1t1i", "4t4i", "mod+4t4i")
 REPEATS = 5

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moma_jax.bench.shapes import SHAPES, recipe_of
 from moma_jax.checks import resolve
 from moma_jax.config import Config, MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.plan import gpus
+from moma_jax.plan.shapes import SHAPES, recipe_of
 from moma_jax.plan.topology import Topology, topology_of
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,18 +182,27 @@ def joined(params: Any, routers: Any) -> Any:
 
 
 def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program: Program) -> Any:
-    """The routing state with the thresholds of `moma routers calibrate`, where they belong to these parameters."""
-    if (found := run.read_json(THRESHOLDS)) is None or found.get("step") != step:
+    """The routing state with the thresholds of `moma routers calibrate`, where they belong to these parameters; says so
+    where they do not."""
+    if (found := run.read_json(THRESHOLDS)) is None:
         return routing_state
-    if found.get("model") != fingerprint(params):
+    path = run.join(THRESHOLDS)
+    if (found.get("step"), found.get("model")) != (step, fingerprint(params)):
+        of = f"step {found.get('step')}" if found.get("step") != step else "another model"
+        logging.getLogger(__name__).warning(
+            "%s: set for %s, this is step %d, so they are not used; moma routers calibrate %s", path, of, step, run.path
+        )
         return routing_state
     state = dict(routing_state)
-    for name, values in found["thresholds"].items():
-        threshold_E = np.asarray(values, np.float32)
-        if name not in state or state[name]["threshold_E"].shape != threshold_E.shape:
-            raise InputError(f"{run.join(THRESHOLDS)}: does not fit the run's routers; remove it and calibrate again")
-        own = {"threshold_E": threshold_E, "unseen_E": np.zeros_like(threshold_E)}
-        state[name] = state[name] | jax.device_put(own, sharding.replicated(program.mesh))
+    try:
+        for name, values in found["thresholds"].items():
+            threshold_E = np.asarray(values, np.float32)
+            if state[name]["threshold_E"].shape != threshold_E.shape or not np.all(np.isfinite(threshold_E)):
+                raise ValueError(name)
+            own = {"threshold_E": threshold_E, "unseen_E": np.zeros_like(threshold_E)}
+            state[name] = state[name] | jax.device_put(own, sharding.replicated(program.mesh))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: does not fit the run's routers; remove it and calibrate again") from error
     return state
 
 

@@ -168,7 +168,7 @@ def test_programs_are_compiled_once_for_all_settings_of_a_kind(loaded, whole):
     programs = writing_module._draw._cache_size()
     for options in ({"mode": "free"}, {"mode": "image"}, {"text": Sampling(0.3)}, {"seed": 5, "max_tokens": 9}):
         generate(loaded, ["c", "d"], **{"max_tokens": 20, **options})
-    assert loaded._generator._writers["causal"]._write_whole._cache_size() == int(whole)
+    assert loaded._generator._writers["causal"].write_whole._cache_size() == int(whole)
     assert writing_module._draw._cache_size() == programs
 
 

@@ -7,10 +7,10 @@ from paths import ROOT
 from processes import output, spawn
 
 from moma_jax import recipes
-from moma_jax.bench.shapes import SHAPES, recipe_of
 from moma_jax.cost import parameter_count
 from moma_jax.errors import InputError
 from moma_jax.plan import plan
+from moma_jax.plan.shapes import SHAPES, recipe_of
 
 RECIPE = ROOT / "configs" / "paper_435m.py"
 

@@ -81,17 +81,19 @@ def test_a_router_without_tokens_lets_nobody_in():
     assert np.all(thresholds_of(**counts) > 1e38)
 
 
-def test_thresholds_of_another_checkpoint_are_not_taken(run, tmp_path):
+def test_thresholds_of_another_checkpoint_are_not_taken(run, caplog):
     state, found = moma_jax.load(run, calibrated=False), moma_jax.calibrate(run, batches=1)
     path = f"{run}/thresholds.json"
-    for change in ({"step": 3}, {"model": "another"}):
+    for change, said in (({"step": 3}, "set for step 3"), ({"model": "another"}, "set for another model")):
         with open(path, "w") as file:
             json.dump(found | change, file)
         jax.tree.map(np.testing.assert_array_equal, moma_jax.load(run).routing_state, state.routing_state)
-    with open(path, "w") as file:
-        json.dump(found | {"thresholds": {"text": [[0.0]]}}, file)
-    with pytest.raises(InputError, match=r"thresholds.json: does not fit the run's routers; remove it"):
-        moma_jax.load(run)
+        assert said in caplog.text
+    for damaged in ({"text": [[0.0]]}, None, {"text": "low"}, {"other": []}):
+        with open(path, "w") as file:
+            json.dump(found | {"thresholds": damaged}, file)
+        with pytest.raises(InputError, match=r"thresholds.json: does not fit the run's routers; remove it"):
+            moma_jax.load(run)
     moma_jax.calibrate(run, batches=1)
 
 

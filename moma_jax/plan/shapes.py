@@ -1,4 +1,4 @@
-"""The models that the suite measures, and their configs."""
+"""Sizes of models that are measured (`moma bench suite`) and planned beside what was measured, and their configs."""
 
 from __future__ import annotations
 
