@@ -47,7 +47,7 @@ def from_json(data: dict[str, Any]) -> Config:
     require(known, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION} and 1")
     fields = {name: value for name, value in of_this_format(data).items() if name != "format_version"}
     if isinstance(model := fields.get("model"), dict) and isinstance(router := model.get("router"), dict):
-        if router.keys() >= BEFORE_FADING and router["gumbel"] is True:
+        if rules.is_built_in(router) and router.keys() >= BEFORE_FADING and router["gumbel"] is True:
             router = {"gumbel_until": None} | router
         router = rules.from_json(router, lambda rule, options: read(rule, options, "model.router"))
         fields["model"] = model | {"router": router}

@@ -179,6 +179,11 @@ def to_json(router: Router) -> dict[str, Any]:
     return {NAME: rule_name(router), **options_of(router)}
 
 
+def is_built_in(data: Mapping[str, Any]) -> bool:
+    """Whether `to_json`'s dictionary is of a built-in rule."""
+    return data.get(NAME) in built_in()
+
+
 def from_json(data: Mapping[str, Any], read: Callable[[type, dict[str, Any]], Router]) -> Router:
     """The inverse of `to_json`; no foreign code is run.
 
@@ -210,7 +215,7 @@ def bind(router: Router, named: Any) -> Router:
     if not _named_as(router.name, chosen):
         raise InputError(f"router: the run was trained with {router.name}, not {rule_name(chosen)}; name that one")
     try:
-        return dataclasses.replace(chosen, **router.options)
+        return dataclasses.replace(chosen, **_completed(router.options, chosen))
     except TypeError as error:
         raise InputError(f"router: {router.name} no longer takes the run's options ({error})") from error
 
@@ -234,13 +239,22 @@ def recorded_rule(router: Router, meta: Mapping[str, Any]) -> Router:
     own, options = meta.get("select", "expert_choice"), options_of(router)
     if own == "expert_choice":
         return router
-    return Unloaded(own, {name: options[name] for name in ("jitter", "gumbel", "gumbel_until")})
+    return Unloaded(own, {name: options[name] for name in ("jitter", "gumbel")})
+
+
+def _completed(options: Mapping[str, Any], rule: Router) -> dict[str, Any]:
+    """Recorded options with `gumbel_until` where the rule has it now: noise that was recorded without it stayed to the
+    end; without noise it says nothing."""
+    known = options_of(rule)
+    if "gumbel_until" in options or "gumbel_until" not in known or "gumbel" not in options:
+        return dict(options)
+    return {"gumbel_until": None if options["gumbel"] is True else known["gumbel_until"]} | options
 
 
 def as_named(recorded: Router, rule: Router) -> Router:
     """A recorded rule under the name that `rule` has today, where it is the same."""
     if isinstance(recorded, Unloaded) and _named_as(recorded.name, rule):
-        return dataclasses.replace(recorded, name=rule_name(rule))
+        return Unloaded(rule_name(rule), _completed(recorded.options, rule))
     return recorded
 
 

@@ -9,7 +9,7 @@ from tiny import tiny
 from moma_jax.config import with_router
 from moma_jax.config_json import from_json, to_json
 from moma_jax.errors import InputError
-from moma_jax.router import Router
+from moma_jax.router import Function, Router
 from moma_jax.routers.choice import Choice
 from moma_jax.routers.threshold import Threshold
 from moma_jax.rules import Unloaded, bind, require_loaded
@@ -65,6 +65,29 @@ def test_format_1_without_routing_fields_is_the_default():
 def test_format_1_of_an_unknown_field_is_refused():
     with pytest.raises(InputError, match=r"^model.widht: no such field"):
         from_json(in_format_1(**FORMAT_1, widht=3))
+
+
+@dataclass(frozen=True)
+class Noisy(Mine):
+    """One with the options of a built-in rule, but not those that came later."""
+
+    jitter: float = 0.0
+    gumbel: bool = False
+    decay: float = 0.9
+    auxiliary: bool = False
+
+
+def ranked(score, eligible_T, quota, state, key):
+    raise NotImplementedError
+
+
+def test_noise_of_the_users_rules_stays_as_it_was_recorded():
+    noisy = Noisy(gumbel=True)
+    assert bind(from_json(written(with_router(tiny(), noisy))).model.router, Noisy) == noisy
+    data = written(with_router(tiny(), Function(ranked, gumbel=True)))
+    assert bind(from_json(data).model.router, ranked).gumbel_until == 0.5
+    del data["model"]["router"]["gumbel_until"]
+    assert bind(from_json(data).model.router, ranked).gumbel_until is None
 
 
 def test_a_rule_of_the_users_stays_a_name_until_it_is_named():

@@ -1,5 +1,6 @@
 """Naming a routing rule of one's own: what is refused in one line, and how a rule is called and found again."""
 
+import dataclasses
 import functools
 import json
 
@@ -92,6 +93,8 @@ def test_a_function_of_format_1_goes_on_with_its_options(file):
     before = recorded_rule(Choice(gumbel=True, jitter=0.5), {"select": "function"})
     rule = switched(Choice(gumbel=True, jitter=0.5), as_rule(f"{file}:function"))
     assert isinstance(rule, Function) and (rule.gumbel, rule.jitter) == (True, 0.5)
+    assert to_json(as_named(before, rule)) == to_json(rule) | {"gumbel_until": None}, "its noise stayed to the end"
+    before, rule = dataclasses.replace(before, options={"jitter": 0.5, "gumbel": False}), Function(rule.function, 0.5)
     assert to_json(as_named(before, rule)) == to_json(rule)
 
 

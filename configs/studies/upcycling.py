@@ -1,8 +1,8 @@
 """Experts that begin as copies (paper section 2.5): 4t4i from scratch, and from a 1t1i seed at 10% and 20% of training.
 
-The seed's FLOPs are part of the budget. As in the paper, Gumbel noise on the router scores lets equal experts part.
-Under pre-norm it also makes gates larger in training than in use (docs/upcycling.md), so one variant goes without it
-("quiet"), where the jitter of ranks alone parts them.
+The seed's FLOPs are part of the budget. As in the paper, Gumbel noise on the router scores lets equal experts part, and
+here it stays to the end, as it did in the runs that are published; one variant goes without it ("quiet"), where the
+jitter of ranks alone parts them.
 
 Command:   moma study configs/studies/upcycling.py
            moma study configs/studies/upcycling.py --report
@@ -19,7 +19,7 @@ from moma_jax.studies import Study, Upcycled, Variant
 def study() -> Study:
     """The study."""
     base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
-    grown = {"model.ffn": "4t4i", "model.router.gumbel": True}
+    grown = {"model.ffn": "4t4i", "model.router.gumbel": True, "model.router.gumbel_until": None}
     quiet = {"model.ffn": "4t4i", "model.router.gumbel": False}
     seed = {"model.ffn": "1t1i", "model.router.gumbel": False}
     return Study(

@@ -29,7 +29,8 @@ def plan(
       topology: v5p-128, v5p:4x4x4, v5e-16, v6e-64, 2xv5e-256 (two slices), h100:8, h100:4x8.
       target: Of GPUs: a file that describes them (XLA's GpuTargetConfigProto as text).
       measured: suite.json of `moma bench suite` on such a device: its nearest step is planned too, and put beside.
-      generate: Plan for writing so many documents side by side, up to the model's context, instead of training.
+      generate: Plan for writing so many documents side by side, up to the model's context and
+        without guidance, instead of training.
       search: Try meshes, remat policies and microbatches, and rank those that fit.
       compiled: With --search: how many settings are compiled.
       json: Print JSON.

@@ -66,7 +66,8 @@ def calibrate(
     for name, load_LE in found["load_before"].items():
         loads = [load for layer in load_LE for load in layer]
         mean = sum(loads) / len(loads)
-        print(f"{name}: tokens entered over tokens taken were {mean:.2f} ({min(loads):.2f} to {max(loads):.2f}), now 1")
+        spread = f"{min(loads):.2f} to {max(loads):.2f}"
+        print(f"{name}: of the tokens that experts choose, thresholds let in {mean:.2f} ({spread}); set to 1")
 
 
 def list(json: bool = False) -> None:

@@ -33,7 +33,8 @@ def held_out_lines(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def uncalibrated(result: dict[str, Any]) -> list[str]:
-    """A line for every group of experts that thresholds let too few or too many tokens enter.
+    """A line for every group of experts that thresholds let too few or too many tokens enter, on average over its
+    experts and layers.
 
     Args:
       result: as `moma_jax.evaluate` returns it.

@@ -14,7 +14,7 @@ from moma_jax.config import Config, MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.plan import gpus
 from moma_jax.plan.shapes import SHAPES, recipe_of
-from moma_jax.plan.topology import Topology, topology_of
+from moma_jax.plan.topology import MOST_GPUS, Topology, topology_of
 
 
 def measured_step(file: str, config: Config, target: Topology) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def measured_step(file: str, config: Config, target: Topology) -> dict[str, Any]
             }
             for shape, part in done.items()
         }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"--measured: {file}: is no suite.json of moma bench suite: {error}") from error
     known = gpus.GPUS.get(target.name.partition(":")[0])
     wanted = target.kind.device_kind if target.kind else known and known.name
@@ -47,8 +47,11 @@ def measured_step(file: str, config: Config, target: Topology) -> dict[str, Any]
         raise InputError(f"--measured: {file}: was measured on {device}, and {target.name} are {wanted}")
     if not sizes:
         raise InputError(f"--measured: {file}: has no step of {ffn}; run moma bench suite until it has")
-    if any(part["rows"] < 1 or part["devices"] < 1 or not part["seconds"] > 0 for part in sizes.values()):
-        raise InputError(f"--measured: {file}: is no suite.json of moma bench suite: a step without rows or time")
+    most = max(target.kind.sizes) * target.kind.devices if target.kind else MOST_GPUS
+    for part in sizes.values():
+        whole = part["rows"] >= 1 and part["rows"] % SHAPES[part["shape"]].group_rows == 0
+        if not (whole and part["bytes"] >= 1 and 1 <= part["devices"] <= most and 0 < part["seconds"] < math.inf):
+            raise InputError(f"--measured: {file}: {part['part']} has figures that no suite writes; measure it again")
     size = lambda layers, width: layers * width**2  # noqa: E731
     own = size(config.model.layers, config.model.width)
     return sizes[min(sizes, key=lambda shape: abs(math.log(size(*SHAPES[shape][:2]) / own)))]

@@ -8,6 +8,7 @@ pass it as the router took. Weights and checkpoints stay as they are; `load` rea
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moma_jax import hosts, sharding
+from moma_jax.checks import resolve
 from moma_jax.config import Config, HostsConfig, MeshConfig, with_router
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
@@ -109,7 +111,10 @@ def _counted(loaded, batches: int) -> dict[str, dict[str, np.ndarray]]:
     """The state of `Counting` by group of experts, stacked over layers, after some batches."""
     rule = loaded.config.model.router
     options = {name: value for name, value in options_of(rule).items() if name in options_of(Counting())}
-    config = with_router(loaded.config, Counting(**options))
+    train = loaded.config.train  # one microbatch after the other, which is what fits
+    train = dataclasses.replace(train, batch_rows=train.batch_rows // train.accumulate, accumulate=1)
+    config = with_router(resolve(dataclasses.replace(loaded.config, train=train)), Counting(**options))
+    batches *= loaded.config.train.accumulate
     program = make_program(config)
 
     def count(params, state, batch):

@@ -79,7 +79,7 @@ def fit_routers(
     sinks = user_sinks(sink)
     hosts.join(HostsConfig())
     _require_routers(run, config_of(run))
-    loaded = load(run, router=router, fitted=False, mesh=mesh)
+    loaded = load(run, router=router, fitted=False, calibrated=False, mesh=mesh)
     _require_routers(run, loaded.config)
     config = stage_of(loaded.config, loaded.config.routers if settings is None else settings)
     directory, model = RunDir(f"{run.rstrip('/')}/{ROUTERS}"), fingerprint(loaded.params)

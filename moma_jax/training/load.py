@@ -194,7 +194,10 @@ def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program
         )
         return routing_state
     state = dict(routing_state)
+    known = {name for name, own in state.items() if "threshold_E" in own}
     try:
+        if found["format_version"] != 1 or found["thresholds"].keys() != known:
+            raise ValueError(f"format {found['format_version']}")
         for name, values in found["thresholds"].items():
             threshold_E = np.asarray(values, np.float32)
             if state[name]["threshold_E"].shape != threshold_E.shape or not np.all(np.isfinite(threshold_E)):

@@ -45,7 +45,10 @@ def test_the_nearest_step_of_the_same_ffn_is_put_beside(tmp_path):
     [
         ("NVIDIA A100-SXM4-80GB", {"435m__dense": (24, 1.0, 9)}, "was measured on NVIDIA A100-SXM4-80GB, and h100:1x8"),
         ("NVIDIA H100 80GB HBM3", {"435m__1t1i": (24, 1.0, 9)}, "has no step of dense"),
-        ("NVIDIA H100 80GB HBM3", {"435m__dense": (0, 1.0, 9)}, "without rows or time"),
+        ("NVIDIA H100 80GB HBM3", {"435m__dense": (0, 1.0, 9)}, "figures that no suite writes"),
+        ("NVIDIA H100 80GB HBM3", {"435m__dense": (4, 1.0, 9)}, "figures that no suite writes"),
+        ("NVIDIA H100 80GB HBM3", {"435m__dense": (24, 1.0, 0)}, "figures that no suite writes"),
+        ("NVIDIA H100 80GB HBM3", {"435m__dense": (float("inf"), 1.0, 9)}, "is no suite.json"),
         ("NVIDIA H100 80GB HBM3", {"435m__dense": (24, "soon", 9)}, "is no suite.json"),
     ],
 )
