@@ -157,8 +157,9 @@ def _placed(tree: Any) -> Any:
 
 def _apart(weights: ExpertWeights, dtype) -> tuple[ExpertWeights, ...]:
     """One group's matrices, each expert's by itself."""
-    stacks = zip(*weights[: len(MATRICES)], strict=True)
-    return tuple(ExpertWeights(*(w.astype(dtype) for w in matrices)) for matrices in stacks)
+    matrices = weights[: len(MATRICES)]
+    # By number: iterating over an array that is split brings it through the host.
+    return tuple(ExpertWeights(*(w[e].astype(dtype) for w in matrices)) for e in range(len(matrices[0])))
 
 
 def logits(weights: dict[str, Any], hidden):

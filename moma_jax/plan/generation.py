@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moma_jax import vocab
+from moma_jax.checks import round_up
 from moma_jax.config import Config, MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.generation import grammar
-from moma_jax.generation.decoding import PIECES, Rows, Writer, Writing, model_of
+from moma_jax.generation.decoding import PIECES, POSITIONS, Rows, Writer, Writing, model_of
 from moma_jax.generation.sampling import Sampling, draw_of
 from moma_jax.model import decode
 from moma_jax.model.decoder import first_routing_state
@@ -48,7 +49,9 @@ def generation_plan(config: Config, target: Topology, devices: Sequence[Any], ro
     program, state = step.make_program(config, devices), first_routing_state(config)
     mesh, params = program.mesh, step.abstract_params(program, state)
     weights = jax.eval_shape(lambda params, state: decode.unstack(params, config, state), params, state)
-    cache = jax.eval_shape(lambda: decode.new_cache(config, rows, config.data.sequence))
+    rows = 1 << (rows - 1).bit_length()  # as they are filled up
+    positions = round_up(config.data.sequence, POSITIONS)
+    cache = jax.eval_shape(lambda: decode.new_cache(config, rows, positions))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         decode.require_parts(config)
         weights, cache = (_placed(tree, decode.specs_of(tree), mesh) for tree in (weights, cache))
@@ -76,7 +79,7 @@ def generation_plan(config: Config, target: Topology, devices: Sequence[Any], ro
         "ffn": config.model.ffn,
         "mesh": dict(mesh.shape),
         "rows": rows,
-        "positions": config.data.sequence,
+        "positions": positions,
         "warnings": complaints,
     }
 
