@@ -21,8 +21,6 @@ OF_FORMAT_1 = {
     "routing_slack": "slack",
 }
 """Fields of the section model in format 1 that are options of the routing rule now."""
-BEFORE_FADING = {"jitter", "gumbel", "decay", "auxiliary"}
-"""Options of a rule that was recorded whole; without `gumbel_until` among them its noise stayed to the end."""
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -47,8 +45,6 @@ def from_json(data: dict[str, Any]) -> Config:
     require(known, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION} and 1")
     fields = {name: value for name, value in of_this_format(data).items() if name != "format_version"}
     if isinstance(model := fields.get("model"), dict) and isinstance(router := model.get("router"), dict):
-        if rules.is_built_in(router) and router.keys() >= BEFORE_FADING and router["gumbel"] is True:
-            router = {"gumbel_until": None} | router
         router = rules.from_json(router, lambda rule, options: read(rule, options, "model.router"))
         fields["model"] = model | {"router": router}
     return read(Config, fields)

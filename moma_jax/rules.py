@@ -161,6 +161,9 @@ def with_gumbel(router: Router) -> Router:
 
 # Rules in config.json -------------------------------------------------------------------------------------------------
 
+BEFORE_FADING = {"jitter", "gumbel", "decay", "auxiliary"}
+"""Options of a built-in rule that was recorded whole, before there was `gumbel_until`."""
+
 
 def options_of(router: Router) -> dict[str, Any]:
     """A rule's options by name."""
@@ -179,11 +182,6 @@ def to_json(router: Router) -> dict[str, Any]:
     return {NAME: rule_name(router), **options_of(router)}
 
 
-def is_built_in(data: Mapping[str, Any]) -> bool:
-    """Whether `to_json`'s dictionary is of a built-in rule."""
-    return data.get(NAME) in built_in()
-
-
 def from_json(data: Mapping[str, Any], read: Callable[[type, dict[str, Any]], Router]) -> Router:
     """The inverse of `to_json`; no foreign code is run.
 
@@ -193,7 +191,10 @@ def from_json(data: Mapping[str, Any], read: Callable[[type, dict[str, Any]], Ro
     name, options = data.get(NAME), {key: value for key, value in data.items() if key != NAME}
     if not isinstance(name, str):
         raise InputError(f"model.router: {data!r} does not name its rule; give {{{NAME!r}: NAME, OPTION: VALUE, ...}}")
-    return read(built_in()[name], options) if name in built_in() else Unloaded(name, options)
+    if name not in built_in():
+        return Unloaded(name, options)
+    rule = built_in()[name]
+    return read(rule, _completed(options, rule()) if options.keys() >= BEFORE_FADING else options)
 
 
 def bind(router: Router, named: Any) -> Router:

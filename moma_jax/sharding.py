@@ -176,6 +176,11 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def shard_bytes(tree) -> int:
+    """Bytes that one device holds of arrays with shardings, abstract ones too."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def placed_by(place: PartitionSpec) -> NamedSharding | None:
     """Where `place` is on the mesh that is in use; None on a single device."""
     return None if size(*AXES) == 1 else NamedSharding(jax.sharding.get_mesh(), place)

@@ -17,6 +17,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from moma_jax import command_line
+from moma_jax.config import MeshConfig
 
 COMMANDS = (
     *("codec", "prepare", "train", "eval", "generate", "routers", "upcycle", "study"),
@@ -27,6 +28,8 @@ ALIASES = {"fit-routers": ["routers", "fit"]}
 
 Run = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
 """A run directory."""
+DEVICES = MeshConfig()
+"""What `--mesh` is where nothing is said."""
 
 
 def run(words: list[str]) -> Any:

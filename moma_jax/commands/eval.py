@@ -10,11 +10,9 @@ from typing import Annotated
 import tyro
 
 import moma_jax
-from moma_jax.commands import Run
+from moma_jax.commands import DEVICES, Run
 from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
-
-DEVICES = MeshConfig()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ import tyro
 
 import moma_jax
 from moma_jax.command_line import first_line
-from moma_jax.commands import Run, print_list
+from moma_jax.commands import DEVICES, Run, print_list
 from moma_jax.config import MeshConfig, RoutersConfig
-
-DEVICES = MeshConfig()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import moma_jax.generation.grammar as grammar
+from moma_jax.checks import round_up
 from moma_jax.config import Config
 from moma_jax.generation.grammar import RUNNING, Rules, State
 from moma_jax.generation.sampling import Draw, guided, sample
@@ -26,6 +27,11 @@ PIECES = (16, 64, 256)
 """Tokens of a prompt that are read at once: as many as the longest has, or fewer."""
 POSITIONS = 128
 """Caches have a multiple of this many positions."""
+
+
+def filled_up(rows: int) -> int:
+    """Rows that are written side by side where there are so many: the next power of two, for fewer programs."""
+    return 1 << (rows - 1).bit_length()
 
 
 class Model(NamedTuple):
@@ -96,7 +102,7 @@ class Writer:
         """Reads the beginnings of documents, of any lengths from 1, into a new cache of at least `positions`."""
         length_B = np.array([len(id_N) for id_N in rows])
         piece = max((size for size in PIECES if size <= length_B.max()), default=PIECES[0])
-        cache = self._model.new_cache(len(rows), -(-positions // POSITIONS) * POSITIONS)
+        cache = self._model.new_cache(len(rows), round_up(positions, POSITIONS))
         read = Rows(cache, jnp.zeros((len(rows), vocabulary), jnp.float32))
         for start in range(0, int(length_B.max()), piece):
             token_BQ = np.zeros((len(rows), piece), np.int32)

@@ -15,7 +15,7 @@ from PIL import Image
 from moma_jax import sharding
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError, RunError
-from moma_jax.generation.decoding import Model, Writer, Writing, model_of
+from moma_jax.generation.decoding import Model, Writer, Writing, filled_up, model_of
 from moma_jax.generation.grammar import (
     REASONS,
     RUNNING,
@@ -277,10 +277,10 @@ class Generator:
         return dataclasses.replace(job, reader=reader)
 
     def _run_batch(self, writer: Writer, jobs: list[Prompted], rules: Rules, draw: Draw) -> None:
-        """Writes some rows to their end. Rows that have stopped already fill them up to a power of two."""
+        """Writes some rows to their end. Rows that have stopped already fill them up (`filled_up`)."""
         vocabulary = self._loaded.vocabulary
         begin_N = np.array([vocabulary.begin_document], np.int32)
-        idle = [Prompted(begin_N, 1, 0, 0, None)] * ((1 << (len(jobs) - 1).bit_length()) - len(jobs))
+        idle = [Prompted(begin_N, 1, 0, 0, None)] * (filled_up(len(jobs)) - len(jobs))
         rows, room = [job.prompt_N for job in jobs + idle], [job.room for job in jobs + idle]
         open_ids = [job.prompt_N[job.start :] for job in jobs + idle]
         positions = max(len(job.prompt_N) + job.room for job in jobs)

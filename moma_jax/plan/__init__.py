@@ -217,7 +217,7 @@ def compiled_plan(config: Config, target: Topology) -> dict[str, Any]:
         "warnings": [],
     }
     if module is None:
-        result["warnings"].append(f"the compiler: {' '.join(compiled.error.split())[:300]}")
+        result["warnings"].append(f"the compiler: {compiler.first_words(compiled.error)}")
         return result
     layout = network.layout_of(compiled.mesh, target.shape)
     step = estimate.estimate(module, layout, target.kind)
@@ -275,7 +275,5 @@ def _warnings(config: Config, target: Topology) -> list[str]:
     from moma_jax.model.kernels import refusal
 
     heads, width = config.model.heads // config.mesh.tensor, config.model.width // config.model.heads
-    known = gpus.GPUS.get(target.name.partition(":")[0])
-    kind = "" if known is None else known.name
-    reason = refusal("tpu" if target.kind else "gpu", kind, config.data.sequence, heads, width)
+    reason = refusal("tpu" if target.kind else "gpu", target.device_kind, config.data.sequence, heads, width)
     return [] if reason is None else [f"attention: without a fused kernel, because {reason}; it will be slower"]

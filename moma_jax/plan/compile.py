@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from moma_jax.config import Config
@@ -64,13 +65,27 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     # An abstract mesh: with these devices in the context JAX would put the few arrays that it makes on the way there.
     with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
         state = step.abstract_state(program, first_routing_state(config))
-        try:
-            compiled = step.compile_step(program, state)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return Compiled(program.mesh, state, "", None, str(error))
+        compiled, error = fitting(lambda: step.compile_step(program, state))
+    if error is not None:
+        return Compiled(program.mesh, state, "", None, error)
     return Compiled(program.mesh, state, compiled.as_text(), compiled.memory_analysis(), None)
+
+
+def fitting(compile: Callable) -> tuple[Any, str | None]:
+    """(What `compile` makes, None), or (None, the compiler's complaint that it needs more memory than there is)."""
+    import jax
+
+    try:
+        return compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error)
+
+
+def first_words(complaint: str) -> str:
+    """A compiler's complaint as part of a line."""
+    return " ".join(complaint.split())[:300]
 
 
 def topology_devices(topology: Topology) -> list[Any]:

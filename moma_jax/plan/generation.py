@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moma_jax import vocab
+from moma_jax import sharding, vocab
 from moma_jax.checks import round_up
 from moma_jax.config import Config, MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.generation import grammar
-from moma_jax.generation.decoding import PIECES, POSITIONS, Rows, Writer, Writing, model_of
+from moma_jax.generation.decoding import PIECES, POSITIONS, Rows, Writer, Writing, filled_up, model_of
 from moma_jax.generation.sampling import Sampling, draw_of
 from moma_jax.model import decode
 from moma_jax.model.decoder import first_routing_state
-from moma_jax.plan.compile import needed_bytes
+from moma_jax.plan.compile import first_words, fitting, needed_bytes
 from moma_jax.plan.memory import USABLE
 from moma_jax.plan.topology import Topology
 from moma_jax.router import CAUSAL_ROUTINGS
@@ -49,24 +48,23 @@ def generation_plan(config: Config, target: Topology, devices: Sequence[Any], ro
     program, state = step.make_program(config, devices), first_routing_state(config)
     mesh, params = program.mesh, step.abstract_params(program, state)
     weights = jax.eval_shape(lambda params, state: decode.unstack(params, config, state), params, state)
-    rows = 1 << (rows - 1).bit_length()  # as they are filled up
-    positions = round_up(config.data.sequence, POSITIONS)
+    rows, positions = filled_up(rows), round_up(config.data.sequence, POSITIONS)
     cache = jax.eval_shape(lambda: decode.new_cache(config, rows, positions))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         decode.require_parts(config)
         weights, cache = (_placed(tree, decode.specs_of(tree), mesh) for tree in (weights, cache))
-        held = {"parameters": _bytes_of(params), "weights": _bytes_of(weights), "cache": _bytes_of(cache)}
+        held = {"parameters": params, "weights": weights, "cache": cache}
+        held = {name: sharding.shard_bytes(tree) for name, tree in held.items()}
         needs, complaints = {}, []
         for name, function, arguments in _programs(config, rows, weights, cache, mesh):
-            try:
-                memory = function.lower(*arguments).compile().memory_analysis()
-                needs[name] = held["parameters"] + memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                needed = needed_bytes(str(error))
-                needs[name] = None if needed is None else held["parameters"] + needed
-                complaints.append(f"the compiler, of {name}: {' '.join(str(error).split())[:300]}")
+            compiled, error = fitting(function.lower(*arguments).compile)
+            if error is None:
+                memory = compiled.memory_analysis()
+                needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+            else:
+                needed = needed_bytes(error)
+                complaints.append(f"the compiler, of {name}: {first_words(error)}")
+            needs[name] = None if needed is None else held["parameters"] + needed
     total = None if None in needs.values() else max(needs.values())
     temporaries = None if total is None else total - sum(held.values())
     return {
@@ -88,11 +86,6 @@ def _placed(tree: Any, specs: Any, mesh) -> Any:
     """Abstract arrays with shardings."""
     struct = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     return jax.tree.map(struct, tree, specs)
-
-
-def _bytes_of(tree: Any) -> int:
-    """Bytes of one device's parts."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _programs(config: Config, rows: int, weights, cache, mesh):

@@ -12,9 +12,8 @@ from typing import Any
 from moma_jax.checks import resolve
 from moma_jax.config import Config, MeshConfig
 from moma_jax.errors import InputError
-from moma_jax.plan import gpus
 from moma_jax.plan.shapes import SHAPES, recipe_of
-from moma_jax.plan.topology import MOST_GPUS, Topology, topology_of
+from moma_jax.plan.topology import KINDS, MOST_GPUS, Topology, topology_of
 
 
 def measured_step(file: str, config: Config, target: Topology) -> dict[str, Any]:
@@ -41,10 +40,8 @@ def measured_step(file: str, config: Config, target: Topology) -> dict[str, Any]
         }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"--measured: {file}: is no suite.json of moma bench suite: {error}") from error
-    known = gpus.GPUS.get(target.name.partition(":")[0])
-    wanted = target.kind.device_kind if target.kind else known and known.name
-    if wanted is not None and device != wanted:
-        raise InputError(f"--measured: {file}: was measured on {device}, and {target.name} are {wanted}")
+    if target.device_kind not in ("", device):
+        raise InputError(f"--measured: {file}: was measured on {device}, and {target.name} are {target.device_kind}")
     if not sizes:
         raise InputError(f"--measured: {file}: has no step of {ffn}; run moma bench suite until it has")
     most = max(target.kind.sizes) * target.kind.devices if target.kind else MOST_GPUS
@@ -89,5 +86,5 @@ def _smallest(target: Topology, devices: int) -> Topology:
     if target.kind is None:
         return target._replace(name=f"{target.name.partition(':')[0]}:1x{devices}", shape=(1, devices))
     chips = next(n for n in sorted(target.kind.sizes) if n * target.kind.devices >= devices)
-    name = target.name.partition(":")[0].rpartition("x")[2] if target.slices > 1 else target.name.partition(":")[0]
+    name = next(name for name, kind in KINDS.items() if kind is target.kind)
     return topology_of(f"{name}:{'x'.join(map(str, target.kind.sizes[chips]))}")

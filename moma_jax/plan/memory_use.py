@@ -17,13 +17,9 @@ LAYERS = re.compile(r"/jvp\(Decoder\)/(?:\w+\.in_(?:layers|pairs)/)?while$")
 
 def state_bytes(state: Any) -> dict[str, int]:
     """Bytes of one device of "parameters" and "optimizer", from an abstract TrainState with shardings."""
-    import jax
+    from moma_jax.sharding import shard_bytes
 
-    def held(tree) -> int:
-        sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        return sum(sizes)
-
-    return {"parameters": held(state.params), "optimizer": held(state.opt_state)}
+    return {"parameters": shard_bytes(state.params), "optimizer": shard_bytes(state.opt_state)}
 
 
 def bytes_by_category(config: Config, compiled: Compiled, module: Module | None) -> dict[str, int | None]:

@@ -132,6 +132,14 @@ class Topology(NamedTuple):
         return major is None or major >= 8
 
     @property
+    def device_kind(self) -> str:
+        """What JAX calls a device; "" where that is not known."""
+        if self.kind is not None:
+            return self.kind.device_kind
+        known = gpus.GPUS.get(self.name.partition(":")[0])
+        return "" if known is None else known.name
+
+    @property
     def devices(self) -> int:
         """JAX devices."""
         return self.slices * math.prod(self.shape) * (self.kind.devices if self.kind else 1)

@@ -123,8 +123,13 @@ def follow(state: State, score: Score, eligible_T, taken: Selection, decay: floa
 
 def passes_threshold(logit_TE, state: State):
     """Tokens and experts whose threshold the token's logit reaches."""
+    return logit_TE >= thresholds(state)
+
+
+def thresholds(state: State):
+    """The logit that lets a token enter each expert, (..., E): the average without what is left of its first 0."""
     seen_E = 1.0 - state["unseen_E"]
-    return logit_TE >= jnp.where(seen_E > 0, state["threshold_E"] / jnp.where(seen_E > 0, seen_E, 1.0), 0.0)
+    return jnp.where(seen_E > 0, state["threshold_E"] / jnp.where(seen_E > 0, seen_E, 1.0), 0.0)
 
 
 def _without_noise(score: Score, eligible_T, quota: Quota) -> Selection:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +24,20 @@ from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.router import THRESHOLD, Quota, Routed, Score
-from moma_jax.routers.choice import Choice, best_of
-from moma_jax.rules import options_of, rule_name
+from moma_jax.routers.choice import Choice, best_of, thresholds
+from moma_jax.rules import rule_name, switched
 from moma_jax.runs.directory import RunDir, commit, versions
-from moma_jax.training.load import THRESHOLDS, config_of, fingerprint, load
+from moma_jax.training.load import THRESHOLDS, THRESHOLDS_FORMAT, config_of, fingerprint, load
 from moma_jax.training.step import make_program, put, run_decoder
 
-FORMAT_VERSION = 1
 BINS, REACH = 8192, 10.0
 """Logits are counted in bins of equal width in asinh(logit), from -REACH to REACH: a logit of 11,000 is still inside,
 and near 0 a bin is 0.0024 wide, within which counts are taken to be even."""
+
+
+def _place(asinh):
+    """Where the bins have an asinh(logit): the number of its bin, and how far it is into it."""
+    return (asinh + REACH) * (BINS / (2 * REACH))
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Counting(Choice):
 
     def select(self, score: Score, eligible_T, quota: Quota, state: dict[str, Any], key) -> Routed:
         selection = best_of(score, eligible_T, quota)
-        place_TE = (jnp.arcsinh(score.plain_TE) + REACH) * (BINS / (2 * REACH))
-        bin_ET = jnp.clip(place_TE, 0, BINS - 1).astype(jnp.int32).T
+        bin_ET = jnp.clip(_place(jnp.arcsinh(score.plain_TE)), 0, BINS - 1).astype(jnp.int32).T
         expert_E1 = jnp.arange(len(bin_ET))[:, None]
         count_EB = state["count_EB"].at[expert_E1, bin_ET].add(eligible_T.astype(jnp.float32))
         return Routed(selection, {"count_EB": count_EB, "taken_E": state["taken_E"] + selection.filled_EC.sum(1)})
@@ -84,7 +86,7 @@ def calibrate(
     counts = _counted(loaded, batches)
     before = {name: loaded.routing_state[name] for name in counts}
     found = {
-        "format_version": FORMAT_VERSION,
+        "format_version": THRESHOLDS_FORMAT,
         "step": loaded.step,
         "model": fingerprint(loaded.params),
         "batches": batches,
@@ -94,7 +96,7 @@ def calibrate(
         "commit": commit(),
     }
     if hosts.is_first():
-        RunDir(run).write(THRESHOLDS, (json.dumps(found, indent=1) + "\n").encode())
+        RunDir(run).write_json(THRESHOLDS, found)
     return found
 
 
@@ -109,11 +111,10 @@ def _require_thresholds(run: str, config: Config) -> None:
 
 def _counted(loaded, batches: int) -> dict[str, dict[str, np.ndarray]]:
     """The state of `Counting` by group of experts, stacked over layers, after some batches."""
-    rule = loaded.config.model.router
-    options = {name: value for name, value in options_of(rule).items() if name in options_of(Counting())}
     train = loaded.config.train  # one microbatch after the other, which is what fits
     train = dataclasses.replace(train, batch_rows=train.batch_rows // train.accumulate, accumulate=1)
-    config = with_router(resolve(dataclasses.replace(loaded.config, train=train)), Counting(**options))
+    config = resolve(dataclasses.replace(loaded.config, train=train))
+    config = with_router(config, switched(config.model.router, Counting()))
     batches *= loaded.config.train.accumulate
     program = make_program(config)
 
@@ -150,8 +151,6 @@ def thresholds_of(count_EB, taken_E) -> np.ndarray:
 
 def _loads(state: dict[str, Any], count_EB, taken_E) -> np.ndarray:
     """Counted tokens that the thresholds of training let pass, over those that were taken."""
-    seen_E = 1.0 - np.asarray(state["unseen_E"], np.float64)
-    logit_E = np.divide(state["threshold_E"], seen_E, out=np.zeros_like(seen_E), where=seen_E > 0)
-    place_E1 = ((np.arcsinh(logit_E) + REACH) * (BINS / (2 * REACH)))[..., None]
+    place_E1 = _place(np.arcsinh(np.asarray(thresholds(state))))[..., None]
     part_EB = np.clip(np.arange(1, BINS + 1) - place_E1, 0, 1)  # of each bin, what lies above
     return (count_EB * part_EB).sum(-1) / np.maximum(taken_E, 1e-9)

@@ -35,6 +35,7 @@ ROUTERS = "routers"
 
 THRESHOLDS = "thresholds.json"
 """File, in a run's directory, of the thresholds that `moma routers calibrate` set."""
+THRESHOLDS_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program
     state = dict(routing_state)
     known = {name for name, own in state.items() if "threshold_E" in own}
     try:
-        if found["format_version"] != 1 or found["thresholds"].keys() != known:
+        if found["format_version"] != THRESHOLDS_FORMAT or found["thresholds"].keys() != known:
             raise ValueError(f"format {found['format_version']}")
         for name, values in found["thresholds"].items():
             threshold_E = np.asarray(values, np.float32)
