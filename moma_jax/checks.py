@@ -179,7 +179,13 @@ def _check_data(config: Config) -> None:
     require(data.kind == "synthetic" or bool(data.stores), "data.stores: name a store, or set data.kind=synthetic")
     names = [s.name for s in data.stores]
     require(len(set(names)) == len(names), "data.stores: two have the same name")
+    require(data.tuning <= 0.5, f"data.tuning: {data.tuning:g} is more than half of the training documents; use less")
     for eval_set in config.train.eval_sets:
+        require(
+            eval_set.split != "tuning" or data.tuning > 0,
+            f"train.eval_sets: {eval_set.name} is of the split tuning, and data.tuning keeps no documents for it; set "
+            "data.tuning, such as 0.02",
+        )
         for name in eval_set.stores:
             require(name in names, f"train.eval_sets: {eval_set.name} draws from {name!r}; data.stores has {names}")
     known = {m.name for m in data.modalities}

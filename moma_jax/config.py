@@ -179,6 +179,9 @@ class DataConfig:
     """The mixture."""
     prepare: PrepareConfig | None = setting(None, may_change=True)
     """How to make the stores' directory where it is missing; None: it must exist."""
+    tuning: float = setting(0.0, least=0)
+    """Share of the training documents that no update sees (at most a half): evaluation sets with split="tuning" are
+    packed from them, to choose settings on without the held-out split."""
     sequence: int = setting(4096, above=0, unit="tokens")
     """Row length S, in tokens."""
     group_rows: int = setting(8, above=0, unit="rows")
@@ -258,6 +261,8 @@ class EvalSet:
     """Name in eval records (eval_set)."""
     stores: tuple[str, ...] = ()
     """Names of the data.stores to draw from; () means all."""
+    split: Literal["validation", "tuning"] = "validation"
+    """validation: the stores' held-out documents; tuning: those that data.tuning keeps from training."""
     rows: int = setting(64, above=0, unit="rows")
     """Rows to evaluate, whole routing groups; fewer where the held-out split ends earlier."""
     seed: int = setting(0, **SEED)

@@ -9,7 +9,7 @@ Runs:      6, of which dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 from pathlib import Path
 
 from moma_jax import recipes
-from moma_jax.studies import Study, Variant
+from moma_jax.studies import Study, Sweep, Variant
 
 
 def study() -> Study:
@@ -27,5 +27,7 @@ def study() -> Study:
         ),
         seeds=(0,),
         tokens=base.train.tokens,
-        dir="runs/corpus_study",
+        sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2), share=0.3),
+        dir="runs/study",
+        records="docs/results/studies/runs",
     )

@@ -13,7 +13,7 @@ Runs:      5, of which dense and 4t4i are those of configs/studies/ffn.py.
 from pathlib import Path
 
 from moma_jax import recipes
-from moma_jax.studies import Study, Upcycled, Variant
+from moma_jax.studies import Study, Sweep, Upcycled, Variant
 
 
 def study() -> Study:
@@ -33,5 +33,7 @@ def study() -> Study:
         ),
         seeds=(0,),
         tokens=base.train.tokens,
-        dir="runs/corpus_study",
+        sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2), share=0.3),
+        dir="runs/study",
+        records="docs/results/studies/runs",
     )

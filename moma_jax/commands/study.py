@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from moma_jax.errors import require
-from moma_jax.studies.jobs import chosen, jobs, state
+from moma_jax.studies.jobs import chosen, state
 from moma_jax.studies.matching import match_rows, match_variants
 from moma_jax.studies.study import Study, load_study
+from moma_jax.studies.sweep import all_jobs, chosen_values
 
 INDEX_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 """Where Slurm and Kubernetes say which task of an array job this is."""
@@ -62,16 +63,16 @@ def study(
     if variable == "JOB_COMPLETION_INDEX":  # which else says that the pods of a Job are the hosts of one run
         alone = dataclasses.replace(study.base.hosts, start="off")
         study = dataclasses.replace(study, base=dataclasses.replace(study.base, hosts=alone))
-    matched = match_variants(study)
-    found = jobs(study, matched)
+    found = all_jobs(study)
+    matched = match_variants(study, chosen_values(study))
     if options.list:
         states = [{"index": n, "name": j.name, "dir": j.config.run.dir, **state(j)} for n, j in enumerate(found)]
         return _print_list({"match": match_rows(matched), "jobs": states}, options.json)
     selected = chosen(found, _index(variable) if variable else options.index, variable or "--index")
     _print_match(match_rows(matched))
-    from moma_jax.studies.running import run_jobs
+    from moma_jax.studies.running import run_study
 
-    run_jobs(selected)
+    run_study(study, selected)
 
 
 def _check(options: StudyOptions) -> None:

@@ -22,6 +22,7 @@ from moma_jax.data.packing import Group, frame_of
 from moma_jax.data.planner import Planner, StoreOrder
 from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
+from moma_jax.data.tuning import TUNING, Part
 from moma_jax.errors import InputError
 from moma_jax.vocab import Vocabulary, contiguous
 
@@ -73,7 +74,7 @@ def open_stream(
 
     Args:
       config: a resolved config.
-      split: "train" or "validation" documents.
+      split: "train" or "validation" documents, or "tuning": those that data.tuning keeps from training.
       cursor: where to go on, from a Packed; None begins.
       seed: of the document order; data.seed where None.
       stores: names of the data.stores to draw from; None or empty: all.
@@ -268,7 +269,7 @@ def require_held_out(config: Config) -> None:
     data = config.data
     for eval_set in config.train.eval_sets if data.kind == "store" else ():
         for store in _chosen_stores(data, eval_set.stores):
-            if not _open(store, data).view(store.collection, "validation").documents:
+            if not _view(_open(store, data), store.collection, eval_set.split, data).documents:
                 raise InputError(
                     f"train.eval_sets: {eval_set.name} draws from {store.name} ({store.path}), which has no held-out "
                     f"documents of collection {store.collection}; raise data.prepare.held_out or add documents and "
@@ -292,7 +293,7 @@ def _open_views(data: DataConfig, stores: Sequence[StoreConfig], split: str) -> 
     by_path = {store.path: _open(store, data) for store in stores}
     opened = [by_path[store.path] for store in stores]
     vocabulary = _check_vocabularies(data, stores, opened)
-    views = [found.view(store.collection, split) for store, found in zip(stores, opened, strict=True)]
+    views = [_view(found, store.collection, split, data) for store, found in zip(stores, opened, strict=True)]
     for store, view in zip(stores, views, strict=True):
         if not view.documents:
             raise InputError(
@@ -300,6 +301,13 @@ def _open_views(data: DataConfig, stores: Sequence[StoreConfig], split: str) -> 
                 f"name another collection or prepare the store with some"
             )
     return vocabulary, views
+
+
+def _view(store: Any, collection: str, split: str, data: DataConfig) -> Any:
+    """The documents of a split; training's and the tuning split's are parts of the store's training documents."""
+    if split == "validation" or not data.tuning:
+        return store.view(collection, split)
+    return Part(store.view(collection, "train"), data.tuning, split == TUNING)
 
 
 def _check_vocabularies(data: DataConfig, stores: Sequence[StoreConfig], opened: Sequence[Any]) -> Vocabulary:

@@ -264,7 +264,7 @@ def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Ba
     rows = max(min(micro_rows, -(-eval_set.rows // unit) * unit), unit)
     left = eval_set.rows
     stores = eval_set.stores or None
-    stream = open_stream(config, split="validation", seed=eval_set.seed, stores=stores, rows=rows, epochs=1)
+    stream = open_stream(config, split=eval_set.split, seed=eval_set.seed, stores=stores, rows=rows, epochs=1)
     with contextlib.closing(stream):
         for packed in stream:
             weight_BS, segment_BS = (np.array(x) for x in (packed.batch.weight_BS, packed.batch.segment_BS))

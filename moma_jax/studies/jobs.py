@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moma_jax.checks import resolve
 from moma_jax.config import Config
+from moma_jax.config_json import as_recorded, from_json
 from moma_jax.cost import total_steps
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, require
+from moma_jax.fields import differences
 from moma_jax.studies.matching import Matched, match_variants
 from moma_jax.studies.study import Study
 
@@ -21,7 +25,8 @@ class Job:
     """One run of a study; independent of all others but for the store that they read."""
 
     name: str
-    """The last part of its directory: VARIANT-SEED, or VARIANT-SIZE-SEED where there are several sizes."""
+    """The last part of its directory: VARIANT-SEED, with the size before the seed where there are several sizes, and
+    then with xBUDGET for further budgets."""
     variant: str
     """Name of the variant."""
     size: str
@@ -32,6 +37,10 @@ class Job:
     """The run, resolved; `run.dir` is its directory."""
     seed_run: Config | None
     """The run that an upcycled one begins from, in the directory of the same name with -seed."""
+    budget: float = 1.0
+    """Share of the study's budget that it has; other than 1 for further runs of the baseline and for trials."""
+    waits: bool = False
+    """A field of its config is still to be chosen by trials (`studies.sweep`)."""
 
     @property
     def runs(self) -> list[Config]:
@@ -39,29 +48,35 @@ class Job:
         return [self.config] if self.seed_run is None else [self.seed_run, self.config]
 
 
-def jobs(study: Study, matched: list[Matched] | None = None) -> list[Job]:
+def jobs(study: Study, matched: list[Matched] | None = None, chosen: Mapping[tuple[str, str], Any] = {}) -> list[Job]:
     """The jobs of a study in the order in which they are run: seeds outermost, then sizes, then variants.
 
+    The trials of a sweep are not among them (`studies.sweep`); where they are unfinished, jobs have `waits`.
+
     Args:
-      matched: `match_variants(study)`, where it is at hand.
+      matched: `match_variants(study, chosen)`, where it is at hand.
+      chosen: values of the sweep's field by (variant, size), `studies.sweep.chosen_values(study)`.
 
     Raises:
       InputError: as `match_variants`; or two runs would live in one directory.
     """
-    matched = match_variants(study) if matched is None else matched
-    found = [_job(study, each, seed) for seed in study.seeds for each in matched]
+    matched = match_variants(study, chosen) if matched is None else matched
+    found = [_job(study, each, seed, chosen) for seed in study.seeds for each in matched]
     places = [run.run.dir for job in found for run in job.runs]
     twice = next((place for place in places if places.count(place) > 1), None)
     require(twice is None, f"study.variants: two runs would live in {twice}; rename a variant or a size")
     return found
 
 
-def _job(study: Study, matched: Matched, seed: int) -> Job:
-    parts = (matched.variant.name, *([matched.size] if len(study.sizes) > 1 else []), str(seed))
-    name = "-".join(parts)
+def _job(study: Study, matched: Matched, seed: int, chosen: Mapping[tuple[str, str], Any]) -> Job:
+    size = [matched.size] if len(study.sizes) > 1 else []
+    budget = [] if matched.budget == 1 else [f"x{matched.budget:g}"]
+    name = "-".join((matched.variant.name, *size, *budget, str(seed)))
     where = f"{study.dir.rstrip('/')}/{name}"
     seed_run = None if matched.seed_run is None else _placed(matched.seed_run, f"{where}-seed", seed)
-    return Job(name, matched.variant.name, matched.size, seed, _placed(matched.config, where, seed), seed_run)
+    waits = study.sweep is not None and (matched.variant.name, matched.size) not in chosen
+    config = _placed(matched.config, where, seed)
+    return Job(name, matched.variant.name, matched.size, seed, config, seed_run, matched.budget, waits)
 
 
 def _placed(config: Config, where: str, seed: int) -> Config:
@@ -73,6 +88,25 @@ def _placed(config: Config, where: str, seed: int) -> Config:
             run=dataclasses.replace(config.run, dir=where),
         )
     )
+
+
+def require_same_config(written: Any, config: Config, where: str) -> None:
+    """InputError where a run's config.json, its content or bytes, says another run than `config`.
+
+    Args:
+      where: what holds it, for the message.
+    """
+    try:
+        before = from_json(json.loads(written) if isinstance(written, bytes) else written)
+    except ValueError as error:
+        raise InputError(f"{where}: its config.json is damaged ({error}); restore it") from error
+    if config.model.dtype == "auto":  # decided when it began, by the hardware
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before.model.dtype))
+    if changed := differences(as_recorded(before), as_recorded(config)):
+        raise InputError(
+            f"{where} holds a run with another config ({'; '.join(changed)}); change the study back, or give it "
+            "another dir"
+        )
 
 
 # How far each is ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ JAX.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ class Matched:
     """The config of an upcycled variant's first stage."""
     baseline_flops: float
     """FLOPs per token of the baseline at this size."""
+    budget: float = 1.0
+    """Share of the study's budget; other than 1 for further runs of the baseline."""
 
     @property
     def stages(self) -> list[Config]:
@@ -53,26 +56,44 @@ class Matched:
         return spent / (sum(steps) * self.baseline_flops)
 
 
-def match_variants(study: Study) -> list[Matched]:
-    """Every variant at every size, sizes outermost, in the study's order.
+def match_variants(study: Study, chosen: Mapping[tuple[str, str], Any] = {}) -> list[Matched]:
+    """Every variant at every size, sizes outermost, in the study's order; the baseline's further budgets after it.
+
+    Args:
+      chosen: values of `study.sweep`'s field by (variant, size); the base's where there is none.
 
     Raises:
       InputError: the study contradicts itself; a variant's config does; or budgets would not be equal.
     """
     check_study(study)
-    return [matched for size in study.sizes for matched in _match_size(study, size)]
+    return [matched for size in study.sizes for matched in _match_size(study, size, chosen)]
 
 
-def _match_size(study: Study, size: str) -> list[Matched]:
+def _match_size(study: Study, size: str, chosen: Mapping[tuple[str, str], Any]) -> list[Matched]:
+    swept = {place: {study.sweep.field: value} for place, value in chosen.items()}
+    variants = [
+        dataclasses.replace(each, overrides={**each.overrides, **swept.get((each.name, size), {})})
+        for each in study.variants
+    ]
     base = _with(study.base, f"study.sizes: {size or 'the only size'}", study.sizes[size])
     budget = {"steps": None, "tokens": study.tokens, "flops": study.flops}
     base = dataclasses.replace(base, train=dataclasses.replace(base.train, **budget))
-    first = next(variant for variant in study.variants if variant.name == study.baseline)
+    first = next(variant for variant in variants if variant.name == study.baseline)
     baseline = _resolved(_with(base, first.name, first.overrides), first.name)
     baseline = with_steps(baseline, total_steps(baseline))
-    return [
-        _match(study, variant, size, with_steps(base, baseline.train.steps), baseline) for variant in study.variants
-    ]
+    base, found = with_steps(base, baseline.train.steps), []
+    for variant in variants:
+        found.append(_match(study, variant, size, base, baseline))
+        if variant.name == study.baseline:
+            found += [_shared(found[-1], share) for share in study.budgets]
+    return found
+
+
+def _shared(matched: Matched, share: float) -> Matched:
+    """The baseline with another budget: a run of its own, whose learning rate decays to its own end."""
+    steps = round(share * matched.config.train.steps)
+    require(steps > 0, f"study.budgets: {share:g} of {matched.config.train.steps} updates leaves none")
+    return dataclasses.replace(matched, config=with_steps(matched.config, steps), budget=share)
 
 
 def _match(study: Study, variant: Variant, size: str, base: Config, baseline: Config) -> Matched:
@@ -221,7 +242,7 @@ def match_rows(matched: list[Matched]) -> list[dict[str, Any]]:
     both stages together, and its own updates and tokens.
     """
     rows = []
-    for each in matched:
+    for each in (each for each in matched if each.budget == 1):
         for stage in reversed(each.stages):
             seed, model, flops = stage is each.seed_run, stage.model, flops_per_token(stage)
             rows.append(

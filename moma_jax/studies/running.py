@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,18 +15,20 @@ import jax
 
 from moma_jax import hosts
 from moma_jax.config import Config
-from moma_jax.config_json import as_recorded, from_json
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
-from moma_jax.fields import differences
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import require_resumable
-from moma_jax.studies.jobs import Job, chosen, jobs, state, trained_elsewhere
+from moma_jax.studies.jobs import Job, chosen, jobs, require_same_config, state, trained_elsewhere
+from moma_jax.studies.records import keep, unpack
 from moma_jax.studies.study import Study, load_study
+from moma_jax.studies.sweep import all_jobs, chosen_values, trials
 from moma_jax.training.pretrain import prepare_missing_stores, train
 
 COMPLETE, ELSEWHERE, FAILED = "complete", "trained by another process", "failed"
+SECONDS_BETWEEN_LOOKS = 5.0
+"""While another process trains a trial that runs here wait for."""
 
 
 def study(study: Study | str | Path, *, index: int | None = None, quiet: bool = False) -> dict[str, str]:
@@ -50,13 +52,35 @@ def study(study: Study | str | Path, *, index: int | None = None, quiet: bool = 
       SystemExit: 143 after SIGTERM, 130 after SIGINT, when the run that was going on has its checkpoint.
     """
     study = study if isinstance(study, Study) else load_study(study)
-    return run_jobs(chosen(jobs(study), index), quiet=quiet)
+    return run_study(study, chosen(all_jobs(study), index), quiet=quiet)
 
 
-def run_jobs(selected: list[Job], *, quiet: bool = False) -> dict[str, str]:
-    """Trains jobs; see `study`. Every process of a run that has several calls it."""
+def run_study(study: Study, selected: list[Job], *, quiet: bool = False) -> dict[str, str]:
+    """Trains jobs of `all_jobs(study)`; see `study`. Every process of a run that has several calls it.
+
+    Runs whose config waits for trials come after these, which are trained with them, or waited for where another
+    process trains them.
+    """
     hosts.join(selected[0].config.hosts)
+    first = trials(study)
+    runs = [job for job in selected if job not in first]
+    waiting = {(job.variant, job.size) for job in runs if job.waits}
+    needed = [job for job in first if job in selected or (job.variant, job.size) in waiting]
+    outcomes = run_jobs(needed, study.records, quiet=quiet) if needed else {}
+    while waiting and (left := [job for job in needed if state(job)["state"] != COMPLETE]):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        outcomes |= run_jobs(left, study.records, quiet=True)
+    if not runs:
+        return outcomes
+    settled = {job.name: job for job in jobs(study, chosen=chosen_values(study))}
+    return outcomes | run_jobs([settled[job.name] for job in runs], study.records, quiet=quiet)
+
+
+def run_jobs(selected: list[Job], records: str | None = None, *, quiet: bool = False) -> dict[str, str]:
+    """Trains jobs whose configs are settled, and keeps their records; see `study`."""
     for job in selected:
+        if records is not None:
+            unpack(records, job)
         for config in job.runs:
             _require_same_run(config)
         if job.seed_run is not None:
@@ -69,6 +93,8 @@ def run_jobs(selected: list[Job], *, quiet: bool = False) -> dict[str, str]:
             say(f"study: run {number + 1} of {len(selected)}, {job.name}: {state(job)['state']}")
             try:
                 outcomes[job.name] = _run(job, quiet, end_if_signalled)
+                if records is not None and outcomes[job.name] == COMPLETE:
+                    keep(records, job)
             except (InputError, RunError) as error:
                 failures[job.name] = error
             except Exception as error:
@@ -130,17 +156,9 @@ def _begun(config: Config) -> bool:
 
 def _require_same_run(config: Config) -> None:
     """InputError where the directory holds a run with another config, or files of another program."""
-    run = RunDir(config.run.dir)
-    written = run.read_json("config.json")
+    written = RunDir(config.run.dir).read_json("config.json")
     if written is not None:
-        before = from_json(written)
-        if config.model.dtype == "auto":  # decided when it began, by the hardware
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before.model.dtype))
-        if changed := differences(as_recorded(before), as_recorded(config)):
-            raise InputError(
-                f"study.dir: {config.run.dir} holds a run with another config ({'; '.join(changed)}); change the study "
-                "back, or give it another dir"
-            )
+        require_same_config(written, config, f"study.dir: {config.run.dir}")
     require_resumable(config)
 
 

@@ -57,6 +57,28 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """A field that every variant chooses for itself, on trial runs, before the runs that count.
+
+    Trials never see the held-out split: they are judged by the overall loss, under the routing of training, on
+    documents of the training split that they do not train on (`data.tuning`).
+    """
+
+    field: str
+    """Such as "optimizer.peak_lr"."""
+    values: tuple[Any, ...]
+    """What is tried, in order; a best one at either end is warned of."""
+    share: float = 0.5
+    """Of the study's budget that a trial has."""
+    seed: int = 1000
+    """Of all trials; none of the study's."""
+    tuning: float = 0.02
+    """Share of the training documents that trials are judged on."""
+    rows: int = 128
+    """Rows of them, whole routing groups."""
+
+
+@dataclass(frozen=True)
 class Study:
     """Variants of one base that are compared at equal FLOPs, updates and data."""
 
@@ -72,6 +94,14 @@ class Study:
     """Budget of every run in FLOPs (training, by `moma cost`'s convention). Exactly one of flops and tokens."""
     tokens: float | None = None
     """Budget of every run in positions (rows x sequence)."""
+    budgets: tuple[float, ...] = ()
+    """Shares of the budget, 1 apart, that further runs of the baseline are trained to: eta is read off the curve
+    through finished runs. () leaves the paper's eta alone, off points inside a run."""
+    sweep: Sweep | None = None
+    """A field that is chosen for every variant first, on runs of its own."""
+    records: str | None = None
+    """Directory of small files, one for each finished run, that are written when it ends and taken for the run
+    wherever its directory is missing (studies/records.py), so that a study goes on from them on another machine."""
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     """Name of a size -> its overrides of the base; each has the whole budget, and a baseline of its own."""
     tolerance: float = 0.01
@@ -116,6 +146,8 @@ def check_study(study: Study) -> None:
         f"study.tolerance: must be at least 0 and below 1, such as 0.01; is {study.tolerance!r}",
     )
     _check_seeds(study)
+    _check_budgets(study)
+    _check_sweep(study)
     _check_sizes(study)
     _check_variants(study)
     _check_baseline(study)
@@ -129,6 +161,33 @@ def _check_seeds(study: Study) -> None:
             f"study.seeds: {seed!r} is no seed; give whole numbers from 0, such as (0, 1, 2)",
         )
     require(len(set(study.seeds)) == len(study.seeds), f"study.seeds: one is repeated in {tuple(study.seeds)}")
+
+
+def _check_budgets(study: Study) -> None:
+    for share in study.budgets:
+        require(
+            _number(share) and 0 < share < math.inf and share != 1,
+            f"study.budgets: {share!r} is no share of the budget beside 1, which every variant has; such as 0.5 or 2",
+        )
+    require(len(set(study.budgets)) == len(study.budgets), f"study.budgets: one is repeated in {study.budgets}")
+
+
+def _check_sweep(study: Study) -> None:
+    sweep = study.sweep
+    if sweep is None:
+        return
+    require(isinstance(sweep, Sweep), 'study.sweep: give a Sweep("optimizer.peak_lr", (3e-3, 6e-3)), or None')
+    section = str(sweep.field).partition(".")[0]
+    require(
+        section in ("model", "optimizer", "train") and sweep.field not in OWN_FIELDS,
+        f"study.sweep: {sweep.field} is not for a variant to choose; such as optimizer.peak_lr",
+    )
+    require(_several(sweep.values), f"study.sweep: give values of {sweep.field} to try")
+    require(
+        _number(sweep.share) and 0 < sweep.share <= 1,
+        f"study.sweep: a share of {sweep.share!r} of the budget; give more than 0 and at most 1",
+    )
+    require(sweep.seed not in study.seeds, f"study.sweep: {sweep.seed} is a seed of the study; give another one")
 
 
 def _check_sizes(study: Study) -> None:

@@ -237,7 +237,7 @@ def study_file(tmp_path, monkeypatch):
 )
 def test_the_index_of_an_array_job(study_file, monkeypatch, capsys, words, environment, expected):
     selected = []
-    monkeypatch.setattr(running, "run_jobs", selected.extend)
+    monkeypatch.setattr(running, "run_study", lambda study, chosen: selected.extend(chosen))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     code, out, _ = run(capsys, "study", study_file, *words)
