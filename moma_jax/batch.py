@@ -38,12 +38,15 @@ class Packed:
         host would have.
       epochs: passes over each store so far, by store name, as a fraction.
       waiting: documents held back in the cursor.
+      piece_N6: int64, the documents (pieces of them) in the order of their rows: store, document, start, stop, length
+        of the document, row; segment k of a row is its k-th piece. None for random tokens.
     """
 
     batch: Batch
     cursor: dict[str, Any]
     epochs: dict[str, float] = field(default_factory=dict)
     waiting: int = 0
+    piece_N6: Any = None
 
 
 def batch_of(token_BS, target_BS, segment_BS, position_BS, weight_BS, modality_V) -> Batch:

@@ -301,6 +301,9 @@ class TrainConfig:
     """Held-out sets."""
     eval_routings: tuple[str, ...] = ()
     """Routings to evaluate under; (): all that the run has."""
+    calibrate: int = setting(16, least=0, unit="batches", may_change=True)
+    """Batches of training that thresholds are set by under the final weights, before the last evaluation, as by
+    `moma routers calibrate`; 0: those of training stay."""
     checkpoint_every: int = setting(500, above=0, unit="steps", may_change=True)
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = setting(2, above=0, unit="checkpoints", may_change=True)

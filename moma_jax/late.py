@@ -1,5 +1,5 @@
-"""What is imported when first used: JAX, as routing rules are part of a config and configs are read without it, and
-what packages offer under names of their own."""
+"""What is imported when first used: JAX, as routing rules are part of a config and configs are read without it,
+pyarrow, and what packages offer under names of their own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class _Late:
 
 
 jax, jnp = _Late("jax"), _Late("jax.numpy")
+pa, pq = _Late("pyarrow"), _Late("pyarrow.parquet")
 
 
 def attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:

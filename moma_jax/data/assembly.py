@@ -42,7 +42,7 @@ class Reader:
         weights = self._read(plan.piece_N6, "weights") if weighted else None
         ids = self._vocabulary.pad, self._vocabulary.modality_V
         batch = assemble(tokens, stop_N - start_N, row_N, self._rows, self._frame.sequence, *ids, weights)
-        return Packed(batch, plan.cursor, plan.epochs, plan.waiting)
+        return Packed(batch, plan.cursor, plan.epochs, plan.waiting, plan.piece_N6)
 
     def _read(self, piece_N6: np.ndarray, array: str) -> list[np.ndarray]:
         """Tokens or weights of all pieces, each with the next of its document where there is one."""

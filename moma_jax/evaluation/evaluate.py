@@ -8,6 +8,7 @@ the documents mix modalities. Its exponential is the perplexity. All routings ar
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from moma_jax import hosts, sharding
-from moma_jax.batch import Batch
+from moma_jax.batch import Batch, Packed
 from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig
 from moma_jax.cost import total_steps
+from moma_jax.data.directory import Directory
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.conditions import Kinds
+from moma_jax.evaluation.documents import DocumentLosses, to_bytes
 from moma_jax.ffn import SHARED
 from moma_jax.geometry import rule_of
 from moma_jax.model.decoder import causal_decoder, evaluation_decoder
@@ -51,6 +54,7 @@ def evaluate(
     step: int | None = None,
     eval_set: str | None = None,
     mesh: MeshConfig | None = None,
+    documents: str | None = None,
 ) -> dict[str, Any]:
     """Held-out losses of a run's checkpoint.
 
@@ -61,6 +65,7 @@ def evaluate(
       step: which checkpoint; None: the newest.
       eval_set: name of one of the run's evaluation sets; None: the first.
       mesh: devices to lay the parameters on; None: whole on every device.
+      documents: file to write losses by document to (`evaluation.documents`), Parquet.
 
     Returns:
       {routing: Figures, ..., "gap_percent": {causal routing: `gap_percent`'s}, "unigram": losses and tokens alone}. A
@@ -81,6 +86,9 @@ def evaluate(
     with sharding.use_mesh(loaded.program.mesh):
         evaluator = Evaluator(loaded.program, loaded.vocabulary, decoders)
         results = evaluator(loaded.params, loaded.routing_state, chosen)
+    if documents is not None and hosts.is_first():
+        where, _, name = documents.rpartition("/")
+        Directory(where or ".").write(name, evaluator.documents())
     baseline = unigram(loaded.config, loaded.vocabulary, chosen)
     training = loaded.config.model.router.training_name
     return results | {"gap_percent": gap_percent(results, training), "unigram": baseline}
@@ -132,32 +140,32 @@ class EvalReport(NamedTuple):
     """What a batch says.
 
     Attributes:
-      sums: cross-entropy and weights by kind of target.
+      nats_BS: float32, cross-entropy of every target times its weight.
       entered: int32 (token, layer, expert) triples of tokens and the routed experts that they entered.
-      by_group: the same of each group of experts that has a router.
+      by_group: the same of each group of experts that has a router; with mixture of depths of tokens that entered the
+        layers 0, 2, 4, ..., by modality.
     """
 
-    sums: objective.Sums
+    nats_BS: Any
     entered: Any
     by_group: dict[str, Any]
 
 
-def make_eval_step(program: Program, kinds: int) -> Callable:
-    """Jitted (params, routing_state, batch, kind_BS, first_group) -> EvalReport, without noise.
+def make_eval_step(program: Program) -> Callable:
+    """Jitted (params, routing_state, batch, first_group) -> EvalReport, without noise, whole on every device.
 
-    The routing is that of `program.decoder`. `kind_BS` is the kind of each target, below `kinds`. `first_group` is the
-    global index of the batch's first routing group, so that how rows are split into batches changes nothing.
+    The routing is that of `program.decoder`. `first_group` is the global index of the batch's first routing group, so
+    that how rows are split into batches changes nothing.
     """
     config = program.config
 
-    def eval_step(params, routing_state, batch: Batch, kind_BS, first_group) -> EvalReport:
+    def eval_step(params, routing_state, batch: Batch, first_group) -> EvalReport:
         group_G = first_group + jnp.arange(batch.token_BS.shape[0] // config.data.group_rows)
         step = jnp.int32(0)
         output = run_decoder(program, params, batch, step, group_G, routing_state, False, return_selections=True)
-        kernel_DV, chunk = params["unembedding"]["kernel_DV"], config.train.loss_chunk
-        targets = (kernel_DV, batch.target_BS, batch.weight_BS, kind_BS)
-        _, sums = objective.cross_entropy(output.hidden_BSD, *targets, kinds=kinds, chunk=chunk)
-        return EvalReport(sums, *_entered(config, output.selections, batch))
+        targets = (params["unembedding"]["kernel_DV"], batch.target_BS, batch.weight_BS)
+        nats_BS = objective.token_nats(output.hidden_BSD, *targets, chunk=config.train.loss_chunk)
+        return EvalReport(nats_BS, *_entered(config, output.selections, batch))
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
 
@@ -165,14 +173,25 @@ def make_eval_step(program: Program, kinds: int) -> Callable:
 def _entered(config: Config, selections, batch: Batch):
     """`EvalReport.entered` and `by_group`; a dense layer is one expert for all tokens that enter the layer."""
     routed = {name: own for name, own in selections.items() if not name.rpartition("/")[2].startswith(SHARED)}
+    of_depth = {} if SELECTED not in routed else _entered_layers(config, routed.pop(SELECTED), batch)
     filled = {name: jnp.sum(chosen.filled_EC, dtype=jnp.int32) for name, chosen in routed.items()}
-    of_depth = filled.pop(SELECTED, 0)
     if config.experts.dense:
         layers = config.model.layers // 2 if config.depth else config.model.layers
-        return layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32) + of_depth, {}
+        return layers * jnp.sum(batch.segment_BS > 0, dtype=jnp.int32) + sum(of_depth.values()), of_depth
     names = {group.name for group in config.routed}
     by_group = {name.replace("/", "_"): n for name, n in filled.items() if name.rpartition("/")[2] in names}
-    return sum(filled.values()), by_group
+    return sum(filled.values()), by_group | of_depth
+
+
+def _entered_layers(config: Config, chosen: Any, batch: Batch) -> dict[str, Any]:
+    """(token, layer) pairs of the layers that some tokens alone enter, by modality; `chosen` of each layer, by row."""
+    row_B1 = jnp.arange(len(batch.modality_BS))[:, None]
+    modality_PBC = batch.modality_BS[row_B1, chosen.index_EC[:, :, 0]]
+    filled_PBC = chosen.filled_EC[:, :, 0]
+    return {
+        f"{SELECTED}_{modality.name}": jnp.sum(filled_PBC & (modality_PBC == m), dtype=jnp.int32)
+        for m, modality in enumerate(config.data.modalities)
+    }
 
 
 class Evaluator:
@@ -181,27 +200,47 @@ class Evaluator:
     def __init__(self, program: Program, vocabulary: Vocabulary, decoders: dict[str, Any]):
         """Args: `decoders` by routing, as `scheduled` or `Loaded.under` gives them."""
         self._program, self._kinds = program, Kinds(vocabulary)
-        self._steps = {
-            name: make_eval_step(program._replace(decoder=decoder), self._kinds.number)
-            for name, decoder in decoders.items()
-        }
+        self._steps = {name: make_eval_step(program._replace(decoder=decoder)) for name, decoder in decoders.items()}
         self._compiled: dict[tuple, Callable] = {}
+        self._documents: dict[str, Any] = {}
 
     def __call__(self, params, routing_state, eval_set: EvalSet) -> dict[str, Figures]:
         """Figures of one held-out set by routing; call it under `sharding.use_mesh`."""
-        program, reports = self._program, {name: [] for name in self._steps}
-        seconds, group, tokens = dict.fromkeys(reports, 0.0), 0, 0
-        for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
-            device_batch, kind_BS = put((batch, self._kinds.of(batch)), program.mesh, whole=True)
-            arguments = (params, routing_state, device_batch, kind_BS, replicate(group, program.mesh))
+        program, number = self._program, self._kinds.number
+        sums_J = {name: np.zeros(number) for name in self._steps}
+        weight_J, by_document = np.zeros(number), DocumentLosses(tuple(m.name for m in program.config.data.modalities))
+        entered, seconds = {name: [] for name in self._steps}, dict.fromkeys(self._steps, 0.0)
+        group, tokens = 0, 0
+        for packed in held_out(program.config, eval_set, sharding.shards(program.mesh)):
+            batch, kind_N = packed.batch, self._kinds.of(packed.batch).reshape(-1)
+            arguments = (params, routing_state, put(batch, program.mesh, whole=True), replicate(group, program.mesh))
+            nats_BS = {}
             for name in self._steps:
                 compiled = self._compile(name, arguments)
                 started = time.perf_counter()
-                reports[name].append(jax.device_get(compiled(*arguments)))
+                nats_BS[name], *counts = jax.device_get(compiled(*arguments))
                 seconds[name] += time.perf_counter() - started
+                entered[name].append(counts)
+                sums_J[name] += np.bincount(kind_N, np.float64(nats_BS[name].reshape(-1)), number)
+            weight_J += np.bincount(kind_N, batch.weight_BS.reshape(-1), number)
+            by_document.add(packed, nats_BS)
             group += batch.token_BS.shape[0] // program.config.data.group_rows
             tokens += int(np.sum(batch.segment_BS > 0))
-        return {name: self._figures(name, reports[name], tokens) | {"seconds": seconds[name]} for name in reports}
+        self._documents[eval_set.name] = by_document.table(eval_set.name)
+        return {
+            name: self._figures(name, self._kinds.figures(sums_J[name], weight_J), entered[name], tokens)
+            | {"seconds": seconds[name]}
+            for name in self._steps
+        }
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether any set was."""
+        return bool(self._documents)
+
+    def documents(self) -> bytes:
+        """Losses by document of the sets that were evaluated, each by its latest evaluation: a Parquet file."""
+        return to_bytes(list(self._documents.values()))
 
     def _compile(self, name: str, arguments: tuple) -> Callable:
         key = (name, arguments[2].token_BS.shape)
@@ -210,17 +249,16 @@ class Evaluator:
             hosts.meet()
         return self._compiled[key]
 
-    def _figures(self, name: str, reports: list[EvalReport], tokens: int) -> Figures:
+    def _figures(self, name: str, figures: Figures, entered: list, tokens: int) -> Figures:
         config = self._program.config
-        total = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *reports)
-        figures = self._kinds.figures(total.sums.cross_entropy_J, total.sums.weight_J)
         # Expert choice is no causal routing, so it has no perplexity; but where no expert has to choose it is the
         # same as the causal ones.
         if name != config.model.router.training_name or not config.routed:
             figures |= _perplexities(figures)
-        entered = {"": total.entered, **{f"_{name}": number for name, number in total.by_group.items()}}
+        total, by_group = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *entered)
+        counts = {"": total, **{f"_{group}": number for group, number in by_group.items()}}
         places = tokens * config.model.layers
-        return figures | {f"experts_per_token{name}": float(number / places) for name, number in entered.items()}
+        return figures | {f"experts_per_token{group}": float(number / places) for group, number in counts.items()}
 
 
 def _perplexities(figures: Figures) -> Figures:
@@ -253,7 +291,7 @@ def _above(loss: float | None, reference: float | None) -> float | None:
 # Held-out rows --------------------------------------------------------------------------------------------------------
 
 
-def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Batch]:
+def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Packed]:
     """Batches of a held-out set, in its own order; whole routing groups, padding beyond `eval_set.rows` rows.
 
     Raises:
@@ -269,7 +307,8 @@ def held_out(config: Config, eval_set: EvalSet, devices: int = 1) -> Iterator[Ba
         for packed in stream:
             weight_BS, segment_BS = (np.array(x) for x in (packed.batch.weight_BS, packed.batch.segment_BS))
             weight_BS[left:], segment_BS[left:] = 0, 0
-            yield packed.batch._replace(weight_BS=weight_BS, segment_BS=segment_BS)
+            batch = packed.batch._replace(weight_BS=weight_BS, segment_BS=segment_BS)
+            yield dataclasses.replace(packed, batch=batch)
             left -= rows
             if left <= 0:
                 return
@@ -287,7 +326,8 @@ def unigram(config: Config, vocabulary: Vocabulary, eval_set: EvalSet) -> Figure
             count_V += np.bincount(targets, minlength=config.vocabulary_size)
     nats_V, kinds = np.log(count_V.sum()) - np.log(count_V), Kinds(vocabulary)
     nats_J, weight_J = np.zeros(kinds.number), np.zeros(kinds.number)
-    for batch in held_out(config, eval_set):
+    for packed in held_out(config, eval_set):
+        batch = packed.batch
         kind_N, weight_N = kinds.of(batch).reshape(-1), batch.weight_BS.reshape(-1).astype(np.float64)
         nats_N = nats_V[batch.target_BS.reshape(-1)]
         nats_J += np.bincount(kind_N, weight_N * nats_N, minlength=kinds.number)

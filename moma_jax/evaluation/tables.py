@@ -32,6 +32,13 @@ def held_out_lines(name: str, result: dict[str, Any]) -> list[str]:
     return lines + [f"held out, {name}:  {note}" for note in uncalibrated(result)]
 
 
+def _names(key: str) -> str:
+    """Whom a figure of experts_per_token is about."""
+    group = key.removeprefix(EACH)
+    modality = group.removeprefix("depth_")
+    return f"the layers that depth routers choose, as {modality} tokens," if group != modality else f"experts {group}"
+
+
 def uncalibrated(result: dict[str, Any]) -> list[str]:
     """A line for every group of experts that thresholds let too few or too many tokens enter, on average over its
     experts and layers.
@@ -42,8 +49,8 @@ def uncalibrated(result: dict[str, Any]) -> list[str]:
     choice, threshold, lines = result.get("choice", {}), result.get("threshold", {}), []
     for key, taken in choice.items():
         if key.startswith(EACH) and taken and not 0.8 <= (load := threshold.get(key, taken) / taken) <= 1.25:
-            group = key.removeprefix(EACH).replace("_", " ")
-            lines.append(f"thresholds let {load:.2f} of the tokens enter experts {group} that choice does; {REMEDY}")
+            whom = _names(key).replace("_", " ")
+            lines.append(f"thresholds let {load:.2f} of the tokens enter {whom} that choice does; {REMEDY}")
     return lines
 
 

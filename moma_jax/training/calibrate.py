@@ -8,6 +8,7 @@ pass it as the router took. Weights and checkpoints stay as they are; `load` rea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from dataclasses import dataclass
@@ -83,12 +84,19 @@ def calibrate(
     _require_thresholds(run, config_of(run))
     loaded = load(run, step=step, router=router, fitted=False, calibrated=False, mesh=mesh)
     _require_thresholds(run, loaded.config)
-    counts = _counted(loaded, batches)
-    before = {name: loaded.routing_state[name] for name in counts}
+    return write_thresholds(run, loaded.config, loaded.params, loaded.routing_state, loaded.step, batches)
+
+
+def write_thresholds(
+    run: str, config: Config, params: Any, routing_state: Any, step: int, batches: int
+) -> dict[str, Any]:
+    """`calibrate` for a model at hand: `params` after `step` updates of `config`; every process of a run calls it."""
+    counts = _counted(config, params, batches)
+    before = jax.device_get({name: routing_state[name] for name in counts})
     found = {
         "format_version": THRESHOLDS_FORMAT,
-        "step": loaded.step,
-        "model": fingerprint(loaded.params),
+        "step": step,
+        "model": fingerprint(params),
         "batches": batches,
         "thresholds": {name: thresholds_of(**state).tolist() for name, state in counts.items()},
         "load_before": {name: _loads(before[name], **state).tolist() for name, state in counts.items()},
@@ -104,18 +112,24 @@ def _require_thresholds(run: str, config: Config) -> None:
     """InputError where there are no thresholds to set."""
     if not config.routed:
         raise InputError(f"{run}: nothing to calibrate: model.ffn {config.model.ffn} has no router")
+    if not has_thresholds(config):
+        rule = rule_name(config.model.router)
+        raise InputError(f"{run}: nothing to calibrate: its routing rule {rule} keeps no such thresholds")
+
+
+def has_thresholds(config: Config) -> bool:
+    """Whether the model has routers with thresholds to calibrate."""
     rule = config.model.router
-    if THRESHOLD not in rule.causal or not isinstance(rule, Choice):
-        raise InputError(f"{run}: nothing to calibrate: its routing rule {rule_name(rule)} keeps no such thresholds")
+    return bool(config.routed) and THRESHOLD in rule.causal and isinstance(rule, Choice)
 
 
-def _counted(loaded, batches: int) -> dict[str, dict[str, np.ndarray]]:
+def _counted(config: Config, params: Any, batches: int) -> dict[str, dict[str, np.ndarray]]:
     """The state of `Counting` by group of experts, stacked over layers, after some batches."""
-    train = loaded.config.train  # one microbatch after the other, which is what fits
+    train = config.train  # one microbatch after the other, which is what fits
+    batches *= train.accumulate
     train = dataclasses.replace(train, batch_rows=train.batch_rows // train.accumulate, accumulate=1)
-    config = resolve(dataclasses.replace(loaded.config, train=train))
+    config = resolve(dataclasses.replace(config, train=train))
     config = with_router(config, switched(config.model.router, Counting()))
-    batches *= loaded.config.train.accumulate
     program = make_program(config)
 
     def count(params, state, batch):
@@ -125,8 +139,9 @@ def _counted(loaded, batches: int) -> dict[str, dict[str, np.ndarray]]:
     with sharding.use_mesh(program.mesh):
         state = jax.device_put(first_routing_state(config), sharding.replicated(program.mesh))
         counting = jax.jit(count, out_shardings=sharding.replicated(program.mesh))
-        for each in itertools.islice(open_stream(config), batches):
-            state = counting(loaded.params, state, put(each.batch, program.mesh))
+        with contextlib.closing(open_stream(config)) as stream:
+            for each in itertools.islice(stream, batches):
+                state = counting(params, state, put(each.batch, program.mesh, whole=True))
     return jax.tree.map(np.asarray, jax.device_get(state))
 
 

@@ -194,19 +194,24 @@ def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program
             "%s: set for %s, this is step %d, so they are not used; moma routers calibrate %s", path, of, step, run.path
         )
         return routing_state
-    state = dict(routing_state)
-    known = {name for name, own in state.items() if "threshold_E" in own}
     try:
-        if found["format_version"] != THRESHOLDS_FORMAT or found["thresholds"].keys() != known:
-            raise ValueError(f"format {found['format_version']}")
-        for name, values in found["thresholds"].items():
-            threshold_E = np.asarray(values, np.float32)
-            if state[name]["threshold_E"].shape != threshold_E.shape or not np.all(np.isfinite(threshold_E)):
-                raise ValueError(name)
-            own = {"threshold_E": threshold_E, "unseen_E": np.zeros_like(threshold_E)}
-            state[name] = state[name] | jax.device_put(own, sharding.replicated(program.mesh))
+        return with_thresholds(routing_state, found, program)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not fit the run's routers; remove it and calibrate again") from error
+
+
+def with_thresholds(routing_state: Any, found: dict[str, Any], program: Program) -> Any:
+    """The routing state with the thresholds that `calibrate` found; ValueError and the like where they do not fit."""
+    state = dict(routing_state)
+    known = {name for name, own in state.items() if "threshold_E" in own}
+    if found["format_version"] != THRESHOLDS_FORMAT or found["thresholds"].keys() != known:
+        raise ValueError(f"format {found['format_version']}")
+    for name, values in found["thresholds"].items():
+        threshold_E = np.asarray(values, np.float32)
+        if state[name]["threshold_E"].shape != threshold_E.shape or not np.all(np.isfinite(threshold_E)):
+            raise ValueError(name)
+        own = {"threshold_E": threshold_E, "unseen_E": np.zeros_like(threshold_E)}
+        state[name] = state[name] | jax.device_put(own, sharding.replicated(program.mesh))
     return state
 
 

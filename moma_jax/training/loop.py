@@ -81,6 +81,9 @@ class Stage(Protocol):
     def record(self, meter: Meter, state: Any, step: int, epochs: dict[str, float]) -> dict[str, Any]:
         """The record of the steps since the last one."""
 
+    def settle(self, run: RunDir, state: Any) -> None:
+        """After the last update, before it is evaluated: what the final weights decide."""
+
     def evaluate(self, state: Any, eval_set: EvalSet) -> list[dict[str, Any]]:
         """Records about a held-out set, `step` and `eval_set` apart; "sheet" is a picture to keep, not to record."""
 
@@ -203,6 +206,8 @@ class Loop:
             self._check_finite(self.meter.settle(leave=int(ahead and not (log or sets or save))))
             if log:
                 self._log(packed.epochs)
+            if last:
+                self.meter.timed(lambda: self.stage.settle(self.run, self.state))
             for eval_set in sets:
                 self._evaluate(eval_set)
             if save:

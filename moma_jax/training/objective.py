@@ -92,10 +92,7 @@ def _over_devices(settings, with_grads, *arrays):
     stored = sharding.split_axes(FSDP, EXPERT)
 
     def on_device(hidden_BSD, kernel_DV, *targets):
-        if stored:
-            kernel_DV = kernel_DV.astype(hidden_BSD.dtype)
-            kernel_DV = jax.lax.all_gather(kernel_DV, stored, axis=0, tiled=True)
-        (total, sums), grads = _local(settings, with_grads, hidden_BSD, kernel_DV, *targets)
+        (total, sums), grads = _local(settings, with_grads, hidden_BSD, _gathered(kernel_DV, hidden_BSD), *targets)
         total, sums = sharding.psum((total, sums), *BATCH)
         if with_grads:
             grad_DV = jax.lax.psum_scatter(grads[1], stored, tiled=True) if stored else grads[1]
@@ -107,21 +104,19 @@ def _over_devices(settings, with_grads, *arrays):
     return sharding.shard_map(on_device, (row, kernel, row, row, row), out_specs, check=False)(*arrays)
 
 
+def _gathered(kernel_DV, hidden_BSD):
+    """This device's columns of the unembedding in full, in the compute type where they have to travel."""
+    stored = sharding.split_axes(FSDP, EXPERT)
+    return jax.lax.all_gather(kernel_DV.astype(hidden_BSD.dtype), stored, axis=0, tiled=True) if stored else kernel_DV
+
+
 def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, kind_BS, weight_BS):
     """((total, Sums), grads or None) of these rows: a scan over chunks of tokens."""
     rows, sequence, width = hidden_BSD.shape
     tokens = rows * sequence
-    chunk = min(settings.chunk, tokens)
-    chunks = -(-tokens // chunk)
-
-    def split(x_BS):
-        """(tokens, ...) -> (chunks, chunk, ...), padded with zeros, so with weight 0."""
-        x_N = x_BS.reshape(tokens, *x_BS.shape[2:])
-        x_N = jnp.pad(x_N, ((0, chunks * chunk - tokens), *((0, 0),) * (x_N.ndim - 1)))
-        return x_N.reshape(chunks, chunk, *x_N.shape[1:])
-
     kernel_compute_DV = kernel_DV.astype(hidden_BSD.dtype)
-    inputs = tuple(split(x) for x in (hidden_BSD, target_BS, kind_BS, weight_BS))
+    inputs = _in_chunks(settings.chunk, hidden_BSD, target_BS, kind_BS, weight_BS)
+    chunks, chunk = inputs[1].shape
     zero_J = jnp.zeros(settings.kinds, jnp.float32)
     start = (jnp.float32(0), Sums(zero_J, zero_J, jnp.float32(0)))
     start_grad_DV = jnp.zeros(kernel_DV.shape, jnp.float32) if with_grads else None
@@ -142,8 +137,48 @@ def _local(settings, with_grads, hidden_BSD, kernel_DV, target_BS, kind_BS, weig
     return sums, (grad_hidden_BSD, grad_DV)
 
 
-def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_N):
-    """((total, Sums), gradient of hidden_ND, gradient of kernel_DV) of one chunk; gradients None where not asked."""
+def _in_chunks(chunk: int, *arrays):
+    """Arrays (B, S, ...) as (chunks, chunk, ...), padded with zeros, so with weight 0."""
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    chunk = min(chunk, tokens)
+    chunks = -(-tokens // chunk)
+
+    def split(x_BS):
+        x_N = x_BS.reshape(tokens, *x_BS.shape[2:])
+        x_N = jnp.pad(x_N, ((0, chunks * chunk - tokens), *((0, 0),) * (x_N.ndim - 1)))
+        return x_N.reshape(chunks, chunk, *x_N.shape[1:])
+
+    return tuple(map(split, arrays))
+
+
+def token_nats(hidden_BSD, kernel_DV, target_BS, weight_BS, *, chunk):
+    """Cross-entropy of every target times its weight, float32 (B, S) nats, 0 where the weight is; no gradients.
+
+    Args: as `cross_entropy`; under a mesh each device handles its own rows in the same way.
+    """
+
+    def on_device(hidden_BSD, kernel_DV, target_BS, weight_BS):
+        kernel_DV = _gathered(kernel_DV, hidden_BSD).astype(hidden_BSD.dtype)
+        chunks = _in_chunks(chunk, hidden_BSD, target_BS, weight_BS)
+        nats_N = jax.lax.map(lambda each: _nats(kernel_DV, *each).nats_N, chunks).reshape(-1)
+        return nats_N[: target_BS.size].reshape(target_BS.shape)
+
+    row, kernel = sharding.spec("batch"), sharding.spec("embed", "vocab")
+    arrays = (hidden_BSD, kernel_DV, target_BS, weight_BS.astype(jnp.float32))
+    return sharding.shard_map(on_device, (row, kernel, row, row), row, check=False)(*arrays)
+
+
+class _Nats(NamedTuple):
+    """Of one chunk: logits, their log-partition, which of them are targets, tokens that count, and weighted nats."""
+
+    logit_NV: jax.Array
+    log_partition_N: jax.Array
+    is_target_NV: jax.Array
+    counted_N: jax.Array
+    nats_N: jax.Array
+
+
+def _nats(kernel_DV, hidden_ND, target_N, weight_N) -> _Nats:
     logit_NV = jnp.dot(hidden_ND, kernel_DV, preferred_element_type=jnp.float32)
     log_partition_N = _log_partition(logit_NV)
     if sharding.size(TENSOR) > 1:  # this device has some of the ids
@@ -152,6 +187,12 @@ def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_
     target_logit_N = sharding.psum(jnp.sum(jnp.where(is_target_NV, logit_NV, 0), axis=-1), TENSOR)
     counted_N = weight_N != 0  # not a product: what padding's hidden state holds must not matter, even if it is NaN
     nats_N = jnp.where(counted_N, weight_N * (log_partition_N - target_logit_N), 0)
+    return _Nats(logit_NV, log_partition_N, is_target_NV, counted_N, nats_N)
+
+
+def _chunk(settings, with_grads, kernel_DV, hidden_ND, target_N, kind_N, weight_N):
+    """((total, Sums), gradient of hidden_ND, gradient of kernel_DV) of one chunk; gradients None where not asked."""
+    logit_NV, log_partition_N, is_target_NV, counted_N, nats_N = _nats(kernel_DV, hidden_ND, target_N, weight_N)
     square_N = jnp.where(counted_N, weight_N * log_partition_N**2, 0)
     is_kind_NJ = kind_N[:, None] == jnp.arange(settings.kinds)
     sums = Sums(

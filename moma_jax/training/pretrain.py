@@ -16,14 +16,17 @@ from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
+from moma_jax.evaluation.documents import DOCUMENTS
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, scheduled, unigram
-from moma_jax.evaluation.tables import held_out_lines
+from moma_jax.evaluation.tables import held_out_lines, uncalibrated
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.rules import as_rule, rule_name, switched
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.resume import hashes_of, require_resumable
+from moma_jax.training.calibrate import has_thresholds, write_thresholds
+from moma_jax.training.load import THRESHOLDS, with_thresholds
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, token_meter, train_record
 from moma_jax.training.optimizer import warmup_warnings
@@ -114,6 +117,7 @@ class Pretraining(TokenStage):
             "commit": commit(),
         }
         self.warnings = _warnings(config)
+        self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state))
         peak = peak_flops(program.mesh.devices.flat[0].device_kind)
@@ -144,15 +148,36 @@ class Pretraining(TokenStage):
         thresholds = threshold_figures(jax.device_get(state.routing_state))
         return train_record(self.program.config, meter, self._hardware, step, rate, epochs) | thresholds
 
+    def settle(self, run: RunDir, state: TrainState) -> None:
+        """Sets the thresholds by the final weights (`train.calibrate`)."""
+        config = self.program.config
+        if config.train.calibrate and has_thresholds(config):
+            state = (state.params, state.routing_state, total_steps(config))
+            self._thresholds = write_thresholds(run.path, config, *state, config.train.calibrate)
+
     def evaluate(self, state: TrainState, eval_set: EvalSet) -> list[dict[str, Any]]:
-        """An eval record for each routing."""
-        results = self._evaluator(state.params, state.routing_state, eval_set)
+        """An eval record for each routing, and an event for every group whose thresholds are out of calibration."""
+        routing_state = state.routing_state
+        if self._thresholds is not None:
+            routing_state = with_thresholds(routing_state, self._thresholds, self.program)
+        results = self._evaluator(state.params, routing_state, eval_set)
         gaps = gap_percent(results, self._training)
         return [
             {"kind": "eval", "routing": routing, **figures}
             | ({"gap_percent": gaps[routing]["loss"]} if routing in gaps else {})
             for routing, figures in results.items()
-        ]
+        ] + [{"kind": "event", "event": line} for line in uncalibrated(results)]
+
+    def export(self, run: RunDir, state: TrainState) -> None:
+        """Writes the last evaluation's losses by document; makes it where this process went on from the very end."""
+        sets = self.program.config.train.eval_sets
+        if sets and not self._evaluator.evaluated:
+            if self.program.config.train.calibrate:
+                self._thresholds = run.read_json(THRESHOLDS)
+            for eval_set in sets:
+                self.evaluate(state, eval_set)
+        if sets and hosts.is_first():
+            run.write(DOCUMENTS, self._evaluator.documents())
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """The last train record, and the last evaluation of each set beside the losses of a unigram model."""

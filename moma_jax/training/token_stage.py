@@ -30,5 +30,8 @@ class TokenStage:
         own = sharding.own_groups(self.mesh, self.config.train.batch_rows // self.config.data.group_rows)
         return open_stream(self.config, cursor=cursor, mine=own)
 
+    def settle(self, run: RunDir, state: Any) -> None:
+        """Nothing."""
+
     def export(self, run: RunDir, state: Any) -> None:
         """Nothing: a checkpoint is all that there is."""

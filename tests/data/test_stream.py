@@ -7,23 +7,13 @@ import threading
 
 import numpy as np
 import pytest
-from fake_views import FakeStore, corpus
+from fake_views import MODALITIES, STORES, FakeStore, config, corpus
 
-from moma_jax.config import Config, DataConfig, EvalSet, Modality, StoreConfig, TrainConfig
+from moma_jax.config import EvalSet, Modality, StoreConfig, TrainConfig
 from moma_jax.data import stream as stream_lib
 from moma_jax.data.assembly import assemble
 from moma_jax.data.stream import merge_cursors, open_stream, require_held_out, vocabulary_of
 from moma_jax.errors import InputError
-
-MODALITIES = (
-    Modality("text", "t", size=4096, quota=0.5),
-    Modality("image", "i", size=256, span=16, quota=0.5),
-)
-STORES = (
-    StoreConfig("pairs", "here", "pairs", {"image": 0.5}),
-    StoreConfig("text", "here", "text"),
-    StoreConfig("pages", "here", "interleaved"),
-)
 
 
 @pytest.fixture
@@ -34,12 +24,6 @@ def views(monkeypatch):
     store = FakeStore(MODALITIES, views)
     monkeypatch.setattr(stream_lib, "open_store", lambda path, **options: store)
     return views
-
-
-def config(**data) -> Config:
-    fields = {"modalities": MODALITIES, "stores": STORES, "sequence": 128, "group_rows": 2, "lanes": 8} | data
-    fields = {"window_documents": 64, "wait_documents": 16, "prefetch": 3} | fields
-    return Config(data=DataConfig(**fields), train=TrainConfig(steps=1, batch_rows=8))
 
 
 def take(stream, count):

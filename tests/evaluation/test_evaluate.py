@@ -14,6 +14,7 @@ from runs import my_choice
 from tiny import tiny
 
 from moma_jax import evaluate, load, sharding
+from moma_jax.batch import Packed
 from moma_jax.config import EvalSet, MeshConfig
 from moma_jax.config_json import to_json
 from moma_jax.data.stream import open_stream
@@ -166,8 +167,8 @@ def test_no_run_is_an_input_error(tmp_path):
 
 def test_held_out_rows_are_weighed_once_whatever_the_batches():
     eval_set = EvalSet(rows=6, seed=3)
-    one = list(held_out(tiny(train_batch_rows=2), eval_set))
-    wide = list(held_out(tiny(train_batch_rows=8), eval_set, devices=4))
+    one = [packed.batch for packed in held_out(tiny(train_batch_rows=2), eval_set)]
+    wide = [packed.batch for packed in held_out(tiny(train_batch_rows=8), eval_set, devices=4)]
     assert len(one) == 3 and len(wide) == 1 and len(wide[0].token_BS) == 8
     assert not wide[0].weight_BS[6:].any() and wide[0].weight_BS[:6].any()
 
@@ -183,7 +184,7 @@ def test_unigram_losses_are_those_of_smoothed_frequencies():
         for target, weight in zip(batch.target_BS.flat, batch.weight_BS.flat, strict=True):
             counts[int(target)] += weight > 0
     nats = {0: [], 1: []}
-    for batch in held_out(config, eval_set):
+    for batch in (each.batch for each in held_out(config, eval_set)):
         for target, weight in zip(batch.target_BS.flat, batch.weight_BS.flat, strict=True):
             if weight:
                 nats[int(vocabulary.modality_V[target])].append(-np.log(counts[int(target)] / sum(counts.values())))
@@ -313,7 +314,7 @@ def model():
 @contextlib.contextmanager
 def rows_held_out(monkeypatch, batches):
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate_lib, "held_out", lambda *_: iter(batches))
+        patch.setattr(evaluate_lib, "held_out", lambda *_: (Packed(batch, {}) for batch in batches))
         yield
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moma_jax.config import Config, DataConfig, Modality, StoreConfig, TrainConfig
 from moma_jax.vocab import contiguous
 
 
@@ -94,3 +95,21 @@ def corpus(seed, counts, modalities=2):
         name: FakeView([kinds[name](rng) for _ in range(n)], modalities=modalities)
         for name, n in zip(kinds, counts, strict=True)
     }
+
+
+MODALITIES = (
+    Modality("text", "t", size=4096, quota=0.5),
+    Modality("image", "i", size=256, span=16, quota=0.5),
+)
+STORES = (
+    StoreConfig("pairs", "here", "pairs", {"image": 0.5}),
+    StoreConfig("text", "here", "text"),
+    StoreConfig("pages", "here", "interleaved"),
+)
+
+
+def config(**data) -> Config:
+    """Of `corpus` in a `FakeStore`: rows of 128 in groups of 2."""
+    fields = {"modalities": MODALITIES, "stores": STORES, "sequence": 128, "group_rows": 2, "lanes": 8} | data
+    fields = {"window_documents": 64, "wait_documents": 16, "prefetch": 3} | fields
+    return Config(data=DataConfig(**fields), train=TrainConfig(steps=1, batch_rows=8))

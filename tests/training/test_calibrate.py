@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,38 @@ def loads(model) -> dict[str, np.ndarray]:
 
 
 def test_loads_are_near_one_after_calibration(run):
-    before = loads(moma_jax.load(run))
-    state = moma_jax.load(run).routing_state
+    """At the end of training, and by the command; what a checkpoint holds stays."""
+    state = moma_jax.load(run, calibrated=False)
+    before = loads(state)
+    off = {name: np.abs(own - 1).max() for name, own in before.items()}
+    assert max(off.values()) > 0.25 and "depth_image" in off, "there was something to mend"
+    near_one(loads(moma_jax.load(run)))
     found = moma_jax.calibrate(run, batches=8)
     for name, expected in before.items():
         np.testing.assert_allclose(found["load_before"][name], expected, atol=0.05)
-    model = moma_jax.load(run)
-    off = {name: np.abs(own - 1).max() for name, own in before.items()}
-    assert max(off.values()) > 0.25 and "depth_image" in off, "there was something to mend"
-    for own in loads(model).values():
+    near_one(loads(moma_jax.load(run)))
+    jax.tree.map(np.testing.assert_array_equal, moma_jax.load(run, calibrated=False).routing_state, state.routing_state)
+
+
+def near_one(loads):
+    for own in loads.values():
         assert np.all((own > 0.8) & (own < 1.25))
-    without = moma_jax.load(run, calibrated=False).routing_state
-    jax.tree.map(np.testing.assert_array_equal, without, state)
+
+
+def test_the_last_evaluation_of_a_run_is_under_calibrated_thresholds(run, tmp_path):
+    recorded = json.loads(Path(run, "summary.json").read_text())["eval"]["heldout"]["threshold"]
+    moma_jax.calibrate(run)
+    loaded = moma_jax.evaluate(run, routing=("threshold",))["threshold"]
+    with_those_of_training = moma_jax.train(
+        dataclasses.replace(
+            (config := moma_jax.load(run).config),
+            train=dataclasses.replace(config.train, calibrate=0),
+            run=dataclasses.replace(config.run, dir=str(tmp_path / "as-trained")),
+        ),
+        quiet=True,
+    )["eval"]["heldout"]["threshold"]
+    assert recorded["loss"] == pytest.approx(loaded["loss"], rel=1e-6)
+    assert recorded["loss"] != pytest.approx(with_those_of_training["loss"], rel=1e-6)
 
 
 def test_thresholds_are_pooled_quantiles():

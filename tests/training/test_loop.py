@@ -38,6 +38,8 @@ def test_a_run_leaves_its_files(whole):
         ".lock",
         "config.json",
         "metrics.jsonl",
+        "documents.parquet",
+        "thresholds.json",
         "status.json",
         "summary.json",
         "tensorboard",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiers import slow_but
 
-from moma_jax.training.objective import cross_entropy
+from moma_jax.training.objective import cross_entropy, token_nats
 
 ROWS, SEQUENCE, WIDTH, VOCABULARY = 3, 10, 8, 32
 MODALITY_V = np.repeat([0, 1, 2], [16, 12, 4]).astype(np.int8)
@@ -50,6 +50,8 @@ def test_chunks_change_neither_value_nor_gradient(arrays, chunk, z_loss):
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     for ours, theirs in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    each_BS = token_nats(hidden_BSD, kernel_DV, target_BS, weight_BS, chunk=chunk)
+    np.testing.assert_allclose(each_BS, weight_BS * nats_BS, rtol=1e-5, atol=1e-6)
     for m in range(3):
         weight_m_BS = weight_BS * (MODALITY_V[target_BS] == m)
         np.testing.assert_allclose(sums.cross_entropy_J[m], np.sum(weight_m_BS * nats_BS), rtol=1e-5)

@@ -159,6 +159,9 @@ class CodecTraining:
         sheet = {"sheet": sheet_of(*zip(*shown, strict=True))} if shown else {}
         return [{"kind": "codec_eval", **judged.figures(), **sheet}]
 
+    def settle(self, run: RunDir, state: CodecState) -> None:
+        """Nothing."""
+
     def export(self, run: RunDir, state: CodecState) -> None:
         """Writes the codec."""
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), state.params)
