@@ -33,7 +33,7 @@ def study() -> Study:
         ),
         seeds=(0,),
         tokens=base.train.tokens,
-        sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2), share=0.3),
+        sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2, 4e-2), share=0.3),
         dir="runs/study",
         records="docs/results/studies/runs",
     )

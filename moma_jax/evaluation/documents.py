@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from moma_jax.batch import Packed
+from moma_jax.data.directory import Directory
+from moma_jax.errors import InputError
 from moma_jax.late import pa, pq
 
 DOCUMENTS = "documents.parquet"
@@ -68,6 +70,31 @@ class DocumentLosses:
         for m, name in enumerate(self._modalities):
             columns |= {f"nats_{name}": sums[:, 0, m].astype(np.float32), f"tokens_{name}": sums[:, 1, m]}
         return pa.table(columns)
+
+
+def read_documents(home: Directory) -> dict[tuple[str, str], dict[tuple[int, int], np.ndarray]]:
+    """By (evaluation set, routing): by (store, document) nats and weight of each modality's targets, (M, 2).
+
+    Args: `home` is a run's directory; the result is empty where it has no such file. Modalities stand as they do there.
+
+    Raises:
+      InputError: the file is damaged or another one.
+    """
+    content = home.read(DOCUMENTS)
+    if content is None:
+        return {}
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        keys = zip(*(table[name].to_pylist() for name in KEYS), strict=True)
+        names = [name.removeprefix("nats_") for name in table.column_names if name.startswith("nats_")]
+        nats_DM, weight_DM = (np.stack([table[f"{w}_{m}"].to_numpy() for m in names], -1) for w in ("nats", "tokens"))
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        where = f"{home.path}/{DOCUMENTS}"
+        raise InputError(f"{where}: is damaged ({error}); restore it, or remove it and evaluate again") from error
+    found: dict[tuple[str, str], dict[tuple[int, int], np.ndarray]] = {}
+    for (eval_set, routing, store, document), *cell in zip(keys, nats_DM, weight_DM, strict=True):
+        found.setdefault((eval_set, routing), {})[store, document] = np.stack(cell, -1)
+    return found
 
 
 def to_bytes(tables: list[pa.Table]) -> bytes:

@@ -14,6 +14,7 @@ from moma_jax.fields import may_change
 from moma_jax.router import CAUSAL_ROUTINGS
 from moma_jax.studies.curves import OVERALL, Curve, Run, smoothed
 from moma_jax.studies.speedup import PowerLaw, Speedup, power_law, speedup
+from moma_jax.studies.verdicts import Etas, Verdict, document_interval, etas, pairs, verdict
 
 MAY_CHANGE = may_change(Config)
 SIZES_FOR_A_LAW = 3
@@ -61,11 +62,13 @@ class Finished(NamedTuple):
     """The finished runs of a study.
 
     Attributes:
-      by_place: runs by (size, variant), in the order of the report, each by seed.
+      by_place: runs of the budget by (size, variant), in the order of the report, each by seed.
+      ladder: the baseline's runs of all budgets by size and seed.
     """
 
     baseline: str
     by_place: dict[tuple[str, str], dict[int, Run]]
+    ladder: dict[str, dict[int, list[Run]]]
 
     @property
     def runs(self) -> list[Run]:
@@ -76,12 +79,15 @@ class Finished(NamedTuple):
 def grouped(runs: list[Run], baseline: str) -> Finished:
     """The finished ones among `runs` by size and variant; InputError where none of the baseline is."""
     by_place: dict[tuple[str, str], dict[int, Run]] = {}
-    for run in runs:
-        if run.finished:
+    ladder: dict[str, dict[int, list[Run]]] = {}
+    for run in (run for run in runs if run.finished):
+        if run.budget == 1:
             by_place.setdefault((run.size, run.variant), {})[run.seed] = run
+        if run.variant == baseline:
+            ladder.setdefault(run.size, {}).setdefault(run.seed, []).append(run)
     if not any(variant == baseline for _, variant in by_place):
         raise InputError(f"no finished run of {baseline}, the baseline, so there is nothing to compare with; train it")
-    return Finished(baseline, by_place)
+    return Finished(baseline, by_place, ladder)
 
 
 # Fairness -------------------------------------------------------------------------------------------------------------
@@ -111,6 +117,9 @@ def require_comparable(finished: Finished, tolerance: float) -> None:
             reference = baseline.get(seed) or next(iter(baseline.values()), run)
             _require_same_flops(run, reference, tolerance)
             _require_same_data(run, reference)
+        for runs in finished.ladder.get(size, {}).values():
+            for run in runs:
+                _require_same_data(run, next(iter(baseline.values()), run))
 
 
 def _require_same_flops(run: Run, reference: Run, tolerance: float) -> None:
@@ -246,6 +255,119 @@ def _compared(loss: Loss, modality: str, baseline: dict[int, Run], group: dict[i
         min(len(c.loss_N) for c in theirs + ours),
         tuple(float(v.loss_N[-1] - b.loss_N[-1]) for b, v in zip(theirs, ours, strict=True)),
     )
+
+
+# Verdicts -------------------------------------------------------------------------------------------------------------
+
+
+class Decided(NamedTuple):
+    """One thing against another by etas off finished baseline runs: `variant` by `modality` against `against`, which is
+    another variant (the baseline's eta is 1) or, for two modalities of one variant, the other modality."""
+
+    size: str
+    loss: Loss
+    modality: str
+    variant: str
+    against: str
+    verdict: Verdict
+
+
+class Documents(NamedTuple):
+    """Final losses of two variants on the same held-out documents: difference and interval over documents."""
+
+    size: str
+    eval_set: str
+    routing: str
+    modality: str
+    variant: str
+    against: str
+    seeds: tuple[int, ...]
+    difference: float
+    interval: tuple[float, float]
+
+
+def decided(finished: Finished) -> list[Decided]:
+    """Every verdict by final losses under causal routing, where the baseline has two finished budgets or more."""
+    found = []
+    for loss in measured(finished)[1:]:
+        for size in dict.fromkeys(size for size, _ in finished.by_place):
+            by_modality = {m: _etas(finished, loss, size, m) for m in modalities(finished)}
+            found += _of_variants(finished.baseline, size, loss, by_modality)
+            found += _of_modalities(size, loss, by_modality)
+    return found
+
+
+def _etas(finished: Finished, loss: Loss, size: str, modality: str) -> dict[str, Etas]:
+    """Eta by variant."""
+
+    def end(run: Run) -> tuple[float, float] | None:
+        curve = loss.of(run, modality)
+        return None if curve is None else (curve.flops_N[-1], curve.loss_N[-1])
+
+    ladder = {seed: [e for run in runs if (e := end(run))] for seed, runs in finished.ladder.get(size, {}).items()}
+    baseline = {seed: tuple(zip(*ends, strict=True)) for seed, ends in ladder.items() if ends}
+    groups = {name: group for (s, name), group in finished.by_place.items() if (s, name) != (size, finished.baseline)}
+    groups = {name: group for name, group in groups.items() if (size, name) in finished.by_place}
+    return {
+        name: etas(baseline, {seed: e for seed, run in group.items() if (e := end(run))})
+        for name, group in groups.items()
+    }
+
+
+def _of_variants(baseline: str, size: str, loss: Loss, by_modality: dict[str, dict[str, Etas]]) -> list[Decided]:
+    found = []
+    for modality, of_variant in by_modality.items():
+        for name, against in pairs([baseline, *of_variant], baseline):
+            result = verdict(of_variant[name], None if against == baseline else of_variant[against])
+            found += [] if result is None else [Decided(size, loss, modality, name, against, result)]
+    return found
+
+
+def _of_modalities(size: str, loss: Loss, by_modality: dict[str, dict[str, Etas]]) -> list[Decided]:
+    """What later modalities gain against the first, which is text."""
+    found = []
+    first, *others = [modality for modality in by_modality if modality != OVERALL] or [OVERALL]
+    for modality in others:
+        for name in by_modality[modality]:
+            result = verdict(by_modality[modality][name], by_modality[first][name])
+            found += [] if result is None else [Decided(size, loss, modality, name, f"its {first}", result)]
+    return found
+
+
+def over_documents(finished: Finished) -> list[Documents]:
+    """Differences of final losses by document, means over the seeds that both variants have, under causal routings."""
+    found = []
+    for size in dict.fromkeys(size for size, _ in finished.by_place):
+        groups = {name: group for (s, name), group in finished.by_place.items() if s == size}
+        for name, against in pairs(list(groups), finished.baseline):
+            if against in groups:
+                found += _paired_documents(size, name, against, groups[name], groups[against])
+    return found
+
+
+def _paired_documents(size: str, name: str, against: str, ours: dict[int, Run], theirs: dict[int, Run]):
+    seeds = [seed for seed in ours if seed in theirs and ours[seed].documents and theirs[seed].documents]
+    if not seeds:
+        return
+    for eval_set, routing in ours[seeds[0]].documents:
+        if routing not in CAUSAL_ROUTINGS and ours[seeds[0]].unrouted is None:
+            continue
+        both = [(_documents_of(ours[s], eval_set, routing), _documents_of(theirs[s], eval_set, routing)) for s in seeds]
+        if any(None in pair for pair in both):
+            continue
+        shared = sorted(set.intersection(*(set(of_run) for pair in both for of_run in pair)))
+        for m, modality in enumerate((OVERALL, *ours[seeds[0]].modalities)):
+            chosen = slice(None) if modality == OVERALL else m - 1
+            sums = np.array([[[of_run[d][chosen] for d in shared] for of_run in pair] for pair in both])
+            sums = sums.reshape(len(seeds), 2, len(shared), -1, 2).sum(axis=3).mean(axis=0)  # (2, D, nats and weight)
+            if sums[0, :, 1].any():
+                result = document_interval(sums[0, :, 0], sums[1, :, 0], sums[0, :, 1])
+                yield Documents(size, eval_set, routing, modality, name, against, tuple(seeds), *result)
+
+
+def _documents_of(run: Run, eval_set: str, routing: str) -> dict | None:
+    """By (store, document): nats and weight of each modality, (M, 2); an unrouted run's are the same whatever it is."""
+    return run.documents.get((eval_set, run.unrouted if run.unrouted else routing))
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------

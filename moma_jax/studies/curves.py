@@ -11,6 +11,7 @@ import numpy as np
 
 from moma_jax.config_json import of_this_format
 from moma_jax.errors import InputError
+from moma_jax.evaluation.documents import read_documents
 from moma_jax.router import CAUSAL_ROUTINGS
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, SCHEMA, records_of
@@ -75,6 +76,9 @@ class Run:
       unrouted: the routing under which a run whose experts need not choose was evaluated: its losses are those under
         every routing. None where they choose.
       tokens_per_second: median over the train records; None without any.
+      documents: of the last evaluation, by (set, routing): by (store, document) the nats and the weight of each
+        modality's targets, (M, 2), in the order of `modalities`; empty where the run has none.
+      budget: share of the study's budget that it has.
     """
 
     variant: str
@@ -91,6 +95,8 @@ class Run:
     curves: dict[Measure, Curve]
     unrouted: str | None
     tokens_per_second: float | None
+    documents: dict[tuple[str, str], dict[tuple[int, int], np.ndarray]]
+    budget: float = 1.0
 
     @property
     def finished(self) -> bool:
@@ -171,6 +177,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
         curves=curves,
         unrouted=_unrouted(records),
         tokens_per_second=float(np.median(speeds)) if speeds else None,
+        documents=read_documents(home) if state == "complete" else {},
     )
 
 

@@ -90,8 +90,9 @@ def _placed(config: Config, where: str, seed: int) -> Config:
     )
 
 
-def require_same_config(written: Any, config: Config, where: str) -> None:
-    """InputError where a run's config.json, its content or bytes, says another run than `config`.
+def require_same_config(written: Any, config: Config, where: str) -> Config:
+    """The config with what was decided when the run began; InputError where a run's config.json, its content or bytes,
+    says another run.
 
     Args:
       where: what holds it, for the message.
@@ -107,6 +108,7 @@ def require_same_config(written: Any, config: Config, where: str) -> None:
             f"{where} holds a run with another config ({'; '.join(changed)}); change the study back, or give it "
             "another dir"
         )
+    return config
 
 
 # How far each is ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import finite
 from moma_jax.studies.comparison import (
     Compared,
+    Decided,
     Finished,
+    decided,
     final_losses,
     grouped,
     losses,
@@ -34,13 +36,14 @@ from moma_jax.studies.comparison import (
 )
 from moma_jax.studies.curves import Measure, Run, read_run
 from moma_jax.studies.figures import draw, figure_names
-from moma_jax.studies.jobs import Job, jobs, state
+from moma_jax.studies.jobs import Job, state
 from moma_jax.studies.report_text import parameters_of, report_text
 from moma_jax.studies.study import Study
+from moma_jax.studies.sweep import settled_jobs
 
 FORMAT_VERSION = 1
 RESULT = "report.json"
-PLACES = ("run", "variant", "size", "seed")
+PLACES = ("run", "variant", "size", "budget", "seed")
 AXES = ("step", "tokens", "flops", "seconds")
 
 
@@ -56,7 +59,7 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
 
     Returns:
       The content of report.json: "study" (where the runs are), "baseline", "runs" and "finished" (counts), "final"
-      (means of final losses) and "speedups" (`Speedup`, by loss and modality), as plain values.
+      (means of final losses), "verdicts" (`Verdict`, by loss and modality) and "speedups" (`Speedup`), as plain values.
 
     Raises:
       InputError: no baseline run is finished; budgets or data differ; a run of the study has another config than the
@@ -64,15 +67,15 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
         Nothing was written then.
     """
     _require_ours(RunDir(out), study)
-    wanted = jobs(study)
+    wanted = settled_jobs(study)
     runs = _study_runs(study, wanted) + _added_runs(study, wanted, added)
     finished = grouped(runs, study.baseline)
     require_comparable(finished, study.tolerance)
-    compared, laws = speedups(finished), power_laws(finished, study.tolerance)
-    result = _result(study, runs, finished, compared)
+    verdicts, compared, laws = decided(finished), speedups(finished), power_laws(finished, study.tolerance)
+    result = _result(study, runs, finished, verdicts, compared)
     figures = {name: draw(finished, size, axis) for (size, axis), name in figure_names(finished).items()}
     tables = {"runs.csv": _csv(runs, finished), "curves.parquet": _parquet(runs)}
-    text = report_text(study, runs, finished, compared, laws)
+    text = report_text(study, runs, finished, verdicts, compared, laws)
     home = Directory(out)  # a RunDir's `write` asks for devices, which a run may hold
     home.write_json(RESULT, finite(result))  # first: by it a directory is known as ours
     for name, content in (figures | tables | {"report.md": text.encode()}).items():
@@ -102,8 +105,9 @@ def _study_runs(study: Study, wanted: list[Job]) -> list[Run]:
     found = []
     for job in sorted(wanted, key=lambda job: (list(study.sizes).index(job.size), _order(study, job.variant))):
         run = read_run(job.variant, job.size, job.seed, job.config.run.dir)
-        if run.config:
+        if run.config and not job.waits:
             require_planned(run, job.config)
+        run = dataclasses.replace(run, budget=job.budget)
         found.append(run if run.finished else dataclasses.replace(run, **state(job)))
     return found
 
@@ -158,7 +162,14 @@ def _csv(runs: list[Run], finished: Finished) -> bytes:
 
 
 def _row(run: Run, finished: Finished) -> dict[str, Any]:
-    row = {"variant": run.variant, "size": run.size, "seed": run.seed, "path": run.path, "state": run.state}
+    row = {
+        "variant": run.variant,
+        "size": run.size,
+        "budget": run.budget,
+        "seed": run.seed,
+        "path": run.path,
+        "state": run.state,
+    }
     row |= {"steps": run.step, "tokens": run.end.tokens, "flops": run.end.flops, "parameters": parameters_of(run)}
     for loss in losses(finished):
         name = loss.title.replace(", ", "_")
@@ -177,19 +188,23 @@ def _parquet(runs: list[Run]) -> bytes:
     for run in runs:
         for measure, curve in run.curves.items():
             length = len(curve.loss_N)
-            named = (run.path, run.variant, run.size, run.seed, *measure)
+            named = (run.path, run.variant, run.size, run.budget, run.seed, *measure)
             for name, value in zip((*PLACES, *Measure._fields), named, strict=True):
                 columns[name] += [value] * length
             for name, array_N in zip((*AXES, "loss"), curve, strict=True):
                 columns[name] += array_N.tolist()
-    types = {"seed": pa.int64(), "step": pa.int64()} | dict.fromkeys((*AXES[1:], "loss"), pa.float64())
+    types = {"budget": pa.float64(), "seed": pa.int64(), "step": pa.int64()} | dict.fromkeys(
+        (*AXES[1:], "loss"), pa.float64()
+    )
     table = pa.table({name: pa.array(v, types.get(name, pa.string())) for name, v in columns.items()})
     content = io.BytesIO()
     pq.write_table(table, content)
     return content.getvalue()
 
 
-def _result(study: Study, runs: list[Run], finished: Finished, compared: list[Compared]) -> dict[str, Any]:
+def _result(
+    study: Study, runs: list[Run], finished: Finished, verdicts: list[Decided], compared: list[Compared]
+) -> dict[str, Any]:
     final = [
         {"variant": f.variant, "size": f.size, "loss": f.loss.title}
         | {modality or "overall": statistics.fmean(values) for modality, values in f.by_modality.items() if values}
@@ -202,4 +217,9 @@ def _result(study: Study, runs: list[Run], finished: Finished, compared: list[Co
     ]
     about = {"format_version": FORMAT_VERSION, "study": study.dir, "baseline": study.baseline}
     counts = {"runs": len(runs), "finished": len(finished.runs)}
-    return about | counts | {"final": final, "speedups": etas}
+    decisions = [
+        {"variant": d.variant, "against": d.against, "size": d.size, "loss": d.loss.title}
+        | {"modality": d.modality or "overall", **d.verdict._asdict()}
+        for d in verdicts
+    ]
+    return about | counts | {"final": final, "verdicts": decisions, "speedups": etas}

@@ -6,36 +6,50 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from moma_jax.config_json import from_json
-from moma_jax.cost import parameter_count
+from moma_jax.cost import cost, parameter_count
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import command, commit
 from moma_jax.studies.comparison import (
     Compared,
+    Decided,
+    Documents,
     Final,
     Finished,
     Law,
     eval_sets,
     final_losses,
     modalities,
+    over_documents,
 )
 from moma_jax.studies.curves import WINDOW, Run
 from moma_jax.studies.figures import figure_names
 from moma_jax.studies.study import Study
+from moma_jax.studies.sweep import tried
 
-BOUNDS = {"": "", ">=": "≥ ", "<=": "≤ "}
+FFN_PARTS = ("router", "experts", "shared_experts")
+"""Parts of a token's FLOPs by `moma cost` that variants differ in."""
+BOUNDS = {"": "", ">=": "≥ ", "<=": "≤ ", "?": "? "}
 
 
 def report_text(
-    study: Study, runs: list[Run], finished: Finished, compared: list[Compared], laws: list[Law] | str
+    study: Study,
+    runs: list[Run],
+    finished: Finished,
+    verdicts: list[Decided],
+    compared: list[Compared],
+    laws: list[Law] | str,
 ) -> str:
-    """The whole page. What it says of eta is `speedup`'s module, in words."""
+    """The whole page. What it says of eta is in `verdicts` and `speedup`, in words."""
     names = [variant for _, variant in finished.by_place]
     parts = [
         f"# {', '.join(dict.fromkeys(names))} at equal FLOPs on equal data",
         _opening(study, runs, finished),
         "## What was compared\n\n" + _match(finished),
         "## Final losses\n\n" + _finals(finished),
-        f"## Speed-up over {finished.baseline}\n\n" + _speedups(compared),
+        "## Verdicts\n\n" + _verdicts(study, verdicts),
+        "## The same documents\n\n" + _documents(over_documents(finished)),
+        *(["## Chosen on trials\n\n" + _trials(study)] if study.sweep else []),
+        "## Inside runs, as the paper does it\n\n" + _speedups(compared),
         "## Curves\n\n" + _figures(finished),
         "## Power law over sizes\n\n" + _laws(laws),
         "## What is missing\n\n" + _missing(study, runs, finished),
@@ -53,24 +67,22 @@ HOW_TO_READ = """\
   is the routing of training: experts choose, and see the future, so it compares runs but is no likelihood. `threshold`
   (running thresholds) and `causal` (auxiliary routers) are causal routings. Where no expert has to choose (`dense`,
   `1t1i`) all routings are the same, and one figure stands under each.
-- **eta** is the FLOPs of `{baseline}` over those with which the variant reaches the final loss of `{baseline}`. Where
-  it ends above that, eta is below 1: the FLOPs with which `{baseline}` reached the variant's final loss over those of
-  the variant. Curves are averaged over seeds and made monotone by their running minimum. Training losses are smoothed
-  (at every point the mean over the last {percent}% of the FLOPs so far); held-out losses are interpolated, linearly in
-  log FLOPs. `≥` and `≤`: the loss was passed before the first point of the curve. Where that is so for a seed or a
-  resample, there is no interval.
-- **Bootstrap**: seeds are drawn with replacement, the same for both, and eta is that of the curves averaged over what
-  was drawn; the interval holds from 2.5% to 97.5% of the draws (each possible one with its probability, up to 5 seeds).
-  With few seeds it is too narrow, as it cannot leave the range of what was seen: variants that are equal in truth have
-  n seeds on one side of 1 once in 2^(n-1) times, and then it leaves 1 out. **t**: of the mean of log eta over the
-  seeds' own etas; with few seeds it is wide. Where it holds 1, the order of the two is not decided by these seeds. Both
-  are about seeds alone: the held-out documents are the same for all, and others would move the etas too.
-- **Baseline itself**: its eta over itself, 1 where its curve falls to the end. More means that it had its final loss
-  before: a training loss also follows what the batches hold, in the same places for every variant of a seed, and where
-  that moves a curve as much as training does, an eta of this size is no speed-up, nor one below 1 / this size a loss
-  of speed: the running minimum takes such etas away from 1. They stand in brackets. Held-out losses are free of it.
-- Points inside a run are no finished runs of that length where the learning rate decays to the end: a run that had been
-  planned shorter would be lower there. That pulls eta towards 1. The paper's etas are made in the same way.
+- **Verdicts** go by eta off finished runs: the FLOPs at which finished runs of `{baseline}` have the variant's final
+  loss, over those of the variant, seed by seed; `{baseline}` is trained to its end at several budgets, and between them
+  its loss is monotone in log FLOPs. One variant against another is the ratio of their etas, "image against its text"
+  that of a variant's etas for the two. The interval is the t-interval of the logarithms over seeds, paired by seed;
+  resampled from the residuals of real runs it keeps its 95% (tests/studies/test_verdicts.py). Ahead or behind: it lies
+  on one side of 1. `≥` and `≤`: a seed's loss lies beyond the baseline's budgets, so there is no interval. *Least* is
+  the ratio that so many seeds, spread as these are, would have decided in 80% of studies.
+- **The same documents**: both variants' losses on the same held-out documents, means over seeds; the interval is a
+  bootstrap over documents, 95%. It says what other documents would have changed, not other seeds.
+- **Inside runs** is the paper's way: the FLOPs of `{baseline}` over those with which the variant's curve reaches the
+  final loss of `{baseline}`, or below 1 the other way round, by running minima, averaged over seeds. A point inside a
+  run is no finished run, as its learning rate has not decayed, so these etas can be far off, to either side, and have
+  no interval; those of single seeds stand beside them. Training losses are smoothed (at every point the mean over the
+  last {percent}% of the FLOPs so far); held-out losses are interpolated, linearly in log FLOPs. *Baseline itself*: its
+  eta over itself, 1 where its curve falls to the end. More means that it had its final loss before, as a training loss
+  also follows what the batches hold: an eta of this size is no speed-up then, and stands in brackets.
 - **Wall time** is the runs' own record, compiling, evaluation and repeated work included. Runs that shared a machine
   slowed each other, so it compares variants only where that was the same for all.
 - FLOPs, tokens and wall time of an upcycled run include its seed run's; its curves begin where the seed run ended."""
@@ -100,7 +112,7 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _match(finished: Finished) -> str:
-    heads = ["variant", "layers", "width", "hidden", "parameters", "FLOPs per token"]
+    heads = ["variant", "layers", "width", "hidden", "parameters", "FFN's share", "FLOPs per token"]
     rows = []
     for (size, variant), group in finished.by_place.items():
         run = next(iter(group.values()))
@@ -110,7 +122,7 @@ def _match(finished: Finished) -> str:
         steps = f"{run.step:,}" + (f" ({run.start.step:,} of the seed run)" if run.start.step else "")
         shape = [str(model.get(name, "unknown")) for name in ("layers", "width", "hidden")]
         known = "unknown" if count is None else f"{count:,}"
-        spent = [f"{_flops(run):.4g}", share, f"{end.tokens:,}", f"{end.flops:.4g}", steps]
+        spent = [ffn_share(run), f"{_flops(run):.4g}", share, f"{end.tokens:,}", f"{end.flops:.4g}", steps]
         rows.append([_named(size, variant), *shape, known, *spent])
     return _table([*heads, f"of {finished.baseline}'s", "tokens", "FLOPs", "updates"], rows)
 
@@ -126,6 +138,15 @@ def parameters_of(run: Run) -> int | None:
         return parameter_count(from_json(run.config))["total"]
     except InputError:
         return None
+
+
+def ffn_share(run: Run) -> str:
+    """What the experts and their routers have of the run's FLOPs."""
+    try:
+        by_part = cost(from_json(run.config))["flops_per_token"]["by_part"]
+    except InputError:
+        return "unknown"
+    return f"{sum(by_part[name] for name in FFN_PARTS) / sum(by_part.values()):.0%}"
 
 
 def _finals(finished: Finished) -> str:
@@ -159,28 +180,72 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 def _speedups(compared: list[Compared]) -> str:
     if not compared:
         return "No other variant has a finished run of a seed that the baseline has too."
-    heads = ["variant", "modality", "eta", "bootstrap 95%", "t 95%", "baseline itself", "by wall time"]
-    heads += ["final loss, difference", "seeds"]
+    heads = ["variant", "modality", "eta", "by seed", "baseline itself", "by wall time", "final loss, difference"]
     parts = []
     for title in dict.fromkeys(c.loss.title for c in compared):
         of_loss = [c for c in compared if c.loss.title == title]
         words = "the training loss" if title == "training" else f"held-out loss: {title}"
         points = min(c.points for c in of_loss)
-        parts.append(
-            f"**By {words}** (at least {points} points a curve)\n\n" + _table(heads, map(_speedup_row, of_loss))
-        )
-    if any(len(c.seeds) == 1 for c in compared):
-        parts.append("Where there is one seed there is no interval: nothing is known of how much seeds matter.")
+        rows = map(_speedup_row, of_loss)
+        parts.append(f"**By {words}** (at least {points} points a curve)\n\n" + _table([*heads, "seeds"], rows))
     return "\n\n".join(parts)
 
 
 def _speedup_row(c: Compared) -> list[str]:
     wall = f"{BOUNDS[c.seconds.bound]}{_factor(c.seconds.eta)}"
-    intervals = [_interval(each, _factor) for each in (c.flops.bootstrap, c.flops.student)]
     beyond = max(c.flops.eta, 1 / c.flops.eta) > c.flops.itself  # what the batches alone could make of it
     value = f"{BOUNDS[c.flops.bound]}" + (f"**{_factor(c.flops.eta)}**" if beyond else f"({_factor(c.flops.eta)})")
     about, itself = [_named(c.size, c.variant), c.modality or "overall"], _factor(c.flops.itself)
-    return [*about, value, *intervals, itself, wall, _spread(c.differences, "+"), _listed(c.seeds)]
+    each = _listed(map(_factor, c.flops.per_seed))
+    return [*about, value, each, itself, wall, _spread(c.differences, "+"), _listed(c.seeds)]
+
+
+def _verdicts(study: Study, verdicts: list[Decided]) -> str:
+    if not verdicts:
+        return "None: the baseline has no two finished budgets (study.budgets) of a seed that another variant has too."
+    heads = ["variant", "against", "modality", "eta or ratio", "95%", "verdict", "least", "by seed"]
+    parts = []
+    for place in dict.fromkeys((d.loss.title, d.size) for d in verdicts):
+        rows = []
+        for each in (d for d in verdicts if (d.loss.title, d.size) == place):
+            v = each.verdict
+            value = f"{BOUNDS[v.bound]}**{_factor(v.ratio)}**"
+            least = "-" if v.least is None else _factor(v.least)
+            seeds = _listed(f"{seed}: {_factor(ratio)}" for seed, ratio in v.by_seed.items())
+            about = [each.variant, each.against, each.modality or "overall"]
+            rows.append([*about, value, _interval(v.interval, _factor), v.word, least, seeds])
+        title, size = place
+        parts.append(f"**By {title}{f', {size}' if size else ''}**\n\n" + _table(heads, rows))
+    budgets = _listed(f"{share:g}" for share in sorted({1.0, *study.budgets}))
+    return f"Budgets of the baseline: {budgets} of the study's.\n\n" + "\n\n".join(parts)
+
+
+def _documents(found: list[Documents]) -> str:
+    if not found:
+        return "None: no two variants have losses by document of the same seed."
+    heads = ["variant", "against", "set, routing", "modality", "difference", "95% over documents", "seeds"]
+    rows = []
+    for d in found:
+        about = [_named(d.size, d.variant), d.against, f"{d.eval_set}, {d.routing}", d.modality or "overall"]
+        interval = _interval(d.interval, lambda value: f"{value:+.4f}")
+        rows.append([*about, f"{d.difference:+.4f}", interval, _listed(d.seeds)])
+    return _table(heads, rows)
+
+
+def _trials(study: Study) -> str:
+    sweep, found = study.sweep, tried(study)
+    rows = []
+    for each in found:
+        losses = ["-" if loss is None else f"{loss:.4f}" for loss in each.loss_K]
+        best = "-" if each.best is None else f"{each.best:g}" if isinstance(each.best, float) else str(each.best)
+        rows.append([_named(each.size, each.variant), *losses, best + (" (edge)" if each.at_edge else "")])
+    words = (
+        f"`{sweep.field}` of every variant, by the loss on documents of the training split that trials do not train on "
+        f"({sweep.share:g} of the budget, seed {sweep.seed}; `data.tuning`). The held-out split was not looked at."
+    )
+    if any(each.at_edge for each in found):
+        words += " Edge: the best lies at an end of what was tried, and a better one may lie beyond."
+    return words + "\n\n" + _table(["variant", *map(str, sweep.values), "chosen"], rows)
 
 
 def _factor(value: float) -> str:
@@ -218,7 +283,7 @@ def _laws(laws: list[Law] | str) -> str:
     words = (
         "L = a * (C / C0)^-b + c of final losses, C the FLOPs of a run, fitted to the logarithm of every run's loss by "
         "least squares. Without c, L = a * (C / C0)^-b, where it is not fitted: fewer than four sizes, or no positive "
-        "floor in these runs. In parentheses t-intervals of 95% over runs."
+        "floor in these runs. In parentheses t-intervals of 95% over runs, which a law with c has none of."
     )
     return words + "\n\n" + _table(["variant", "loss", "modality", "a", "b", "c", "C0"], rows)
 
@@ -226,7 +291,7 @@ def _laws(laws: list[Law] | str) -> str:
 def _missing(study: Study, runs: list[Run], finished: Finished) -> str:
     lines = [f"- `{run.path}`: {run.state}, {_progress(run)}" for run in runs if not run.finished]
     for size, variant in dict.fromkeys((run.size, run.variant) for run in runs):
-        wanted = [run.seed for run in runs if (run.size, run.variant) == (size, variant)]
+        wanted = [run.seed for run in runs if (run.size, run.variant, run.budget) == (size, variant, 1)]
         short = sorted(set(wanted) - set(finished.by_place.get((size, variant), {})))
         if short:
             lines.append(f"- {_named(size, variant)}: {len(short)} of {len(wanted)} seeds missing: {_listed(short)}")

@@ -158,7 +158,7 @@ def _require_same_run(config: Config) -> None:
     """InputError where the directory holds a run with another config, or files of another program."""
     written = RunDir(config.run.dir).read_json("config.json")
     if written is not None:
-        require_same_config(written, config, f"study.dir: {config.run.dir}")
+        config = require_same_config(written, config, f"study.dir: {config.run.dir}")
     require_resumable(config)
 
 

@@ -1,4 +1,5 @@
-"""How much sooner a variant gets where the baseline ends: the speed-up factor eta (paper section 9), and power laws.
+"""How much sooner a variant gets where the baseline ends: the speed-up factor eta as the paper has it (section 9), off
+points inside runs, and power laws. What a study decides by is in studies/verdicts.py.
 
 eta = (FLOPs that the baseline spent) / (FLOPs with which the variant reaches the baseline's final loss). Where the
 variant ends above the baseline there is no such point, and the roles change: eta = (FLOPs with which the baseline
@@ -8,7 +9,6 @@ over A. A curve reaches a loss where its running minimum does, linear in log FLO
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,28 +17,21 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-ENUMERATED = 5
-"""Seeds up to which every resample is counted; of more, DRAWS are drawn."""
-DRAWS = 2000
-LEVEL = 0.95
-"""Of all intervals."""
+from moma_jax.studies.verdicts import LEVEL, Interval
+
 SIZES_WITH_FLOOR = 4
 """Sizes from which a power law's floor c is fitted too: three parameters through three sizes would be no test."""
 
 Line = tuple[np.ndarray, np.ndarray]
 """What was spent (FLOPs or seconds, rising, above 0) and the loss, each (N,)."""
-Interval = tuple[float, float]
 
 
 class Speedup(NamedTuple):
-    """Eta over paired seeds.
+    """Eta over paired seeds, off points inside runs.
 
     Attributes:
       eta: of the curves averaged over seeds.
       bound: "" or which side of the truth it is: ">=" or "<=", where the loss was passed before the first point.
-      bootstrap: percentile interval over resamples of the seeds; None with one seed, and where eta of a resample is a
-        bound: an interval of bounds would be narrow and mean nothing.
-      student: t-interval of the mean of log eta over seeds; None with one seed, and where a seed's eta is a bound.
       per_seed: eta of each seed's own pair of curves.
       itself: eta of the baseline over itself: 1, or more where it had its final loss before its end. Training losses
         follow what the batches hold too; where that moves them as much as training does, eta says little.
@@ -46,42 +39,16 @@ class Speedup(NamedTuple):
 
     eta: float
     bound: str
-    bootstrap: Interval | None
-    student: Interval | None
     per_seed: tuple[float, ...]
     itself: float
 
 
-class _Stack(NamedTuple):
-    """Curves of several seeds on one axis: share of a run's own spending (N,), losses (S, N), spending (S,)."""
-
-    share_N: np.ndarray
-    loss_SN: np.ndarray
-    end_S: np.ndarray
-
-    def mean(self, count_S: np.ndarray) -> Line:
-        """The curve of a resample in which seed s stands `count_S[s]` times."""
-        weight_S = count_S / count_S.sum()
-        return self.share_N * (weight_S @ self.end_S), weight_S @ self.loss_SN
-
-
 def speedup(baseline: Sequence[Line], variant: Sequence[Line]) -> Speedup:
     """Eta of `variant` over `baseline`, curves of the same seeds in the same order."""
-    ours, theirs, seeds = _stack(variant), _stack(baseline), len(variant)
-    mean = theirs.mean(np.ones(seeds))
-    (value, bound), itself = eta(mean, ours.mean(np.ones(seeds))), eta(mean, mean)[0]
-    per_seed, bounds = zip(*(eta(b, v) for b, v in zip(baseline, variant, strict=True)), strict=True)
-    if seeds == 1:
-        return Speedup(value, bound, None, None, per_seed, itself)
-    count_RS, weight_R = resamples(seeds)
-    eta_R, bound_R = zip(*(eta(theirs.mean(count_S), ours.mean(count_S)) for count_S in count_RS), strict=True)
-    bootstrap = student = None
-    if not any(bound_R):
-        bootstrap = tuple(quantile(np.array(eta_R), weight_R, q) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    if not any(bounds):
-        low, high = student_interval(np.log(per_seed))
-        student = math.exp(low), math.exp(high)
-    return Speedup(value, bound, bootstrap, student, per_seed, itself)
+    ours, theirs = _mean(variant), _mean(baseline)
+    value, bound = eta(theirs, ours)
+    per_seed = tuple(eta(b, v)[0] for b, v in zip(baseline, variant, strict=True))
+    return Speedup(value, bound, per_seed, eta(theirs, theirs)[0])
 
 
 def eta(baseline: Line, variant: Line) -> tuple[float, str]:
@@ -107,41 +74,11 @@ def reached(line: Line, loss: float) -> float:
     return float(np.exp(spent_N[after - 1] + share * (spent_N[after] - spent_N[after - 1])))
 
 
-def _stack(lines: Sequence[Line]) -> _Stack:
-    share_N, end_S = lines[0][0] / lines[0][0][-1], np.array([spent[-1] for spent, _ in lines])
+def _mean(lines: Sequence[Line]) -> Line:
+    """The mean over seeds, at the same shares of each run's own spending."""
+    share_N, ends = lines[0][0] / lines[0][0][-1], [spent[-1] for spent, _ in lines]
     loss_SN = [np.interp(np.log(share_N), np.log(spent / spent[-1]), loss) for spent, loss in lines]
-    return _Stack(share_N, np.array(loss_SN), end_S)
-
-
-# Over seeds -----------------------------------------------------------------------------------------------------------
-
-
-def resamples(seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap resamples of `seeds` seeds: how often each stands in it (R, S), and its probability (R,).
-
-    Up to ENUMERATED seeds all that there are; of more seeds, DRAWS drawn by a fixed generator.
-    """
-    if seeds > ENUMERATED:
-        drawn = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS)
-        return drawn, np.full(DRAWS, 1 / DRAWS)
-    chosen = itertools.combinations_with_replacement(range(seeds), seeds)
-    count_RS = np.array([np.bincount(c, minlength=seeds) for c in chosen])
-    orders_R = [math.factorial(seeds) / math.prod(map(math.factorial, row)) for row in count_RS.tolist()]
-    return count_RS, np.array(orders_R) / seeds**seeds
-
-
-def quantile(value_R: np.ndarray, weight_R: np.ndarray, q: float) -> float:
-    """The smallest value with at least the share `q` of the weight at or below it."""
-    order = np.argsort(value_R)
-    below_R = np.cumsum(weight_R[order])
-    return float(value_R[order][min(np.searchsorted(below_R, q - 1e-12), len(order) - 1)])
-
-
-def student_interval(value_S: np.ndarray) -> Interval:
-    """The t-interval of a mean over seeds."""
-    seeds = len(value_S)
-    half = stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * np.std(value_S, ddof=1) / math.sqrt(seeds)
-    return float(np.mean(value_S) - half), float(np.mean(value_S) + half)
+    return share_N * np.mean(ends), np.mean(loss_SN, axis=0)
 
 
 # Over sizes -----------------------------------------------------------------------------------------------------------
@@ -150,7 +87,8 @@ def student_interval(value_S: np.ndarray) -> Interval:
 class PowerLaw(NamedTuple):
     """L = a * (C / unit)^-b + c, C in FLOPs; c is 0 and not fitted where `floor` is None.
 
-    Each parameter with its t-interval over runs, None where there are no more runs than parameters.
+    Each parameter with its t-interval over runs, exact for a line through logarithms; None where there are no more runs
+    than parameters, and with a floor, where a linearised one is known to be off.
     """
 
     unit: float
@@ -170,7 +108,7 @@ def power_law(flops_N: np.ndarray, loss_N: np.ndarray, sizes: int) -> PowerLaw:
         guess = (start[0] - least / 2, 2 * start[1], least / 2)
         found = _fitted(lambda x, a, b, c: np.log(np.maximum(a * x**-b + c, 1e-12)), x_N, log_N, guess)
         if found is not None and all(value > 0 for value, _ in found):
-            return PowerLaw(unit, *found)
+            return PowerLaw(unit, *((value, None) for value, _ in found))
     a, b = _fitted(plain, x_N, log_N, start)
     return PowerLaw(unit, a, b, None)
 

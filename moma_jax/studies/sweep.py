@@ -16,7 +16,7 @@ from moma_jax.data.tuning import TUNING
 from moma_jax.errors import InputError
 from moma_jax.studies.jobs import Job, jobs, read_status
 from moma_jax.studies.records import unpack
-from moma_jax.studies.study import Study
+from moma_jax.studies.study import Study, check_study
 
 Place = tuple[str, str]
 """(variant, size)."""
@@ -49,6 +49,7 @@ class Tried(NamedTuple):
 
 def trials(study: Study) -> list[Job]:
     """The trial runs, variants outermost; none without a sweep. Their names end in the value that is tried."""
+    check_study(study)
     sweep, found = study.sweep, []
     for value in sweep.values if sweep else ():
         overrides = {
@@ -108,10 +109,15 @@ def _loss(job: Job) -> float | None:
     return math.inf if loss is None else float(loss)
 
 
-def all_jobs(study: Study) -> list[Job]:
-    """Every run of a study, trials first, as --list and --index number them; recorded runs are unpacked for it."""
+def settled_jobs(study: Study) -> list[Job]:
+    """The runs that count, with the values that finished trials chose; recorded runs are unpacked for it."""
     for find in (lambda: trials(study), lambda: jobs(study, chosen=chosen_values(study))):
         found = find()
         for job in found if study.records else ():
             unpack(study.records, job)
-    return [*trials(study), *found]
+    return found
+
+
+def all_jobs(study: Study) -> list[Job]:
+    """Every run of a study, trials first, as --list and --index number them."""
+    return [*trials(study), *settled_jobs(study)]

@@ -124,10 +124,9 @@ def test_the_true_eta_by_every_loss_and_modality(fast, tmp_path):
     assert etas(result, "fast") == pytest.approx(truth, rel=5e-3)
     assert etas(result, "fast", "heldout, choice") == pytest.approx(truth, rel=2e-3)
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "| fast | overall | **2.00** | none | none | 1.00 | 2.00 |" in page
-    assert (
-        len(re.findall(r"\| fast \| image \| \*\*(3.9[89]|4.0[01])\*\*", page)) == 2 and "there is no interval" in page
-    )
+    assert "| fast | overall | **2.00** | 2.00 | 1.00 | 2.00 |" in page
+    assert len(re.findall(r"\| fast \| image \| \*\*(3.9[89]|4.0[01])\*\*", page)) == 2
+    assert "None: the baseline has no two finished budgets" in page
     assert "None: a power law needs at least 3 sizes" in page and "Nothing: every run is finished." in page
     final = power(2.0)(0.9 * (end := flops_per_token(jobs(fast)[0].config) * UPDATES * PER_UPDATE), end)
     assert f"| fast | {final:.4f} |" in page and f"| {1.0:.4f} | {UPDATES * PER_UPDATE:,} |" in page
@@ -153,27 +152,31 @@ def test_a_worse_variant_has_eta_below_one(tmp_path):
     assert etas(result, "slow", "heldout, choice")["text"] == pytest.approx(0.5, rel=2e-3)
 
 
-def test_seeds_are_paired_and_give_intervals(tmp_path):
-    study, speeds, shifts = study_of(tmp_path, "fast", seeds=(0, 1, 2)), (1.6, 2.0, 3.0), (0.0, 0.1, -0.2)
-    write_study(
-        study,
-        {
-            "dense": lambda seed: same(power(1.0, shifts[seed])),
-            "fast": lambda seed: same(power(speeds[seed], shifts[seed])),
-        },
-    )
+def test_verdicts_off_finished_runs_of_the_baseline(tmp_path):
+    """Losses of seeds differ, what is in their data is shared, and the truth is 1.5 over the baseline's curve."""
+    study = study_of(tmp_path, "fast", "also", seeds=(0, 1, 2), budgets=(0.5, 2.0))
+    speeds, shifts = {"dense": (1, 1, 1), "fast": (1.4, 1.5, 1.6), "also": (1.2, 0.8, 1.0)}, (0.0, 0.1, -0.2)
+    for job in jobs(study):
+        law = power(speeds[job.variant][job.seed], shifts[job.seed])
+        write_run(job.config.run.dir, job.config, same(law), routings=("choice", "threshold"))
     result = write_report(study, str(tmp_path / "out"), {})
-    (found,) = [s for s in result["speedups"] if (s["loss"], s["modality"]) == ("heldout, choice", "overall")]
-    assert found["seeds"] == [0, 1, 2] and found["per_seed"] == pytest.approx(speeds, rel=2e-3)
-    assert found["bootstrap"] == pytest.approx((1.6, 3.0), rel=2e-3)  # 1 in 27 draws takes one seed three times
-    logs = np.log(speeds)
+    found = {(v["variant"], v["against"], v["modality"]): v for v in result["verdicts"]}
+    fast = found["fast", "dense", "overall"]
+    assert list(fast["by_seed"].values()) == pytest.approx(speeds["fast"], rel=0.02), "the law is no line"
+    logs = np.log(list(fast["by_seed"].values()))
     half = 4.3027 * logs.std(ddof=1) / 3**0.5
-    assert np.log(found["student"]) == pytest.approx((logs.mean() - half, logs.mean() + half), rel=1e-2, abs=1e-2)
+    assert np.log(fast["interval"]) == pytest.approx((logs.mean() - half, logs.mean() + half), rel=1e-3)
+    assert (fast["word"], found["also", "dense", "text"]["word"]) == ("ahead", "undecided")
+    ratio = found["also", "fast", "image"]
+    assert ratio["ratio"] == pytest.approx((1.2 * 0.8 / 1.4 / 1.5 / 1.6) ** (1 / 3), rel=0.02)
+    assert found["fast", "its text", "image"]["by_seed"] == pytest.approx({0: 1, 1: 1, 2: 1})
     page = (tmp_path / "out" / "report.md").read_text()
-    low, high = found["student"]
-    assert f"| 1.60 to 3.00 | {low:.2f} to {high:.2f} |" in page and "| 0, 1, 2 |" in page and "±" in page
-    change = np.array(found["differences"])
-    assert f"| {change.mean():+.4f} ± {change.std(ddof=1):.4f} | 0, 1, 2 |" in page
+    low, high = fast["interval"]
+    assert f"| fast | dense | overall | **{fast['ratio']:.2f}** | {low:.2f} to {high:.2f} | ahead |" in page
+    assert "Budgets of the baseline: 0.5, 1, 2 of the study's." in page and result["finished"] == 9
+    rows = csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines())
+    budgets = {row["path"]: row["budget"] for row in rows}
+    assert sorted(set(budgets.values())) == ["0.5", "1.0", "2.0"] and len(budgets) == 15
 
 
 def test_an_upcycled_run_is_charged_for_its_seed(tmp_path):
