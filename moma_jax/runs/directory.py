@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -92,6 +93,17 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+@functools.cache
+def processor() -> str:
+    """This machine's cores and their name, such as "2 x AMD EPYC"."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return f"{os.cpu_count()} x {names[0]}"
+    return f"{os.cpu_count()} x {platform.processor() or platform.machine()}"
 
 
 def command() -> str:

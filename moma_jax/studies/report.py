@@ -178,7 +178,7 @@ def _row(run: Run, finished: Finished) -> dict[str, Any]:
             column = "_".join(filter(None, (name, "loss", modality)))
             row[column] = None if curve is None else float(curve.loss_N[-1])
     row |= {"wall_seconds": run.end.seconds, "tokens_per_second": run.tokens_per_second}
-    row |= {name: run.summary.get(name) for name in ("command", "commit")}
+    row |= {name: run.summary.get(name) for name in ("command", "commit", "processor")}
     return row | {"config_hash": run.config_hash}
 
 

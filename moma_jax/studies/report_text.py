@@ -316,6 +316,7 @@ def _runs(runs: list[Run]) -> str:
         versions = _listed(f"{name} {version}" for name, version in sorted(said.get("versions", {}).items()))
         number = seen.setdefault(versions, f"({len(seen) + 1})") if versions else "-"
         machine = f"{device.get('count')} x {device.get('kind')}" if device else "-"
+        machine += f" on {said['processor']}" if "processor" in said else ""
         command = f"`{said['command']}`" if "command" in said else "-"
         words = [f"`{run.path}`", run.state, command, (said.get("commit") or "-")[:12], run.config_hash or "-"]
         rows.append([*words, machine, number])

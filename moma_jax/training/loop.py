@@ -22,7 +22,7 @@ from moma_jax.config import EvalSet
 from moma_jax.data.stream import merge_cursors
 from moma_jax.errors import RunError
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
-from moma_jax.runs.directory import RunDir, command
+from moma_jax.runs.directory import RunDir, command, processor
 from moma_jax.runs.journal import finite, open_journal, read_metrics
 from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
 from moma_jax.runs.progress import RunProgress
@@ -271,6 +271,7 @@ class Loop:
             **figures,
             **{name: self.meta[name] for name in ("router", "commit", "versions") if name in self.meta},
             "device": {"kind": device.device_kind, "count": self.stage.mesh.size},
+            "processor": processor(),
             "wall_seconds": figures["final"]["wall_seconds"],
             "command": command(),
         }
