@@ -64,6 +64,11 @@ class ModelConfig:
     depth_by: Literal["modality", "all"] = "modality"
     """mod+ only: rank tokens against those of their own modality, each of which has that share; or all together (the
     paper), so that experts need slots for a layer full of their modality."""
+    depth_over: Literal["row", "group"] = "row"
+    """mod+ only: rank tokens within their row, each of which lets in that share (the paper); or over the whole routing
+    group, so that rows let in more or fewer, as they do under thresholds."""
+    depth_room: float = setting(2.0, least=1)
+    """depth_over=group: slots of a row over its share; beyond them the latest positions pass the layer by."""
     router: Router = Choice()
     """The routing rule with its options: choice (the paper's expert choice; sees the future), threshold, or your own,
     file.py:attribute or package.module:attribute (moma_jax/router.py); in Python a name or a Router."""

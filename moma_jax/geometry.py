@@ -54,12 +54,13 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class DepthShape:
-    """A layer that some tokens enter (mixture of depths): its routers, which look at single rows, and its inside, whose
-    rows have as many slots as tokens can enter."""
+    """A layer that some tokens enter (mixture of depths): its routers, which rank tokens of `rows` rows (1, or a whole
+    routing group), and its inside, whose rows have as many slots as tokens can enter."""
 
     share: Fraction
     routers: tuple[GroupSlots, ...]
     inside: LayerShape
+    rows: int
 
 
 def depth_rule(model: ModelConfig) -> Router:
@@ -88,24 +89,26 @@ def layer_shape(model: ModelConfig, own: GroupRows) -> LayerShape:
 
 def depth_shape(model: ModelConfig, own: GroupRows) -> DepthShape:
     """A layer of mixture of depths in a model of such routing groups. floor(share * S) tokens of a row enter, more
-    where the rule has slack.
+    where the rule has slack; or that share of the routing group, at most `depth_room` times as many of one row.
 
     Where tokens of all modalities are ranked together, or a rule lets tokens in one by one, all that enter may be of
     one modality; where each is ranked by itself, what enters keeps that share of the quotas.
     """
     modalities, quotas, rows, sequence, everyone = own
     rule, share = depth_rule(model), Fraction(model.depth_capacity).limit_denominator(10000)
-    routers = []
+    over, routers = rows if model.depth_over == "group" else 1, []
     for group in depth_groups(model.depth_by, modalities):
-        quota = Quota(min(sequence, sum(quotas[m] for m in group.modalities)), share, down=True)
-        routers.append(GroupSlots(group, quota, sequence if everyone else rule.slots(quota, sequence)))
+        quota = Quota(min(over * sequence, sum(quotas[m] for m in group.modalities)), share, down=True)
+        slots = over * sequence if everyone else rule.slots(quota, over * sequence)
+        routers.append(GroupSlots(group, quota, slots))
     if everyone:
-        return DepthShape(share, tuple(routers), layer_shape(model, own))
-    full = Quota(sequence, share, down=True)
-    slots = rule.slots(full, sequence)
+        return DepthShape(share, tuple(routers), layer_shape(model, own), over)
+    slots = rule.slots(Quota(sequence, share, down=True), sequence)
+    if over > 1:
+        slots = min(sequence, math.ceil(model.depth_room * slots))
     exact = model.depth_by == "modality" and rule.exact
     entering = tuple(min(rows * slots, math.floor(share * q) if exact else q) for q in quotas)
-    return DepthShape(share, tuple(routers), layer_shape(model, own._replace(quotas=entering, sequence=slots)))
+    return DepthShape(share, tuple(routers), layer_shape(model, own._replace(quotas=entering, sequence=slots)), over)
 
 
 def group_capacity(model: ModelConfig, group: ExpertGroup) -> Fraction:

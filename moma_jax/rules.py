@@ -244,9 +244,10 @@ def recorded_rule(router: Router, meta: Mapping[str, Any]) -> Router:
 
 
 def _completed(options: Mapping[str, Any], rule: Router) -> dict[str, Any]:
-    """Recorded options with `gumbel_until` where the rule has it now: noise that was recorded without it stayed to the
-    end; without noise it says nothing."""
+    """Recorded options as the rule has them now: noise that was recorded without `gumbel_until` stayed to the end;
+    without noise it says nothing. `decay` was that of thresholds when they were averages."""
     known = options_of(rule)
+    options = {name: value for name, value in options.items() if name in known or name != "decay"}
     if "gumbel_until" in options or "gumbel_until" not in known or "gumbel" not in options:
         return dict(options)
     return {"gumbel_until": None if options["gumbel"] is True else known["gumbel_until"]} | options

@@ -63,7 +63,7 @@ def valid(**sections) -> Config:
         ({"model": {"capacity": 1.5}}, "model.capacity"),
         ({"model": {"capacity": 1e-5}}, "model.capacity: must be at least 0.0001"),
         ({"model": {"layers": 0}}, "model.layers: must be positive"),
-        ({"model": {"router": Choice(decay=1.0)}}, "model.router.decay: must be at least 0 and below 1, such as 0.98"),
+        ({"model": {"router": Choice(jitter=-1.0)}}, "model.router.jitter: must be 0 or more"),
         ({"model": {"router": Threshold(slack=0.9)}}, "model.router.slack: must be 1 or more, such as 1.25; is 0.9"),
         ({"model": {"router": Threshold(warmup=0)}}, "model.router.warmup: must be 1 or more"),
         ({"routers": {"steps": 0}}, "routers.steps: must be positive"),

@@ -22,7 +22,7 @@ FORMAT_1 = {
     "routing_warmup": 7,
     "routing_slack": 1.5,
 }
-OPTIONS = {"jitter": 0.0, "gumbel": True, "gumbel_until": None, "decay": 0.9, "auxiliary": True}
+OPTIONS = {"jitter": 0.0, "gumbel": True, "gumbel_until": None, "auxiliary": True}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,16 @@ def test_format_1_is_read_as_todays(routing, router):
     read = from_json(in_format_1(routing=routing, **FORMAT_1))
     assert read == with_router(tiny(), router)
     assert written(read)["format_version"] == 2 and from_json(written(read)) == read
+
+
+def test_the_decay_of_averages_is_read_and_says_nothing():
+    """Thresholds were averages of cut-offs once, with an option of their own."""
+    data = written(with_router(tiny(), Choice(gumbel_until=None)))
+    data["model"]["router"] |= {"decay": 0.9}
+    assert from_json(data) == with_router(tiny(), Choice(gumbel_until=None))
+    data["model"]["router"] = {"rule": "choice", "decay": 0.9}
+    with pytest.raises(InputError, match="model.router.decay: no such field"):
+        from_json(data)
 
 
 def test_format_1_without_routing_fields_is_the_default():

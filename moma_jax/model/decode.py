@@ -204,7 +204,7 @@ def extend(
       (hidden_BQD after the final norm, of no meaning behind the count; the cache).
     """
     model, depth = config.model, depth_of(config)
-    of_depth = depth_routing(model, depth.routers, len(config.data.modalities), routing) if depth else None
+    of_depth = depth_routing(model, depth, len(config.data.modalities), routing) if depth else None
     static = _Static(model, moe.layer_routing(model, layer_of(config), 1, routing, False), of_depth)
     arguments = (token_BQ, count_B, cache.length_B, jnp.asarray(vocabulary_modality_V, jnp.int32))
     x_BQD, new, length_B = _looked_up(weights["embedding_VD"], *arguments, model=model)

@@ -9,6 +9,9 @@ A router's "expert" is a layer: the routing rules of experts choose here too, in
 Tokens that entered keep their order, positions and documents, so attention among them is causal and stays inside
 documents.
 
+Tokens are ranked within their row, or over the routing group (`model.depth_over`), which then decides how many of each
+row enter, as a threshold does at inference; rows have twice the slots for that.
+
 The paper ranks all tokens together. Then a layer may be full of one modality, and its experts need slots for that. By
 default tokens are ranked by modality (`model.depth_by`), each of which gets floor(share * its tokens of the row): then
 what enters a layer keeps the quotas of what entered the model, and experts need that share of their slots.
@@ -72,7 +75,7 @@ class Pair(nn.Module):
             jax.random.bits(jax.random.fold_in(context.jitter_key, model.layers + even)),
             jax.random.fold_in(jax.random.fold_in(context.step_key, even), 3),
         )
-        routing = depth_routing(model, self.depth.routers, len(self.shape.quotas), self.causal)
+        routing = depth_routing(model, self.depth, len(self.shape.quotas), self.causal)
         arguments = (x_BSD, context, keys, own, weights, routing, self.depth, model)
         with jax.named_scope("depth_router"):
             x_BCD, inside, entered, of_routers = gather_entering(*arguments)
@@ -102,9 +105,9 @@ class Pair(nn.Module):
         return layers, of_routers._replace(losses={}, metrics={}, selections=None)
 
 
-def depth_routing(model: ModelConfig, routers: tuple[GroupSlots, ...], modalities: int, causal: str | None) -> Routing:
-    """How routers let tokens enter a layer: in single rows, without noise."""
-    return Routing(depth_rule(model), routers, modalities, 1, causal)
+def depth_routing(model: ModelConfig, depth: DepthShape, modalities: int, causal: str | None) -> Routing:
+    """How routers let tokens enter a layer: in single rows or in routing groups, without noise."""
+    return Routing(depth_rule(model), depth.routers, modalities, depth.rows, causal)
 
 
 def _part(state_2, index: int):
@@ -162,23 +165,30 @@ def gather_entering(
 
 def choose(x_BSD, tokens: RoutingTokens, keys, state, weights, routing: Routing, depth: DepthShape):
     """(Entered, RoutingResult without selections) of whole rows; the routers see x as it is."""
-    rows, sequence = x_BSD.shape[:2]
-    group_rows = rows // len(tokens.group_G)
-    row_B = (tokens.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
-    of_rows = RoutingTokens(tokens.modality_GT.reshape(rows, -1), tokens.hash_GT.reshape(rows, -1), row_B, {})
+    rows, sequence, width = x_BSD.shape
+    ranked = tokens._replace(unrouted={}) if routing.rows > 1 else by_row(tokens, rows)
     if routing.causal is None:
-        result = moe.select(x_BSD, of_rows, keys, state, weights, routing)
-        gate_BS, enters_BS = jax.vmap(lambda chosen: by_token(list(chosen.values()), sequence))(result.selections)
+        units, count = ranked.modality_GT.shape
+        result = moe.select(x_BSD.reshape(units, count, width), ranked, keys, state, weights, routing)
+        chosen = jax.vmap(lambda chosen: by_token(list(chosen.values()), count))(result.selections)
+        gate_BS, enters_BS = (x.reshape(rows, sequence) for x in chosen)
     else:
-        gate_BS, enters_BS = decide(x_BSD, of_rows.modality_GT, weights, state, routing)
+        gate_BS, enters_BS = decide(x_BSD, tokens.modality_GT.reshape(rows, -1), weights, state, routing)
         zero_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
         result = moe.RoutingResult(state, {}, {}, None, zero_M4, None)
     entered = jax.vmap(lambda gate_S, enters_S: ordered(gate_S, enters_S, depth.inside.sequence))(gate_BS, enters_BS)
     return entered, result._replace(selections=None)
 
 
+def by_row(tokens: RoutingTokens, rows: int) -> RoutingTokens:
+    """What routing knows about tokens, with every row a routing group of its own."""
+    group_rows = rows // len(tokens.group_G)
+    row_B = (tokens.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
+    return RoutingTokens(tokens.modality_GT.reshape(rows, -1), tokens.hash_GT.reshape(rows, -1), row_B, {})
+
+
 def by_token(selections: list[Selection], tokens: int):
-    """(gate_S, enters_S) of one row's selections (1, C)."""
+    """(gate_S, enters_S) of the selections (1, C) of one row, or of one routing group."""
     gate_S, enters_S = jnp.zeros(tokens, jnp.float32), jnp.zeros(tokens, bool)
     for index_1C, gate_1C, filled_1C in selections:
         gate_S = gate_S.at[index_1C[0]].add(gate_1C[0])

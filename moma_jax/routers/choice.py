@@ -1,11 +1,12 @@
 """Expert choice: every expert takes its best tokens of the routing group (paper section 2.2).
 
 It ranks a token against later ones, so a trained model is used causally by one of two decisions of single tokens: the
-auxiliary routers' (paper section 2.4), or running thresholds (for text alone: arXiv 2603.11535). Each expert keeps an
-average over updates of the lowest logit, without noise, among the k_e tokens that expert choice takes: the score that
-its top share of its modality exceeds. It lives in the routing state, so in checkpoints. A routing group without the
-modality votes for what was there; how much of the average is still the 0 that it began with is kept beside it, and
-divided out.
+auxiliary routers' (paper section 2.4), or running thresholds (for text alone: arXiv 2603.11535). Each expert keeps a
+threshold of its logits without noise, which a controller moves after every update until as many tokens pass it as
+expert choice takes: up where more passed, down where fewer did (integral control, as of a load-following bias). It
+lives in the routing state, so in checkpoints. Counts are pooled over routing groups, so one with few tokens of the
+modality says little and one without any says nothing. At the end of training thresholds are set by the final weights
+(training/calibrate.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import CAUSAL, THRESHOLD, Quota, Routed, Router, Score, Selection
 
+GAIN = 0.25
+"""Of a threshold's distance from logits, the part that it moves where twice as many tokens passed as were taken, or
+none. 0.25 and 0.5 hold loads alike, 1 swings (docs/causality.md)."""
+
 State = dict[str, Any]
-"""Of one group of experts, float32: `threshold_E`, the running average from 0; `unseen_E`, how much of it is still that
-0; `updates` seen so far, a scalar; `load_E`, tokens that the threshold lets pass over those that expert choice takes;
-`dropped_E`, share of passing tokens that found no slot. The last two are of the latest update."""
+"""Of one group of experts, float32: `threshold_E`, as it was in the latest update; of that update, means over routing
+groups of `passed_E`, eligible tokens that reached it, `taken_E`, those that expert choice takes, `distance_E`, the sum
+over eligible tokens of how far their logits lie from it, and `eligible`, a scalar; `dropped_E`, share of passing tokens
+that found no slot; `updates` seen so far, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,6 @@ class Choice(Router):
     """Gumbel-Sigmoid noise on router scores in training (paper Eq. 5)."""
     gumbel_until: float | None = setting(0.5, above=0, most=1)
     """Share of training at which the noise has faded to 0, linearly; None: it stays, as in the paper."""
-    decay: float = setting(0.98, least=0, below=1)
-    """Decay per update of the running thresholds, 0 to 1."""
     auxiliary: bool = False
     """Train auxiliary routers (paper section 2.4) beside the model, on stopped gradients; else `moma routers fit`."""
 
@@ -46,20 +50,15 @@ class Choice(Router):
     training_name: ClassVar[str] = "choice"
 
     def state(self, experts: int) -> State:
-        zero_E = np.zeros(experts, np.float32)
-        return {
-            "threshold_E": zero_E,
-            "unseen_E": zero_E + 1,
-            "updates": np.float32(0),
-            "load_E": zero_E,
-            "dropped_E": zero_E,
-        }
+        zero_E, zero = np.zeros(experts, np.float32), np.float32(0)
+        counts = {"threshold_E": zero_E, "passed_E": zero_E, "taken_E": zero_E, "distance_E": zero_E}
+        return counts | {"dropped_E": zero_E, "eligible": zero, "updates": zero}
 
     def select(self, score: Score, eligible_T, quota: Quota, state: State | None, key) -> Routed:
         selection = best_of(score, eligible_T, quota)
         if state:
             taken = _without_noise(score, eligible_T, quota) if self.gumbel else selection
-            state = follow(state, score, eligible_T, taken, self.decay)
+            state = follow(state, score, eligible_T, taken)
         return Routed(selection, state)
 
     def decide(self, score: Score, state: State, routing: str):
@@ -100,25 +99,25 @@ def best_of(score: Score, eligible_T, quota: Quota) -> Selection:
     return Selection(index_EC, jnp.where(filled_EC, gate_EC, 0.0), filled_EC)
 
 
-def follow(state: State, score: Score, eligible_T, taken: Selection, decay: float) -> State:
-    """The thresholds after this update: a plain mean of the first ones, then an exponential one.
+def follow(state: State, score: Score, eligible_T, taken: Selection) -> State:
+    """The state after this update: where the thresholds stood in it, and what this routing group says of them.
 
-    Linear in this routing group's part, so that the mean over routing groups and devices is exact.
+    The thresholds are the same in every routing group, and all else is a sum over its tokens, so the mean over routing
+    groups and devices is exact.
 
     Args:
       taken: what expert choice takes of this routing group by `score.plain_TE`.
     """
-    plain_ET = jax.lax.stop_gradient(score.plain_TE.T)
-    taken_EC = jnp.take_along_axis(plain_ET, taken.index_EC, axis=1)
-    lowest_E = jnp.where(taken.filled_EC, taken_EC, jnp.inf).min(axis=1)
-    old_E, updates = state["threshold_E"], state["updates"]
-    weight = jnp.maximum(1.0 / (updates + 1.0), 1.0 - decay)
-    seen_E = jnp.where(jnp.isfinite(lowest_E), weight, 0.0)
-    threshold_E = old_E + jnp.where(seen_E > 0, seen_E * (lowest_E - old_E), 0.0)
-    passed_E = jnp.sum(eligible_T & passes_threshold(plain_ET.T, state).T, axis=1)
-    load_E = passed_E / jnp.maximum(taken.filled_EC.sum(axis=1), 1)
-    unseen_E = state["unseen_E"] * (1.0 - seen_E)
-    return state | {"threshold_E": threshold_E, "unseen_E": unseen_E, "updates": updates + 1.0, "load_E": load_E}
+    plain_TE, threshold_E = jax.lax.stop_gradient(score.plain_TE), thresholds(state)
+    eligible_T1 = eligible_T[:, None]
+    return state | {
+        "threshold_E": threshold_E,
+        "passed_E": jnp.sum(eligible_T1 & (plain_TE >= threshold_E), axis=0, dtype=jnp.float32),
+        "taken_E": taken.filled_EC.sum(axis=1, dtype=jnp.float32),
+        "distance_E": jnp.sum(jnp.where(eligible_T1, jnp.abs(plain_TE - threshold_E), 0.0), axis=0),
+        "eligible": jnp.sum(eligible_T, dtype=jnp.float32),
+        "updates": state["updates"] + 1.0,
+    }
 
 
 def passes_threshold(logit_TE, state: State):
@@ -127,9 +126,23 @@ def passes_threshold(logit_TE, state: State):
 
 
 def thresholds(state: State):
-    """The logit that lets a token enter each expert, (..., E): the average without what is left of its first 0."""
-    seen_E = 1.0 - state["unseen_E"]
-    return jnp.where(seen_E > 0, state["threshold_E"] / jnp.where(seen_E > 0, seen_E, 1.0), 0.0)
+    """The logit that lets a token enter each expert, (..., E): moved by what the latest update says of it.
+
+    States of versions of this package that kept averages of cut-offs have `unseen_E`, how much of `threshold_E` was
+    still the 0 that it began with, and are divided by the rest.
+    """
+    threshold_E = state["threshold_E"]
+    if "unseen_E" in state:
+        seen_E = 1.0 - state["unseen_E"]
+        return jnp.where(seen_E > 0, threshold_E / jnp.where(seen_E > 0, seen_E, 1.0), 0.0)
+    surplus_E = jnp.clip(loads(state) - 1.0, -1.0, 1.0)
+    mean_E = state["distance_E"] / jnp.maximum(state["eligible"][..., None], 1e-6)
+    return threshold_E + jnp.where(state["taken_E"] > 0, GAIN * mean_E * surplus_E, 0.0)
+
+
+def loads(state: State):
+    """Tokens that the thresholds let pass over those that expert choice takes, in the latest update, (..., E)."""
+    return state["passed_E"] / jnp.maximum(state["taken_E"], 1e-6)
 
 
 def _without_noise(score: Score, eligible_T, quota: Quota) -> Selection:

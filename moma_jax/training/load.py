@@ -210,7 +210,8 @@ def with_thresholds(routing_state: Any, found: dict[str, Any], program: Program)
         threshold_E = np.asarray(values, np.float32)
         if state[name]["threshold_E"].shape != threshold_E.shape or not np.all(np.isfinite(threshold_E)):
             raise ValueError(name)
-        own = {"threshold_E": threshold_E, "unseen_E": np.zeros_like(threshold_E)}
+        still = ("unseen_E", "passed_E", "taken_E")  # of either kind of state: nothing moves them
+        own = {"threshold_E": threshold_E} | {key: np.zeros_like(threshold_E) for key in still if key in state[name]}
         state[name] = state[name] | jax.device_put(own, sharding.replicated(program.mesh))
     return state
 

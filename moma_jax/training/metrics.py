@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from moma_jax.config import Config
+from moma_jax.routers.choice import loads
 from moma_jax.training.step import StepReport
 
 
@@ -37,8 +38,8 @@ def threshold_figures(routing_state: Any) -> dict[str, float]:
     """
     figures = {}
     for name, state in routing_state.items():
-        if isinstance(state, dict) and {"load_E", "dropped_E"} <= set(state):
-            load_LE = np.asarray(state["load_E"])
+        if isinstance(state, dict) and {"passed_E", "taken_E", "dropped_E"} <= set(state):
+            load_LE = np.asarray(loads(state))
             figures[f"threshold_load_{name}"] = float(load_LE.mean())
             figures[f"threshold_load_{name}_least"] = float(load_LE.min())
             figures[f"dropped_{name}"] = float(np.mean(state["dropped_E"]))

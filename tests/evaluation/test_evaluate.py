@@ -231,7 +231,6 @@ def random_model():
     )
     for group in state.values():
         group["threshold_E"] = rng.normal(0, 0.5, group["threshold_E"].shape).astype(np.float32)
-        group["unseen_E"] = np.zeros_like(group["threshold_E"])
     return program, params, state
 
 

@@ -170,27 +170,30 @@ def oracle_row(x_SD, row, weights):
     return attention(x_SD, row[1], row[2], weights) if len(x_SD) else x_SD
 
 
-def skipping_layer(rows, weights, routers, groups, *, share, depth_jitter, **of_layer):
+def skipping_layer(rows, weights, routers, groups, *, share, depth_jitter, over=1, most=10**9, **of_layer):
     """A layer that some tokens enter (paper section 2.3): x + gate * (layer(x) - x) for them, x for the others.
 
     Args:
-      routers: (router_D, modalities) each; one lets floor(share * count) of its modalities' tokens of a row in.
+      routers: (router_D, modalities) each; one lets floor(share * count) of its modalities' tokens of `over` rows in,
+        and the first `most` that it lets into a row enter.
       depth_jitter: (row, place) -> float. of_layer: of `layer`. Others as there.
 
     Returns:
       (x_SD of each row, the tokens of each row that entered).
     """
-    entered, gates, inner = [], [], []
-    for r, row in enumerate(rows):
-        gate_of = {}
-        for router_D, modalities in routers:
-            logit_S = np.asarray(row[0], np.float64) @ np.asarray(router_D, np.float64)
-            tokens = [s for s in range(len(logit_S)) if row[3][s] in modalities]
-            tokens.sort(key=lambda s: (-(logit_S[s] + depth_jitter(r, row[4][s])), s))
-            gate_of |= {s: sigmoid(logit_S[s]) for s in tokens[: math.floor(share * len(tokens))]}
-        entered.append(sorted(gate_of))
-        gates.append([gate_of[s] for s in entered[-1]])
-        inner.append(tuple(np.asarray(part)[entered[-1]] for part in row))
+    gate_of = [{} for _ in rows]
+    for router_D, modalities in routers:
+        logits = [np.asarray(row[0], np.float64) @ np.asarray(router_D, np.float64) for row in rows]
+        for first in range(0, len(rows), over):
+            unit = range(first, min(first + over, len(rows)))
+            tokens = [(r, s) for r in unit for s in range(len(logits[r])) if rows[r][3][s] in modalities]
+            rank = {(r, s): logits[r][s] + depth_jitter(r, rows[r][4][s]) for r, s in tokens}
+            tokens.sort(key=lambda token: (-rank[token], token))
+            for r, s in tokens[: math.floor(share * len(tokens))]:
+                gate_of[r][s] = sigmoid(logits[r][s])
+    entered = [sorted(own)[:most] for own in gate_of]
+    gates = [[own[s] for s in chosen] for own, chosen in zip(gate_of, entered, strict=True)]
+    inner = [tuple(np.asarray(part)[own] for part in row) for row, own in zip(rows, entered, strict=True)]
     xs = [np.array(row[0], np.float64) for row in rows]
     for x, own, gate, y in zip(xs, entered, gates, layer(inner, weights, groups, **of_layer), strict=True):
         x[own] += np.asarray(gate)[:, None] * (y - x[own])

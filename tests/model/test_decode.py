@@ -38,8 +38,7 @@ def model_of(ffn, norm="swin", **options):
 
     params = jax.tree_util.tree_map_with_path(drawn, state.params)
     routing_state = {
-        name: own
-        | {"unseen_E": 0 * own["unseen_E"], "threshold_E": 0.7 + 0.3 * jax.random.normal(key, own["load_E"].shape)}
+        name: own | {"threshold_E": 0.7 + 0.3 * jax.random.normal(key, own["threshold_E"].shape)}
         for name, own in state.routing_state.items()
     }
     return config, params, routing_state

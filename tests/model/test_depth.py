@@ -23,13 +23,15 @@ from moma_jax.geometry import GroupRows, depth_shape
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.model.depth import by_token, ordered
 from moma_jax.router import Quota, Selection
-from moma_jax.routers.choice import Choice
+from moma_jax.routers.choice import Choice, thresholds
 from moma_jax.routers.threshold import Threshold
 from moma_jax.training.step import compile_step, create_state, make_program, put
 
 SHARE = 0.5
 BLIND = {"depth_by": "all"}
 AWARE = {"depth_by": "modality"}
+GROUPS = AWARE | {"depth_over": "group", "depth_room": 1.0}
+"""Ranked over two rows, with room for 6 of a row's 12 positions, where one row would take 7."""
 
 
 def decoder_with(ffn, norm="swin", **model):
@@ -55,6 +57,9 @@ def by_hand(decoder, params, inputs):
     modalities = {"depth_all": (0, 1), "depth_text": (0,), "depth_image": (1,)}
     routers = [(own["router_DE"][:, 0], modalities[name]) for name, own in layers["depth"].items()]
     depth = {"share": SHARE, "depth_jitter": lambda r, place: 1e-3 * oracles.jitter(seeds[2], r, place, 0)}
+    if model.depth_over == "group":
+        shape = depth_shape(model, GroupRows(MODALITIES, decoder.quotas, decoder.group_rows, SEQUENCE))
+        depth |= {"over": decoder.group_rows, "most": shape.inside.sequence}
     xs, entered = oracles.skipping_layer(at, layers["even"], routers, groups, **depth, **of_layer(seeds[0]))
     at = [(x, *row[1:]) for x, row in zip(xs, at, strict=True)]
     xs = oracles.layer(at, layers["odd"], groups, **of_layer(seeds[1]))
@@ -66,7 +71,7 @@ def by_hand(decoder, params, inputs):
 
 
 @pytest.mark.parametrize("ffn", slow_but("mod+3t2i+1x", of=["mod+3t2i+1x", "mod+dense", "mod+1t1i"]))
-@pytest.mark.parametrize(("norm", "by"), [("swin", AWARE), ("pre", BLIND)])
+@pytest.mark.parametrize(("norm", "by"), [("swin", AWARE), ("pre", BLIND), ("pre", GROUPS)])
 def test_equals_the_layers_written_out_in_numpy(ffn, norm, by):
     decoder, inputs = decoder_with(ffn, norm, **by), rows()
     params = random_params(decoder)
@@ -75,10 +80,15 @@ def test_equals_the_layers_written_out_in_numpy(ffn, norm, by):
     index_BC, _, filled_BC = (x[0, :, 0] for x in output.selections["depth"])
     assert [index[filled].tolist() for index, filled in zip(index_BC, filled_BC, strict=True)] == entered
     assert entered[3] == [] and all(len(own) > 2 for own in entered[:3]), "row 3 is padding"
+    if "depth_over" in by:
+        counts = [len(own) for own in entered[4:]]
+        assert len(set(counts)) > 1 and max(counts) == 6, "rows differ, and one would take more"
     np.testing.assert_allclose(output.hidden_BSD[real], hidden_BSD[real], atol=2e-4)
 
 
-@pytest.mark.parametrize(("norm", "by"), slow_but(("swin", BLIND), of=[("swin", BLIND), ("pre", AWARE)]))
+@pytest.mark.parametrize(
+    ("norm", "by"), slow_but(("swin", BLIND), of=[("swin", BLIND), ("pre", AWARE), ("swin", GROUPS)])
+)
 def test_gradients_equal_those_of_the_loop(norm, by):
     """Along a random direction of each array, against differences of the loop in float64."""
     decoder, inputs = decoder_with("mod+2t2i", norm, **by), rows()
@@ -170,6 +180,10 @@ def test_modalities_keep_their_share_of_the_quotas():
         for m in range(2):
             assert sum(row.take(int(c)) for c in (modality_BS == m).sum(axis=1)) <= inside[m]
         assert all(sum(row.take(int((own == m).sum())) for m in range(2)) <= 12 for own in modality_BS)
+        grouped = dataclasses.replace(model, depth_over="group")
+        over = depth_shape(grouped, GroupRows(MODALITIES, quotas, number, sequence))
+        assert (over.rows, over.inside.sequence, over.inside.quotas) == (number, 24, inside)
+        assert [own.slots for own in over.routers] == [max(0, 3 * quota // 10) for quota in quotas]
     blind = dataclasses.replace(model, depth_by="all")
     assert depth_shape(blind, GroupRows(MODALITIES, (160, 20), number, sequence)).inside.quotas == (48, 20)
 
@@ -214,7 +228,7 @@ def test_the_state_of_routing_is_by_layer_and_router():
     shapes = {name: own["threshold_E"].shape for name, own in state.routing_state.items()}
     assert shapes == {"text": (4, 2), "image": (4, 2), "depth_text": (2, 1), "depth_image": (2, 1)}
     for name, own in state.routing_state.items():
-        assert np.asarray(own["threshold_E"]).all() and (np.asarray(own["unseen_E"]) < 1).all(), name
+        assert np.asarray(own["taken_E"]).all() and np.asarray(thresholds(own)).any(), name
     tokens_M, entered_M4 = np.asarray(report.tokens_M), np.asarray(report.entered_M4)
     assert (entered_M4[:, 3] == 2 * tokens_M).all() and (entered_M4[:, 2] <= 2 * 0.25 * tokens_M).all()
     assert (np.asarray(report.taken_M3).sum(-1) == 2 * tokens_M + entered_M4[:, 2]).all()

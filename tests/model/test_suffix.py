@@ -99,7 +99,7 @@ def test_no_later_token_changes_an_earlier_logit(ffn, routing):
 @pytest.mark.parametrize(("slack", "drops"), [(1.0, True), (4.0, False)])
 def test_nor_where_slots_run_out(ffn, slack, drops):
     def threshold_training(program):
-        rule = Threshold(warmup=1, slack=slack, decay=0.99, auxiliary=True)  # an update has been: the warm-up is over
+        rule = Threshold(warmup=1, slack=slack, auxiliary=True)  # an update has been: the warm-up is over
         return program.decoder.clone(model=dataclasses.replace(program.config.model, router=rule))
 
     found, state = changed(ffn, threshold_training, shift=-1.0 if drops else 0.0)

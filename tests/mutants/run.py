@@ -81,10 +81,10 @@ MUTANTS = (
         "training/test_step.py",
     ),
     Mutant(
-        "decay of the running thresholds",
+        "thresholds move the wrong way",
         "routers/choice.py",
-        "weight = jnp.maximum(1.0 / (updates + 1.0), 1.0 - decay)",
-        "weight = jnp.maximum(1.0 / (updates + 1.0), decay)",
+        "surplus_E = jnp.clip(loads(state) - 1.0, -1.0, 1.0)",
+        "surplus_E = jnp.clip(1.0 - loads(state), -1.0, 1.0)",
         "model/test_causal.py",
     ),
     Mutant(
