@@ -191,8 +191,8 @@ class HeldOut:
         """{"loss"} and the figures of one set, over whole routing groups; call it under `sharding.use_mesh`."""
         program, parts, group, judged = self._program, [], 0, 0
         rows = program.config.data.group_rows
-        for batch in held_out(program.config, eval_set, sharding.shards(program.mesh)):
-            number = replicate(group, program.mesh)
+        for packed in held_out(program.config, eval_set, sharding.shards(program.mesh)):
+            batch, number = packed.batch, replicate(group, program.mesh)
             parts.append(self._judge(routers, frozen, routing_state, put(batch, program.mesh, whole=True), number))
             group += len(batch.token_BS) // rows
             judged += int((batch.segment_BS.reshape(-1, rows * batch.segment_BS.shape[1]) > 0).any(axis=1).sum())
