@@ -88,15 +88,15 @@ def held_out_loss(model, decoder, eval_set):
     def judge(params, state, batch, first_group):
         groups = first_group + jnp.arange(batch.token_BS.shape[0] // model.config.data.group_rows)
         output = run_decoder(program, params, batch, jnp.int32(0), groups, state, False)
-        targets = (batch.target_BS, batch.weight_BS(program, batch))
+        targets = (batch.target_BS, batch.weight_BS, batch.target_modality_BS)
         kernel_DV, chunk = params["unembedding"]["kernel_DV"], model.config.train.loss_chunk
         sums = objective.cross_entropy(output.hidden_BSD, kernel_DV, *targets, kinds=len(names), chunk=chunk)[1]
         return sums, output.losses[WRONG] * len(batch.token_BS), output.losses[ALL] * len(batch.token_BS)
 
     reports, group = [], 0
     with sharding.use_mesh(program.mesh):
-        for batch in held_out(model.config, eval_set, sharding.shards(program.mesh)):
-            number = replicate(group, program.mesh)
+        for packed in held_out(model.config, eval_set, sharding.shards(program.mesh)):
+            batch, number = packed.batch, replicate(group, program.mesh)
             reports.append(judge(model.params, model.routing_state, put(batch, program.mesh, whole=True), number))
             group += len(batch.token_BS) // model.config.data.group_rows
     sums, wrong, decisions = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *reports)

@@ -37,8 +37,8 @@ class StudyOptions:
     out: str | None = None
     """With --report: its directory; report-STUDY beside the runs where None."""
     add: tuple[str, ...] = ()
-    """With --report: run directories made elsewhere, each as NAME=PATH; several seeds of one name as
-    NAME=PATH,PATH."""
+    """With --report: run directories made elsewhere, or records of them (.zip), each as NAME=PATH; several seeds of one
+    name as NAME=PATH,PATH."""
     dir: str | None = None
     """Directory of the runs, instead of the study's own."""
 

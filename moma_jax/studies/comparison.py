@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moma_jax.config import Config
-from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
 from moma_jax.fields import may_change
 from moma_jax.router import CAUSAL_ROUTINGS
@@ -94,19 +93,6 @@ def grouped(runs: list[Run], baseline: str) -> Finished:
 
 DATA = ("data", "train.batch_rows", "train.eval_sets")
 """Parts of a config that decide which tokens a run saw and was evaluated on."""
-
-
-def require_planned(run: Run, config: Config) -> None:
-    """InputError where a run directory of the study holds a run that began with another config than the study's."""
-    planned = to_json(config)
-    if config.model.dtype == "auto":  # decided when it began, by the hardware
-        planned["model"]["dtype"] = run.config.get("model", {}).get("dtype")
-    for section in ("model", "data", "optimizer", "train"):
-        if difference := next(_differences(run.config.get(section), planned[section], section), None):
-            raise InputError(
-                f"{run.path} holds a run of another config: {difference} in the study; give the study another dir, or "
-                "add the run with --add"
-            )
 
 
 def require_comparable(finished: Finished, tolerance: float) -> None:

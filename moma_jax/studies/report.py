@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import statistics
+import tempfile
 from typing import Any
 
 import pyarrow as pa
@@ -31,12 +32,12 @@ from moma_jax.studies.comparison import (
     modalities,
     power_laws,
     require_comparable,
-    require_planned,
     speedups,
 )
 from moma_jax.studies.curves import Measure, Run, read_run
 from moma_jax.studies.figures import draw, figure_names
-from moma_jax.studies.jobs import Job, state
+from moma_jax.studies.jobs import Job, require_same_config, state
+from moma_jax.studies.records import read_record, write_run
 from moma_jax.studies.report_text import parameters_of, report_text
 from moma_jax.studies.study import Study
 from moma_jax.studies.sweep import settled_jobs
@@ -54,8 +55,8 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
       study: its runs are where `jobs(study)` says; those that are missing or unfinished are listed as such.
       out: the report's directory, new, empty, or one that holds an earlier report of this study, whose files are
         replaced one by one, each whole.
-      added: further runs by the variant's name that they get; several of one name, of different seeds, with commas
-        between their paths.
+      added: further runs by the variant's name that they get, directories or records (`studies.records`); several of
+        one name, of different seeds, with commas between their paths.
 
     Returns:
       The content of report.json: "study" (where the runs are), "baseline", "runs" and "finished" (counts), "final"
@@ -106,7 +107,7 @@ def _study_runs(study: Study, wanted: list[Job]) -> list[Run]:
     for job in sorted(wanted, key=lambda job: (list(study.sizes).index(job.size), _order(study, job.variant))):
         run = read_run(job.variant, job.size, job.seed, job.config.run.dir)
         if run.config and not job.waits:
-            require_planned(run, job.config)
+            require_same_config(run.config, job.config, run.path)
         run = dataclasses.replace(run, budget=job.budget)
         found.append(run if run.finished else dataclasses.replace(run, **state(job)))
     return found
@@ -124,15 +125,24 @@ def _added_runs(study: Study, wanted: list[Job], added: dict[str, str]) -> list[
         if name in [v.name for v in study.variants]:
             raise InputError(f"--add: {name} is a variant of the study; give the added run another name")
         for path in paths.split(","):
-            if RunDir(path).read("status.json") is None:
-                raise InputError(f"--add: {path} is no run directory (it has no status.json)")
-            run = read_run(name, "", None, path)
+            run = _read_added(name, path)
             if not run.curves:
                 raise InputError(f"--add: {path} has no metrics; give a run that has trained")
             if any((run.variant, run.seed) == (other.variant, other.seed) for other in found):
                 raise InputError(f"--add: two runs of {name} have the seed {run.seed}; give runs of different seeds")
             found.append(dataclasses.replace(run, size=_size_of(study, wanted, run)))
     return found
+
+
+def _read_added(name: str, path: str) -> Run:
+    """A run directory, or the record of one."""
+    if path.endswith(".zip"):
+        with tempfile.TemporaryDirectory() as where:
+            write_run(read_record(path), where)
+            return dataclasses.replace(read_run(name, "", None, where), path=path)
+    if RunDir(path).read("status.json") is None:
+        raise InputError(f"--add: {path} is no run directory (it has no status.json)")
+    return read_run(name, "", None, path)
 
 
 def _size_of(study: Study, wanted: list[Job], run: Run) -> str:

@@ -21,6 +21,7 @@ from moma_jax.cost import flops_per_token, total_steps
 from moma_jax.errors import InputError
 from moma_jax.studies import figures, report
 from moma_jax.studies.jobs import jobs
+from moma_jax.studies.records import keep
 from moma_jax.studies.report import write_report
 from moma_jax.studies.study import Study, Upcycled, Variant
 from moma_jax.training.pretrain import train
@@ -410,7 +411,7 @@ def test_so_it_is_in_a_run_of_the_study(fast, tmp_path, name):
 @pytest.mark.parametrize("fields", [{"model__ffn": "2t2i"}, {"optimizer__peak_lr": 1.0}, {"train__seed": 5}])
 def test_a_run_of_another_config_in_the_study(fast, tmp_path, fields):
     change("config.json", **fields)(Path(fast.dir) / "fast-0")
-    with pytest.raises(InputError, match="fast-0 holds a run of another config: .* in the study"):
+    with pytest.raises(InputError, match=r"fast-0 holds a run with another config \(.* -> .*\); change the study back"):
         write_report(fast, str(tmp_path / "out"), {})
     assert not (tmp_path / "out").exists()
 
@@ -422,7 +423,7 @@ def test_a_run_in_format_1_is_the_studys_where_its_routing_is(fast, tmp_path):
     write_json(path, config)
     assert write_report(fast, str(tmp_path / "out"), {})["finished"] == 2
     change("config.json", model__routing="threshold")(path.parent)
-    with pytest.raises(InputError, match="model.router.rule is threshold and choice in the study"):
+    with pytest.raises(InputError, match="holds a run with another config .model.router: .*threshold.* -> "):
         write_report(fast, str(tmp_path / "again"), {})
 
 
@@ -430,6 +431,18 @@ def test_settings_that_change_no_data_may_differ(fast, tmp_path):
     path = Path(jobs(fast)[1].config.run.dir)
     change("config.json", data__prefetch=9, data__cache_bytes=5, train__log_every=7)(path)
     assert write_report(fast, str(tmp_path / "out"), {})["finished"] == 2
+
+
+def test_a_record_is_added_like_the_run_that_it_is_of(fast, tmp_path):
+    job = jobs(fast)[1]
+    write_run(tmp_path / "elsewhere", job.config, same(power(3.0)))
+    placed = dataclasses.replace(job.config, run=dataclasses.replace(job.config.run, dir=str(tmp_path / "elsewhere")))
+    keep(str(tmp_path / "records"), dataclasses.replace(job, config=placed))
+    results = [
+        write_report(fast, str(tmp_path / f"out-{n}"), {"added": str(path)})
+        for n, path in enumerate((tmp_path / "elsewhere", tmp_path / "records" / "elsewhere.zip"))
+    ]
+    assert results[0] == results[1] and results[0]["finished"] == 3
 
 
 def test_added_runs_that_are_refused(fast, tmp_path):
