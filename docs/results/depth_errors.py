@@ -1,10 +1,12 @@
 """What wrong selections cost a mixture of depths (paper section 2.4): held-out loss as errors are injected.
 
-    python docs/results/depth_errors.py RUN [--rates 0 0.001 0.005 0.01 0.02 0.05] [--json OUT]
+    python docs/results/depth_errors.py RUN [--rates 0 0.001 0.005 0.01 0.02 0.05] [--noises 0.2 0.5] [--json OUT]
 
 A layer's true selection is that of training, which sees the whole row. With a rate of r, each decision of each token at
 each layer is turned over with probability r: a token that should enter passes by, or the reverse. Experts choose as in
-training, so nothing else differs. Beside it: the loss under the causal routings that the run has, and how many of their
+training, so nothing else differs. With a noise of s, logits have normal noise of s of their deviations before they are
+ranked: as many tokens enter as should, but others. (A threshold is the opposite: within a row its ranks are right, its
+count is not.) Beside it: the loss under the causal routings that the run has, and how many of their
 decisions differ from the true ones.
 """
 
@@ -37,10 +39,12 @@ class Judged(Choice):
     """The rule of who enters a layer, whose decisions are held against the true ones.
 
     Attributes: routing: a causal one; None: the true selection. rate: share of its decisions that are turned over.
+      noise: of ranks, in deviations of the logits.
     """
 
     routing: str | None = None
     rate: float = 0.0
+    noise: float = 0.0
     exact: ClassVar[bool] = False
 
     def select(self, score, eligible_T, quota, state, key):
@@ -49,6 +53,10 @@ class Judged(Choice):
         if self.routing is not None:
             mine_TE, gate_TE = self.decide(score, state, self.routing)
             mine_TE &= eligible_T[:, None]
+        elif self.noise:
+            spread = jnp.std(score.plain_TE, where=eligible_T[:, None])
+            noisy_TE = score.rank_TE + self.noise * spread * jax.random.normal(key, score.rank_TE.shape)
+            mine_TE = taken_pairs(best_of(score._replace(rank_TE=noisy_TE), eligible_T, quota), len(eligible_T))
         mine_TE ^= jax.random.bernoulli(key, self.rate, mine_TE.shape) & eligible_T[:, None]
         said = {WRONG: jnp.sum(mine_TE != true_TE) * 1.0, ALL: jnp.sum(eligible_T) * 1.0}
         return Routed(take_entering(mine_TE, gate_TE, score.order_T, len(eligible_T)), state, said)
@@ -110,6 +118,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("run")
     options.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
+    options.add_argument("--noises", nargs="+", type=float, default=[0.2, 0.5])
     options.add_argument("--json")
     given = options.parse_args()
     model = load(given.run)
@@ -120,12 +129,13 @@ def main():
 
     options = options_of(config.model.router.for_evaluation())
 
-    def decoder(experts=None, depth=None, rate=0.0):
-        rule = Experts(**options, routing=experts, depth=Judged(**options, routing=depth, rate=rate))
+    def decoder(experts=None, depth=None, **wrong):
+        rule = Experts(**options, routing=experts, depth=Judged(**options, routing=depth, **wrong))
         own = dataclasses.replace(config.model, router=rule)
         return Decoder(own, config.data.modalities, everyone, config.data.group_rows)
 
     rows = {f"{rate:.1%} turned over": decoder(rate=rate) for rate in given.rates}
+    rows |= {f"ranks with noise of {noise:g}": decoder(noise=noise) for noise in given.noises}
     for name in [name for name in model.routings if name != config.model.router.training_name]:
         rows[f"{name}, depth alone"] = decoder(None, name)
         rows[f"{name}, experts too"] = decoder(name, name)
