@@ -3,7 +3,7 @@
 Command:   moma study configs/studies/experts.py
            moma study configs/studies/experts.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      6, of which dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      12 trials of 0.3 of the budget, then 3 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 """
 
 from pathlib import Path
@@ -27,6 +27,7 @@ def study() -> Study:
         ),
         seeds=(0,),
         tokens=base.train.tokens,
+        budgets=(0.5, 0.71, 1.41, 2.0),
         sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2, 4e-2), share=0.3),
         dir="runs/study",
         records="docs/results/studies/runs",

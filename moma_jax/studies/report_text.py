@@ -71,7 +71,7 @@ HOW_TO_READ = """\
   loss, over those of the variant, seed by seed; `{baseline}` is trained to its end at several budgets, and between them
   its loss is monotone in log FLOPs. One variant against another is the ratio of their etas, "image against its text"
   that of a variant's etas for the two. The interval is the t-interval of the logarithms over seeds, paired by seed;
-  resampled from the residuals of real runs it keeps its 95% (tests/studies/test_verdicts.py). Ahead or behind: it lies
+  resampled from the residuals of real runs it keeps its 95% (tests/studies/test_coverage.py). Ahead or behind: it lies
   on one side of 1. `≥` and `≤`: a seed's loss lies beyond the baseline's budgets, so there is no interval. *Least* is
   the ratio that so many seeds, spread as these are, would have decided in 80% of studies.
 - **The same documents**: both variants' losses on the same held-out documents, means over seeds; the interval is a

@@ -6,7 +6,7 @@ times as efficient in truth got 1.6 off points inside a run. Here the baseline i
 seed by seed, monotone between budgets in log FLOPs. One variant against another is the ratio of their etas.
 
 The t-interval of the logarithms over seeds pairs what shares a seed's data. Resampled from residuals of real runs it
-holds the truth in 92% to 98% of studies of 3, 5 and 10 seeds (tests/studies/test_verdicts.py). A bootstrap over three
+holds the truth in 92% to 98% of studies of 3, 5 and 10 seeds (tests/studies/test_coverage.py). A bootstrap over three
 seeds is no more than their range, and is not printed.
 """
 
