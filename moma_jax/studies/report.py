@@ -226,7 +226,7 @@ def _result(
         for c in compared
     ]
     about = {"format_version": FORMAT_VERSION, "study": study.dir, "baseline": study.baseline}
-    counts = {"runs": len(runs), "finished": len(finished.runs)}
+    counts = {"runs": len(runs), "finished": sum(run.finished for run in runs)}
     decisions = [
         {"variant": d.variant, "against": d.against, "size": d.size, "loss": d.loss.title}
         | {"modality": d.modality or "overall", **d.verdict._asdict()}

@@ -103,7 +103,7 @@ def _named(size: str, variant: str) -> str:
 
 def _opening(study: Study, runs: list[Run], finished: Finished) -> str:
     budget = f"{study.flops:.4g} FLOPs" if study.flops is not None else f"{study.tokens:.4g} tokens of the baseline"
-    done = f"{len(finished.runs)} of {len(runs)} runs are finished and compared here"
+    done = f"{sum(run.finished for run in runs)} of {len(runs)} runs are finished"
     return f"Budget of a run: {budget}. Baseline: `{finished.baseline}`. Seeds: {_listed(study.seeds)}. {done}."
 
 

@@ -174,7 +174,7 @@ def test_verdicts_off_finished_runs_of_the_baseline(tmp_path):
     page = (tmp_path / "out" / "report.md").read_text()
     low, high = fast["interval"]
     assert f"| fast | dense | overall | **{fast['ratio']:.2f}** | {low:.2f} to {high:.2f} | ahead |" in page
-    assert "Budgets of the baseline: 0.5, 1, 2 of the study's." in page and result["finished"] == 9
+    assert "Budgets of the baseline: 0.5, 1, 2 of the study's." in page and result["finished"] == 15
     rows = csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines())
     budgets = {row["path"]: row["budget"] for row in rows}
     assert sorted(set(budgets.values())) == ["0.5", "1.0", "2.0"] and len(budgets) == 15
