@@ -122,6 +122,12 @@ def test_logits_that_drift_and_change_their_scale_are_followed():
         assert 1.0 < np.mean(found[60:]) < 1.15
 
 
+def test_thresholds_of_runs_that_kept_averages_are_read():
+    """Their share of the 0 that an average began with is divided out."""
+    old = {"threshold_E": np.float32([0.5, 1.5, 0.0]), "unseen_E": np.float32([0.5, 0.0, 1.0])}
+    np.testing.assert_allclose(thresholds(old), [1.0, 1.5, 0.0])
+
+
 # Selections -----------------------------------------------------------------------------------------------------------
 
 
