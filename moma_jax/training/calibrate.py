@@ -83,7 +83,7 @@ def calibrate(
     hosts.join(HostsConfig())
     _require_thresholds(run, config_of(run))
     loaded = load(run, step=step, router=router, fitted=False, calibrated=False, mesh=mesh)
-    _require_thresholds(run, loaded.config)
+    _require_thresholds(run, loaded.config, loaded.routing_state)
     return write_thresholds(run, loaded.config, loaded.params, loaded.routing_state, loaded.step, batches)
 
 
@@ -108,19 +108,20 @@ def write_thresholds(
     return found
 
 
-def _require_thresholds(run: str, config: Config) -> None:
+def _require_thresholds(run: str, config: Config, routing_state: Any = None) -> None:
     """InputError where there are no thresholds to set."""
     if not config.routed:
         raise InputError(f"{run}: nothing to calibrate: model.ffn {config.model.ffn} has no router")
-    if not has_thresholds(config):
+    if not has_thresholds(config, routing_state):
         rule = rule_name(config.model.router)
         raise InputError(f"{run}: nothing to calibrate: its routing rule {rule} keeps no such thresholds")
 
 
-def has_thresholds(config: Config) -> bool:
-    """Whether the model has routers with thresholds to calibrate."""
-    rule = config.model.router
-    return bool(config.routed) and THRESHOLD in rule.causal and isinstance(rule, Choice)
+def has_thresholds(config: Config, routing_state: Any = None) -> bool:
+    """Whether the model has routers with thresholds to calibrate; a rule derived from Choice may keep another state."""
+    rule, states = config.model.router, (routing_state or {}).values()
+    kept = all(isinstance(own, dict) and {"threshold_E", "updates"} <= own.keys() for own in states)
+    return bool(config.routed) and THRESHOLD in rule.causal and isinstance(rule, Choice) and kept
 
 
 def _counted(config: Config, params: Any, batches: int) -> dict[str, dict[str, np.ndarray]]:

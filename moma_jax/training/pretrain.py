@@ -151,7 +151,7 @@ class Pretraining(TokenStage):
     def settle(self, run: RunDir, state: TrainState) -> None:
         """Sets the thresholds by the final weights (`train.calibrate`)."""
         config = self.program.config
-        if config.train.calibrate and has_thresholds(config):
+        if config.train.calibrate and has_thresholds(config, state.routing_state):
             state = (state.params, state.routing_state, total_steps(config))
             self._thresholds = write_thresholds(run.path, config, *state, config.train.calibrate)
 

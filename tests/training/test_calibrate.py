@@ -14,8 +14,9 @@ import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
-from moma_jax.router import Quota, Score
+from moma_jax.router import Quota, Routed, Score
 from moma_jax.routers import choice
+from moma_jax.routers.choice import Choice, best_of
 from moma_jax.training.calibrate import Counting, thresholds_of
 from moma_jax.training.step import put, run_decoder
 
@@ -117,6 +118,28 @@ def test_thresholds_of_another_checkpoint_are_not_taken(run, caplog):
         with pytest.raises(InputError, match=r"thresholds.json: does not fit the run's routers; remove it"):
             moma_jax.load(run)
     moma_jax.calibrate(run, batches=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts(Choice):
+    """Expert choice that keeps something else than thresholds."""
+
+    def state(self, experts):
+        return {"seen": np.float32(0)}
+
+    def select(self, score, eligible_T, quota, state, key):
+        return Routed(best_of(score, eligible_T, quota), state)
+
+    def lacks(self, routing, state):
+        return "no thresholds" if routing == "threshold" else super().lacks(routing, state)
+
+
+def test_a_rule_of_another_state_ends_without_calibration(tmp_path):
+    config = tiny(tmp_path, train_steps=1, model_router=Counts())
+    moma_jax.train(config, quiet=True)
+    assert not (tmp_path / "thresholds.json").exists()
+    with pytest.raises(InputError, match="keeps no such thresholds"):
+        moma_jax.calibrate(config.run.dir, router=Counts)
 
 
 def test_what_has_no_thresholds_is_refused(tmp_path):
