@@ -159,8 +159,8 @@ def test_an_upcycled_run_whose_seed_another_process_trains_is_left_to_it(copy):
 def test_an_upcycled_run_that_was_half_begun_is_begun_again(copy):
     """Killed before `upcycle` had written everything: the seed run is there, and must not be replaced by noise."""
     run_dir = Path(copy.dir) / "grown-0"
-    for name in ("config.json", "status.json", "summary.json", "metrics.jsonl"):
-        (run_dir / name).unlink()
+    for name in ("config.json", "status.json", "summary.json", "metrics.jsonl", "documents.parquet", "thresholds.json"):
+        (run_dir / name).unlink(missing_ok=True)
     for step in Checkpoints(RunDir(str(run_dir))).steps():
         shutil.rmtree(run_dir / "checkpoints" / str(step))
     seed = files(f"{copy.dir}/grown-0-seed")
