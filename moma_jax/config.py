@@ -296,7 +296,7 @@ class TrainConfig:
     """Tokens whose logits exist at once."""
     seed: int = setting(0, **SEED)
     """Seed of the initial weights, dropout and routing noise."""
-    on_nan: Literal["stop", "skip"] = "stop"
+    on_nan: Literal["stop", "skip"] = setting("stop", may_change=True)
     """A loss or gradient that is not finite: stop with the last good checkpoint named, or skip the update."""
     log_every: int = setting(10, above=0, unit="steps", may_change=True)
     """Steps between train records."""

@@ -25,7 +25,8 @@ class Part:
         self._view, self._tuning, self.period = view, tuning, round(1 / share)
         apart = -(-view.documents // self.period)
         self.documents = apart if tuning else view.documents - apart
-        self.tokens_M = np.asarray(view.tokens_M) * self.documents // max(view.documents, 1)
+        tokens = (int(tokens) * self.documents // max(view.documents, 1) for tokens in view.tokens_M)
+        self.tokens_M = np.array(list(tokens), np.int64)  # the product may be beyond int64
         self.weighted = view.weighted
 
     def numbers(self, part_N) -> np.ndarray:

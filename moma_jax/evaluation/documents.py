@@ -72,10 +72,10 @@ class DocumentLosses:
         return pa.table(columns)
 
 
-def read_documents(home: Directory) -> dict[tuple[str, str], dict[tuple[int, int], np.ndarray]]:
-    """By (evaluation set, routing): by (store, document) nats and weight of each modality's targets, (M, 2).
+def read_documents(home: Directory) -> dict[tuple[str, str], dict[tuple[int, int], dict[str, tuple[float, float]]]]:
+    """By (evaluation set, routing): by (store, document): by modality the nats and the weight of its targets.
 
-    Args: `home` is a run's directory; the result is empty where it has no such file. Modalities stand as they do there.
+    Args: `home` is a run's directory; the result is empty where it has no such file.
 
     Raises:
       InputError: the file is damaged or another one.
@@ -87,13 +87,14 @@ def read_documents(home: Directory) -> dict[tuple[str, str], dict[tuple[int, int
         table = pq.read_table(io.BytesIO(content))
         keys = zip(*(table[name].to_pylist() for name in KEYS), strict=True)
         names = [name.removeprefix("nats_") for name in table.column_names if name.startswith("nats_")]
-        nats_DM, weight_DM = (np.stack([table[f"{w}_{m}"].to_numpy() for m in names], -1) for w in ("nats", "tokens"))
+        cells = {m: [table[f"{what}_{m}"].to_pylist() for what in ("nats", "tokens")] for m in names}
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         where = f"{home.path}/{DOCUMENTS}"
         raise InputError(f"{where}: is damaged ({error}); restore it, or remove it and evaluate again") from error
-    found: dict[tuple[str, str], dict[tuple[int, int], np.ndarray]] = {}
-    for (eval_set, routing, store, document), *cell in zip(keys, nats_DM, weight_DM, strict=True):
-        found.setdefault((eval_set, routing), {})[store, document] = np.stack(cell, -1)
+    found: dict[tuple[str, str], dict[tuple[int, int], dict[str, tuple[float, float]]]] = {}
+    for row, (eval_set, routing, store, document) in enumerate(keys):
+        of_document = {m: (nats[row], weight[row]) for m, (nats, weight) in cells.items()}
+        found.setdefault((eval_set, routing), {})[store, document] = of_document
     return found
 
 

@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,20 @@ from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
 
 PACKAGES = ("moma_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+
+
+SECONDS_TO_LOCK = (0.0, 0.1, 0.4)
+"""Waits before each attempt: somebody who only looks whether a directory is locked holds it for a moment."""
+
+
+def _taken(file, wait: float) -> bool:
+    """Whether the file could be locked after some seconds."""
+    time.sleep(wait)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 class RunDir(Directory):
@@ -64,10 +79,8 @@ class RunDir(Directory):
         except OSError as error:
             raise InputError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"run.dir: another process is training in {self.path}; use another one") from error
+            if not any(map(functools.partial(_taken, file), SECONDS_TO_LOCK)):
+                raise InputError(f"run.dir: another process is training in {self.path}; use another one")
             try:
                 yield self
             except InputError:

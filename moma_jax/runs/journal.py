@@ -33,6 +33,8 @@ SCHEMA = 1
 METRICS = "metrics.jsonl"
 SEGMENTS = "metrics/"
 SHEETS = "sheets/"
+SKIPPED = "update skipped: loss or gradient not finite"
+"""An event."""
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:

@@ -292,11 +292,10 @@ def _etas(finished: Finished, loss: Loss, size: str, modality: str) -> dict[str,
 
     ladder = {seed: [e for run in runs if (e := end(run))] for seed, runs in finished.ladder.get(size, {}).items()}
     baseline = {seed: tuple(zip(*ends, strict=True)) for seed, ends in ladder.items() if ends}
-    groups = {name: group for (s, name), group in finished.by_place.items() if (s, name) != (size, finished.baseline)}
-    groups = {name: group for name, group in groups.items() if (size, name) in finished.by_place}
     return {
         name: etas(baseline, {seed: e for seed, run in group.items() if (e := end(run))})
-        for name, group in groups.items()
+        for (s, name), group in finished.by_place.items()
+        if s == size and name != finished.baseline
     }
 
 
@@ -333,26 +332,30 @@ def over_documents(finished: Finished) -> list[Documents]:
 
 def _paired_documents(size: str, name: str, against: str, ours: dict[int, Run], theirs: dict[int, Run]):
     seeds = [seed for seed in ours if seed in theirs and ours[seed].documents and theirs[seed].documents]
-    if not seeds:
-        return
-    for eval_set, routing in ours[seeds[0]].documents:
-        if routing not in CAUSAL_ROUTINGS and ours[seeds[0]].unrouted is None:
-            continue
-        both = [(_documents_of(ours[s], eval_set, routing), _documents_of(theirs[s], eval_set, routing)) for s in seeds]
-        if any(None in pair for pair in both):
+    pairs = [(ours[seed], theirs[seed]) for seed in seeds]
+    runs = [run for pair in pairs for run in pair]
+    unrouted = all(run.unrouted for run in runs)
+    for eval_set, routing in dict.fromkeys(key for run in runs for key in run.documents):
+        both = [[_documents_of(run, eval_set, routing) for run in pair] for pair in pairs]
+        if not (unrouted or routing in CAUSAL_ROUTINGS) or any(None in pair for pair in both):
             continue
         shared = sorted(set.intersection(*(set(of_run) for pair in both for of_run in pair)))
-        for m, modality in enumerate((OVERALL, *ours[seeds[0]].modalities)):
-            chosen = slice(None) if modality == OVERALL else m - 1
-            sums = np.array([[[of_run[d][chosen] for d in shared] for of_run in pair] for pair in both])
-            sums = sums.reshape(len(seeds), 2, len(shared), -1, 2).sum(axis=3).mean(axis=0)  # (2, D, nats and weight)
-            if sums[0, :, 1].any():
-                result = document_interval(sums[0, :, 0], sums[1, :, 0], sums[0, :, 1])
+        for modality in (OVERALL, *runs[0].modalities):
+            sums = np.array([[[_sum(of_run[d], modality) for d in shared] for of_run in pair] for pair in both])
+            if sums[..., 1].any():  # (seeds, 2, D, nats and weight)
+                ours_D2, theirs_D2 = sums.mean(axis=0)
+                result = document_interval(ours_D2[:, 0], theirs_D2[:, 0], ours_D2[:, 1])
                 yield Documents(size, eval_set, routing, modality, name, against, tuple(seeds), *result)
 
 
+def _sum(of_document: dict[str, tuple[float, float]], modality: str) -> tuple[float, float]:
+    """Nats and weight of one modality, or of all."""
+    chosen = of_document.values() if modality == OVERALL else [of_document.get(modality, (0.0, 0.0))]
+    return sum(nats for nats, _ in chosen), sum(weight for _, weight in chosen)
+
+
 def _documents_of(run: Run, eval_set: str, routing: str) -> dict | None:
-    """By (store, document): nats and weight of each modality, (M, 2); an unrouted run's are the same whatever it is."""
+    """By (store, document); an unrouted run's are the same whatever the routing is."""
     return run.documents.get((eval_set, run.unrouted if run.unrouted else routing))
 
 

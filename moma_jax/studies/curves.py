@@ -76,8 +76,8 @@ class Run:
       unrouted: the routing under which a run whose experts need not choose was evaluated: its losses are those under
         every routing. None where they choose.
       tokens_per_second: median over the train records; None without any.
-      documents: of the last evaluation, by (set, routing): by (store, document) the nats and the weight of each
-        modality's targets, (M, 2), in the order of `modalities`; empty where the run has none.
+      documents: of the last evaluation, by (set, routing): by (store, document): by modality the nats and the weight of
+        its targets; empty where the run has none.
       budget: share of the study's budget that it has.
     """
 
@@ -95,7 +95,7 @@ class Run:
     curves: dict[Measure, Curve]
     unrouted: str | None
     tokens_per_second: float | None
-    documents: dict[tuple[str, str], dict[tuple[int, int], np.ndarray]]
+    documents: dict[tuple[str, str], dict[tuple[int, int], dict[str, tuple[float, float]]]]
     budget: float = 1.0
 
     @property

@@ -90,12 +90,12 @@ def _placed(config: Config, where: str, seed: int) -> Config:
     )
 
 
-def require_same_config(written: Any, config: Config, where: str) -> Config:
+def require_same_config(written: Any, config: Config, where: str, remedy: str = "dir") -> Config:
     """The config with what was decided when the run began; InputError where a run's config.json, its content or bytes,
     says another run.
 
     Args:
-      where: what holds it, for the message.
+      where: what holds it, for the message. remedy: the study's field that another value would mend, too.
     """
     try:
         before = from_json(json.loads(written) if isinstance(written, bytes) else written)
@@ -106,7 +106,7 @@ def require_same_config(written: Any, config: Config, where: str) -> Config:
     if changed := differences(as_recorded(before), as_recorded(config)):
         raise InputError(
             f"{where} holds a run with another config ({'; '.join(changed)}); change the study back, or give it "
-            "another dir"
+            f"another {remedy}"
         )
     return config
 

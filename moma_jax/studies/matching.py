@@ -16,12 +16,10 @@ from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.cost import flops_per_token, parameter_count, total_steps
 from moma_jax.errors import InputError, require
-from moma_jax.studies.study import Study, Variant, check_study
+from moma_jax.studies.study import SAME_IN_TRAIN, Study, Variant, check_study
 
 HIDDEN_STEP = 8
 """Hidden sizes that are tried are multiples of it, as matrix units like them."""
-SAME_IN_TRAIN = ("batch_rows", "eval_sets", "eval_every", "log_every")
-"""Fields of the section train that decide which tokens a run sees, and where its losses are comparable."""
 LONGEST_WARMUP = 0.1
 """Of a stage's updates, for upcycled variants: a seed run may be shorter than the base's warm-up."""
 

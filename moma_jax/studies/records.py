@@ -35,10 +35,15 @@ def record_path(folder: str, config: Config) -> Path:
 
 
 def keep(folder: str, job: Job) -> None:
-    """Writes the records of a finished job's runs that have none yet, whole or not at all."""
+    """Writes the records of a finished job's runs that have none yet, whole or not at all, a seed run's first.
+
+    Raises:
+      InputError: there is a record of that name of another run; it stays.
+    """
     for config in job.runs:
         path, run = record_path(folder, config), RunDir(config.run.dir)
         if path.exists():
+            require_same_config(read_record(path)["config.json"], config, str(path), "records")
             continue
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as record:
@@ -51,14 +56,18 @@ def keep(folder: str, job: Job) -> None:
 def unpack(folder: str, job: Job) -> None:
     """Puts the recorded runs of a job where their directories have none.
 
+    A seed run is unpacked for the report alone, beside the run that grew from it: its weights are not in its record.
+
     Raises:
       InputError: a record is damaged, or holds a run of another config; nothing was unpacked of it.
     """
+    if not (record_path(folder, job.config).is_file() or read_status(job.config.run.dir)):
+        return
     for config in job.runs:
         path = record_path(folder, config)
         if path.is_file() and not read_status(config.run.dir):
             content = read_record(path)
-            require_same_config(content["config.json"], config, str(path))
+            require_same_config(content["config.json"], config, str(path), "records")
             write_run(content, config.run.dir)
 
 

@@ -65,7 +65,7 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
     Raises:
       InputError: no baseline run is finished; budgets or data differ; a run of the study has another config than the
         study says; an added run is not there; a file is damaged or of another format; or `out` holds something else.
-        Nothing was written then.
+        Nothing of the report was written then; records of runs whose directories are missing are unpacked.
     """
     _require_ours(RunDir(out), study)
     wanted = settled_jobs(study)

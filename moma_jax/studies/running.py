@@ -23,7 +23,7 @@ from moma_jax.runs.resume import require_resumable
 from moma_jax.studies.jobs import Job, chosen, jobs, require_same_config, state, trained_elsewhere
 from moma_jax.studies.records import keep, unpack
 from moma_jax.studies.study import Study, load_study
-from moma_jax.studies.sweep import all_jobs, chosen_values, trials
+from moma_jax.studies.sweep import all_jobs, chosen_values, trials, tried
 from moma_jax.training.pretrain import prepare_missing_stores, train
 
 COMPLETE, ELSEWHERE, FAILED = "complete", "trained by another process", "failed"
@@ -66,18 +66,32 @@ def run_study(study: Study, selected: list[Job], *, quiet: bool = False) -> dict
     runs = [job for job in selected if job not in first]
     waiting = {(job.variant, job.size) for job in runs if job.waits}
     needed = [job for job in first if job in selected or (job.variant, job.size) in waiting]
-    outcomes = run_jobs(needed, study.records, quiet=quiet) if needed else {}
-    while waiting and (left := [job for job in needed if state(job)["state"] != COMPLETE]):
+    failures: dict[str, Exception] = {}
+    outcomes = _run_jobs(needed, study.records, failures, quiet)
+    while waiting and (left := [job for job in needed if outcomes[job.name] == ELSEWHERE]):
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        outcomes |= run_jobs(left, study.records, quiet=True)
-    if not runs:
-        return outcomes
-    settled = {job.name: job for job in jobs(study, chosen=chosen_values(study))}
-    return outcomes | run_jobs([settled[job.name] for job in runs], study.records, quiet=quiet)
+        outcomes |= _run_jobs(left, study.records, failures, quiet=True)
+    settled = {job.name: job for job in (jobs(study, chosen=chosen_values(study)) if runs else ())}
+    ready = [settled[job.name] for job in runs]
+    for job in (job for job in ready if job.waits):
+        outcomes[job.name], failures[job.name] = FAILED, _waits_in_vain(study, job)
+    outcomes |= _run_jobs([job for job in ready if not job.waits], study.records, failures, quiet)
+    _raise_for(failures, len(outcomes))
+    return outcomes
 
 
-def run_jobs(selected: list[Job], records: str | None = None, *, quiet: bool = False) -> dict[str, str]:
-    """Trains jobs whose configs are settled, and keeps their records; see `study`."""
+def _waits_in_vain(study: Study, job: Job) -> InputError:
+    """Why a run has no value of the swept field although no trial is under way."""
+    losses = next(each.loss_K for each in tried(study) if (each.variant, each.size) == (job.variant, job.size))
+    if None in losses:
+        return InputError(f"not begun, as trials that choose its {study.sweep.field} failed")
+    return InputError(f"not begun, as no trial ended with a finite loss; try other values of {study.sweep.field}")
+
+
+def _run_jobs(selected: list[Job], records: str | None, failures: dict[str, Exception], quiet: bool) -> dict[str, str]:
+    """Trains jobs whose configs are settled, and keeps their records; how each ended, and in `failures` why."""
+    if not selected:
+        return {}
     for job in selected:
         if records is not None:
             unpack(records, job)
@@ -86,7 +100,7 @@ def run_jobs(selected: list[Job], records: str | None = None, *, quiet: bool = F
         if job.seed_run is not None:
             _require_upcycled(job)
     say = RunProgress(0, 0, quiet=quiet).say
-    outcomes, failures = {}, {}
+    outcomes: dict[str, str] = {}
     with _signals_at_last_steps() as end_if_signalled:
         _prepare_stores(selected, quiet)
         for number, job in enumerate(selected):
@@ -103,7 +117,6 @@ def run_jobs(selected: list[Job], records: str | None = None, *, quiet: bool = F
             if (outcome := outcomes.setdefault(job.name, FAILED)) != COMPLETE:
                 say(f"study: {job.name}: {outcome}" + (f": {failures[job.name]}" if outcome == FAILED else ""))
     say(f"study: {list(outcomes.values()).count(COMPLETE)} of {len(selected)} runs are complete")
-    _raise_for(failures, len(selected))
     return outcomes
 
 

@@ -29,6 +29,8 @@ OWN_FIELDS = (
 )
 """Fields that the study itself sets, so that no override may."""
 MATCHES = ("model.hidden", "model.layers")
+SAME_IN_TRAIN = ("batch_rows", "eval_sets", "eval_every", "log_every")
+"""Fields of the section train that decide which tokens a run sees, and where its losses are comparable."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,16 @@ def check_study(study: Study) -> None:
         _number(study.tolerance) and 0 <= study.tolerance < 1,
         f"study.tolerance: must be at least 0 and below 1, such as 0.01; is {study.tolerance!r}",
     )
+    require(
+        study.records is None or isinstance(study.records, str) and study.records,
+        f"study.records: {study.records!r} names no directory; such as docs/results/studies/runs, or None",
+    )
     _check_seeds(study)
     _check_budgets(study)
-    _check_sweep(study)
     _check_sizes(study)
     _check_variants(study)
     _check_baseline(study)
+    _check_sweep(study)
 
 
 def _check_seeds(study: Study) -> None:
@@ -164,6 +170,7 @@ def _check_seeds(study: Study) -> None:
 
 
 def _check_budgets(study: Study) -> None:
+    require(isinstance(study.budgets, (tuple, list)), f"study.budgets: {study.budgets!r}; give several, as in (0.5, 2)")
     for share in study.budgets:
         require(
             _number(share) and 0 < share < math.inf and share != 1,
@@ -177,17 +184,41 @@ def _check_sweep(study: Study) -> None:
     if sweep is None:
         return
     require(isinstance(sweep, Sweep), 'study.sweep: give a Sweep("optimizer.peak_lr", (3e-3, 6e-3)), or None')
-    section = str(sweep.field).partition(".")[0]
+    field = _plain(sweep.field)
     require(
-        section in ("model", "optimizer", "train") and sweep.field not in OWN_FIELDS,
+        field.partition(".")[0] in ("model", "optimizer", "train")
+        and field not in (*OWN_FIELDS, *(f"train.{name}" for name in SAME_IN_TRAIN)),
         f"study.sweep: {sweep.field} is not for a variant to choose; such as optimizer.peak_lr",
     )
-    require(_several(sweep.values), f"study.sweep: give values of {sweep.field} to try")
+    for variant in study.variants:
+        seed = {} if variant.upcycled is None else variant.upcycled.seed
+        require(
+            field not in map(_plain, (*variant.overrides, *seed)),
+            f"study.variants: {variant.name} sets {field}, for which trials choose a value; leave it out, or the sweep",
+        )
+    _check_tried(sweep)
     require(
         _number(sweep.share) and 0 < sweep.share <= 1,
         f"study.sweep: a share of {sweep.share!r} of the budget; give more than 0 and at most 1",
     )
+    require(
+        type(sweep.rows) is int and sweep.rows > 0, f"study.sweep: rows are a whole number above 0, not {sweep.rows!r}"
+    )
+    require(
+        _number(sweep.tuning) and 0 < sweep.tuning <= 0.5,
+        f"study.sweep: a tuning share of {sweep.tuning!r}; give more than 0 and at most 0.5 of the documents",
+    )
+    require(type(sweep.seed) is int and sweep.seed >= 0, f"study.sweep: {sweep.seed!r} is no seed; such as 1000")
     require(sweep.seed not in study.seeds, f"study.sweep: {sweep.seed} is a seed of the study; give another one")
+
+
+def _check_tried(sweep: Sweep) -> None:
+    """Each value is the end of a directory's name."""
+    require(_several(sweep.values), f"study.sweep: give values of {sweep.field} to try")
+    for value in sweep.values:
+        require(_file_name(f"trial-{value}"), f"study.sweep: {value!r} cannot be part of a directory's name")
+    names = [str(value) for value in sweep.values]
+    require(len(set(names)) == len(names), f"study.sweep: a value is repeated in {tuple(sweep.values)}")
 
 
 def _check_sizes(study: Study) -> None:
@@ -239,8 +270,15 @@ def _check_baseline(study: Study) -> None:
 def _check_overrides(where: str, overrides: Any) -> None:
     require(isinstance(overrides, Mapping), f"{where}: overrides are a dictionary such as {{'model.ffn': '4t4i'}}")
     for name in overrides:
-        own = str(name).replace("-", "_") in OWN_FIELDS
-        require(not own, f"{where} overrides {name}, which the study sets for all its runs; leave it out")
+        require(
+            _plain(name) not in OWN_FIELDS,
+            f"{where} overrides {name}, which the study sets for all its runs; leave it out",
+        )
+
+
+def _plain(name: Any) -> str:
+    """A field's name as configs have it; overrides may have it with dashes."""
+    return str(name).replace("-", "_")
 
 
 def _several(value: Any) -> bool:

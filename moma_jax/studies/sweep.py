@@ -14,6 +14,7 @@ from moma_jax.config import EvalSet
 from moma_jax.data.directory import Directory
 from moma_jax.data.tuning import TUNING
 from moma_jax.errors import InputError
+from moma_jax.runs.journal import SKIPPED, read_metrics
 from moma_jax.studies.jobs import Job, jobs, read_status
 from moma_jax.studies.records import unpack
 from moma_jax.studies.study import Study, check_study
@@ -56,6 +57,8 @@ def trials(study: Study) -> list[Job]:
             sweep.field: value,
             "data.tuning": sweep.tuning,
             "train.eval_sets": (EvalSet(TUNING, split=TUNING, rows=sweep.rows, every=10**9),),
+            "train.eval_routings": (),
+            "train.on_nan": "skip",  # a value that diverges is a result
         }
         of_value = dataclasses.replace(
             study,
@@ -86,7 +89,10 @@ def tried(study: Study) -> list[Tried]:
     by_place: dict[Place, list[Job]] = {}
     for job in trials(study):
         by_place.setdefault((job.variant, job.size), []).append(job)
-    return [Tried(*place, study.sweep.values, tuple(map(_loss, group))) for place, group in by_place.items()]
+    stop = study.base.train.on_nan == "stop"
+    return [
+        Tried(*place, study.sweep.values, tuple(_loss(job, stop) for job in group)) for place, group in by_place.items()
+    ]
 
 
 def chosen_values(study: Study) -> dict[Place, Any]:
@@ -94,8 +100,11 @@ def chosen_values(study: Study) -> dict[Place, Any]:
     return {(each.variant, each.size): each.best for each in tried(study) if each.best is not None}
 
 
-def _loss(job: Job) -> float | None:
-    """A finished trial's loss under the routing that it trained with."""
+def _loss(job: Job, stop: bool) -> float | None:
+    """A finished trial's loss under the routing that it trained with; infinite where its value is of no use.
+
+    Args: `stop` says that an update that is not finite would have ended a run that counts.
+    """
     where = job.config.run.dir
     if read_status(where).get("state") != "complete":
         return None
@@ -106,7 +115,8 @@ def _loss(job: Job) -> float | None:
         raise InputError(
             f"{where}/summary.json: no loss on the set {TUNING}; restore the file, or remove the run"
         ) from error
-    return math.inf if loss is None else float(loss)
+    diverged = stop and any(record.get("event") == SKIPPED for record in read_metrics(where))
+    return math.inf if loss is None or diverged else float(loss)
 
 
 def settled_jobs(study: Study) -> list[Job]:

@@ -188,7 +188,7 @@ def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program
     if (found := run.read_json(THRESHOLDS)) is None:
         return routing_state
     path = run.join(THRESHOLDS)
-    if (found.get("step"), found.get("model")) != (step, fingerprint(params)):
+    if not belong(found, step, params):
         of = f"step {found.get('step')}" if found.get("step") != step else "another model"
         logging.getLogger(__name__).warning(
             "%s: set for %s, this is step %d, so they are not used; moma routers calibrate %s", path, of, step, run.path
@@ -198,6 +198,11 @@ def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program
         return with_thresholds(routing_state, found, program)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: does not fit the run's routers; remove it and calibrate again") from error
+
+
+def belong(found: Any, step: int, params: Any) -> bool:
+    """Whether the content of a thresholds.json (None without one) was set for these parameters after `step` updates."""
+    return isinstance(found, dict) and (found.get("step"), found.get("model")) == (step, fingerprint(params))
 
 
 def with_thresholds(routing_state: Any, found: dict[str, Any], program: Program) -> Any:

@@ -23,7 +23,7 @@ from moma_jax.data.stream import merge_cursors
 from moma_jax.errors import RunError
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command, processor
-from moma_jax.runs.journal import finite, open_journal, read_metrics
+from moma_jax.runs.journal import SKIPPED, finite, open_journal, read_metrics
 from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
 from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import finished
@@ -237,7 +237,7 @@ class Loop:
                 raise RunError(
                     f"step {step}: {what} is not finite; last good checkpoint: {last_good(self.run)}; {remedy}"
                 )
-            self.journal.write({"kind": "event", "step": step, "event": "update skipped: loss or gradient not finite"})
+            self.journal.write({"kind": "event", "step": step, "event": SKIPPED})
 
     def _log(self, epochs: dict[str, float]) -> None:
         self.journal.write(self.stage.record(self.meter, self.state, self.step, epochs))

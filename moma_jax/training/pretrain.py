@@ -26,7 +26,7 @@ from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.resume import hashes_of, require_resumable
 from moma_jax.training.calibrate import has_thresholds, write_thresholds
-from moma_jax.training.load import THRESHOLDS, with_thresholds
+from moma_jax.training.load import THRESHOLDS, belong, with_thresholds
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, token_meter, train_record
 from moma_jax.training.optimizer import warmup_warnings
@@ -100,7 +100,7 @@ class Pretraining(TokenStage):
     cursor, doing = None, ""
     not_finite = (
         "the loss or its gradient",
-        "lower optimizer.peak_lr, or set train.on_nan=skip in a new run",
+        "go on with train.on_nan=skip, or lower optimizer.peak_lr in a new run",
     )
 
     def __init__(self, program: Program, vocabulary: Vocabulary, routing_state: Any):
@@ -172,8 +172,10 @@ class Pretraining(TokenStage):
         """Writes the last evaluation's losses by document; makes it where this process went on from the very end."""
         sets = self.program.config.train.eval_sets
         if sets and not self._evaluator.evaluated:
-            if self.program.config.train.calibrate:
-                self._thresholds = run.read_json(THRESHOLDS)
+            self._thresholds = run.read_json(THRESHOLDS)
+            if not belong(self._thresholds, total_steps(self.program.config), state.params):
+                self._thresholds = None
+                self.settle(run, state)
             for eval_set in sets:
                 self.evaluate(state, eval_set)
         if sets and hosts.is_first():

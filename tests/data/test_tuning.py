@@ -1,6 +1,7 @@
 """The tuning split: a part of the training documents that training does not see, and that nothing else is."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,12 @@ def test_two_parts_are_the_whole(share, documents):
                 expected = [value for one in each for value in getattr(one, name).tolist()]
                 assert getattr(index, name).tolist() == expected
             assert np.diff(index.span_row_N1).tolist() == [len(one.span_length_K) for one in each]
+
+
+def test_token_counts_of_stores_beyond_int32_do_not_overflow():
+    """4e9 documents of 2e13 tokens: their product is beyond int64."""
+    view = SimpleNamespace(documents=4 * 10**9, tokens_M=np.array([2 * 10**13]), weighted=False)
+    assert Part(view, 0.02, True).tokens_M == 4 * 10**11
 
 
 @pytest.fixture

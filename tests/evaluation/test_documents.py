@@ -1,6 +1,7 @@
 """Losses by document: the parts whose sum is a held-out loss, and which document each is of."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,24 @@ def test_a_finished_run_that_lost_them_gets_them_again(tmp_path):
         lost.unlink()
     train(config, quiet=True)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_thresholds_of_other_weights_are_not_judged_by(tmp_path, step):
+    """A run that goes on from its very end calibrates again where thresholds.json is of another model or step."""
+    config = tiny(tmp_path, train_steps=2)
+    train(config, quiet=True)
+    before = {path: path.read_bytes() for path in (tmp_path / DOCUMENTS, tmp_path / "thresholds.json")}
+    found = json.loads(before[tmp_path / "thresholds.json"])
+    other = {name: (np.array(values) - 3).tolist() for name, values in found["thresholds"].items()}
+    edited = found | {"step": step, "model": "another", "thresholds": other}
+    (tmp_path / "thresholds.json").write_text(json.dumps(edited))
+    for lost in (tmp_path / DOCUMENTS, tmp_path / "summary.json"):
+        lost.unlink()
+    train(config, quiet=True)
+    assert (tmp_path / DOCUMENTS).read_bytes() == before[tmp_path / DOCUMENTS]
+    again = json.loads((tmp_path / "thresholds.json").read_text())
+    assert again["thresholds"] == found["thresholds"] and again["model"] == found["model"]
 
 
 def test_pieces_of_a_document_are_one_row(monkeypatch):

@@ -59,7 +59,7 @@ def test_intervals_over_documents_hold_the_truth_as_often_as_they_say(tmp_path):
         write_run(read_record(STUDIES / "runs" / f"{name}.zip"), str(tmp_path / name))
         losses.append(read_documents(RunDir(str(tmp_path / name)))["tuning", "choice"])
     names = sorted(losses[0].keys() & losses[1].keys())
-    cells = np.array([[of_run[name].sum(axis=0) for name in names] for of_run in losses])
+    cells = np.array([[np.sum(list(of_run[name].values()), axis=0) for name in names] for of_run in losses])
     nats_D, other_D, weight_D = cells[0, :, 0], cells[1, :, 0], cells[0, :, 1]
     truth, _ = document_interval(nats_D, other_D, weight_D)
     assert truth == pytest.approx((nats_D - other_D).sum() / weight_D.sum()) and len(names) > 80

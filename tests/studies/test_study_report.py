@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from moma_jax.__main__ import main
 from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, total_steps
 from moma_jax.errors import InputError
+from moma_jax.evaluation.documents import to_bytes
 from moma_jax.studies import figures, report
 from moma_jax.studies.jobs import jobs
 from moma_jax.studies.records import keep
@@ -178,6 +180,50 @@ def test_verdicts_off_finished_runs_of_the_baseline(tmp_path):
     rows = csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines())
     budgets = {row["path"]: row["budget"] for row in rows}
     assert sorted(set(budgets.values())) == ["0.5", "1.0", "2.0"] and len(budgets) == 15
+
+
+def test_verdicts_of_each_size_are_of_its_own_runs(tmp_path):
+    sizes = {"small": {"model.layers": 2}, "large": {"model.layers": 4}}
+    study = study_of(tmp_path, "fast", sizes=sizes, seeds=(0, 1), budgets=(0.5, 2.0))
+    speeds = {"small": 1.2, "large": 1.6}
+    for job in jobs(study):
+        law = power() if job.variant == "dense" else power(speeds[job.size])
+        write_run(job.config.run.dir, job.config, same(law), routings=("choice", "threshold"))
+    found = write_report(study, str(tmp_path / "out"), {})["verdicts"]
+    of_size = {v["size"]: v["ratio"] for v in found if (v["against"], v["modality"]) == ("dense", "overall")}
+    assert of_size == pytest.approx(speeds, rel=0.02)
+
+
+def write_documents(path, loss, routings=("choice",), modalities=("text", "image")):
+    """Twenty documents of three tokens of each modality; `loss` by document and modality."""
+    keys = [(routing, d) for routing in routings for d in range(20)]
+    columns = {"eval_set": ["heldout"] * len(keys), "routing": [r for r, _ in keys], "store": [0] * len(keys)}
+    columns["document"] = [d for _, d in keys]
+    for modality in modalities:
+        columns |= {f"nats_{modality}": [3 * loss(d, modality) for _, d in keys], f"tokens_{modality}": [3] * len(keys)}
+    Path(path, "documents.parquet").write_bytes(to_bytes([pa.table(columns)]))
+
+
+def test_documents_are_paired_by_routing_and_modality_whatever_their_order(tmp_path):
+    """dense and plain have one routing; routed has two, and its file names modalities the other way round."""
+    study = study_of(tmp_path, "plain", "routed", seeds=(0, 1))
+    routed = {"routings": ("choice", "threshold")}
+    write_study(study, {name: same(power()) for name in ("dense", "plain", "routed")}, routed=routed)
+    gains = {"dense": (0, 0), "plain": (0.1, 0.1), "routed": (0.2, 0.4)}
+    for job in jobs(study):
+        text, image = gains[job.variant]
+        more = {"routings": routed["routings"], "modalities": ("image", "text")} if job.variant == "routed" else {}
+        write_documents(job.config.run.dir, lambda d, m, t=text, i=image: d % 5 + 2 - (t if m == "text" else i), **more)
+    write_report(study, str(tmp_path / "out"), {})
+    page = (tmp_path / "out" / "report.md").read_text().partition("## The same documents")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in page.splitlines() if "heldout" in line]
+    expected = [("plain", "dense", "choice", (-0.1, -0.1, -0.1)), ("routed", "dense", "threshold", (-0.3, -0.2, -0.4)),
+                ("routed", "plain", "threshold", (-0.2, -0.1, -0.3))]  # fmt: skip
+    assert rows == [
+        [variant, against, f"heldout, {routing}", modality, f"{difference:+.4f}"]
+        for variant, against, routing, differences in expected
+        for modality, difference in zip(("overall", "text", "image"), differences, strict=True)
+    ]
 
 
 def test_an_upcycled_run_is_charged_for_its_seed(tmp_path):

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 from command_line import run
 from processes import spawn
-from small_studies import DENSE, MOMA, files, finish, study_of
+from small_studies import DENSE, GROWN, MOMA, files, finish, study_of
 from tiny import tiny
 
 import moma_jax
 from moma_jax.config import EvalSet
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, RunError
 from moma_jax.runs.directory import RunDir
-from moma_jax.studies import Sweep, load_study, running
-from moma_jax.studies.jobs import jobs, state
-from moma_jax.studies.records import MOST_BYTES
+from moma_jax.runs.journal import SKIPPED
+from moma_jax.studies import Sweep, Upcycled, load_study, running
+from moma_jax.studies.jobs import jobs, read_status, state
+from moma_jax.studies.records import MOST_BYTES, keep, unpack
 from moma_jax.studies.sweep import all_jobs, chosen_values, trials, tried
 
 SWEEP = Sweep("optimizer.peak_lr", (1e-3, 2e-3, 4e-3), share=0.4, seed=99, rows=8)
@@ -40,6 +41,8 @@ def trained(monkeypatch):
 
     def train(config, quiet):
         with RunDir(config.run.dir).locked():
+            if read_status(config.run.dir):
+                return
             name = Path(config.run.dir).name
             value = config.optimizer.peak_lr
             loss = LOSSES[name.split("-")[0]][SWEEP.values.index(value)] if "trial" in name else 1.0
@@ -111,11 +114,68 @@ def test_runs_wait_for_a_trial_of_another_process(study, trained):
         ({"sweep": dataclasses.replace(SWEEP, values=())}, "study.sweep: give values"),
         ({"sweep": dataclasses.replace(SWEEP, share=0)}, "study.sweep: a share of 0 of the budget"),
         ({"sweep": dataclasses.replace(SWEEP, seed=0)}, "study.sweep: 0 is a seed of the study"),
+        ({"sweep": dataclasses.replace(SWEEP, seed=1.5)}, "study.sweep: 1.5 is no seed"),
+        ({"sweep": dataclasses.replace(SWEEP, rows=0)}, "study.sweep: rows are a whole number above 0"),
+        ({"sweep": dataclasses.replace(SWEEP, tuning=0.7)}, "study.sweep: a tuning share of 0.7"),
+        ({"sweep": dataclasses.replace(SWEEP, values=(1e-3, 0.001))}, "study.sweep: a value is repeated"),
+        ({"sweep": dataclasses.replace(SWEEP, values=("a/b",))}, "study.sweep: 'a/b' cannot be part of a directory"),
+        ({"sweep": dataclasses.replace(SWEEP, field="train.batch-rows")}, "batch-rows is not for a variant to choose"),
+        ({"sweep": dataclasses.replace(SWEEP, field="train.eval_sets")}, "eval_sets is not for a variant to choose"),
+        (
+            {"variants": (DENSE, dataclasses.replace(MOMA, overrides={"optimizer.peak-lr": 1e-3}))},
+            "study.variants: 2t2i sets optimizer.peak_lr, for which trials choose a value",
+        ),
+        (
+            {"variants": (DENSE, dataclasses.replace(GROWN, upcycled=Upcycled({"optimizer.peak_lr": 1e-3}, 0.5)))},
+            "study.variants: grown sets optimizer.peak_lr, for which trials choose a value",
+        ),
+        ({"budgets": 2.0}, r"study.budgets: 2.0; give several, as in \(0.5, 2\)"),
+        ({"records": 3}, "study.records: 3 names no directory"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(study, change, message):
     with pytest.raises(InputError, match=message):
         all_jobs(dataclasses.replace(study, **change))
+
+
+# Trials that fail or diverge ------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_keeps_nobody_else_from_training(study, trained, monkeypatch):
+    finishing = running.train
+
+    def train(config, quiet):
+        if config.run.dir.endswith("dense-trial-0.002"):
+            raise RunError("the disk is full")
+        finishing(config, quiet)
+
+    monkeypatch.setattr(running, "train", train)
+    with pytest.raises(RunError, match=r"^study: 4 of 10 runs failed: dense-trial-0.002: the disk is full; dense"):
+        running.study(study, quiet=True)
+    assert [name for name, _ in trained[5:]] == ["2t2i-0"] and trained[5][1] == 4e-3
+    monkeypatch.setattr(running, "train", finishing)
+    assert set(running.study(study, quiet=True).values()) == {"complete"}
+    assert [value for name, value in trained if name == "dense-0"] == [2e-3]
+
+
+@pytest.mark.parametrize(("on_nan", "best"), [("stop", 4e-3), ("skip", 2e-3)])
+def test_a_value_that_diverged_is_not_chosen_unless_runs_skip_updates(study, trained, on_nan, best):
+    base = dataclasses.replace(study.base, train=dataclasses.replace(study.base.train, on_nan=on_nan))
+    study = dataclasses.replace(study, base=base)
+    skipping, *others = trials(study)[1:3]
+    assert skipping.config.train.on_nan == "skip" and skipping.config.optimizer.peak_lr == 2e-3
+    for job, loss in zip(trials(study)[:3], (1.2, 1.1, 1.15), strict=True):
+        finish(job.config, {"tuning": loss})
+    with open(f"{skipping.config.run.dir}/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"schema": 1, "step": 4, "time": 0.0, "kind": "event", "event": SKIPPED}) + "\n")
+    assert chosen_values(study)["dense", ""] == best
+
+
+def test_nothing_is_trained_where_no_value_gave_a_loss(study, trained, monkeypatch):
+    monkeypatch.setitem(LOSSES, "dense", (None, None, None))
+    with pytest.raises(InputError, match="3 of 10 runs failed: dense-0: not begun, as no trial ended with a finite"):
+        running.study(study, quiet=True)
+    assert [name for name, _ in trained[6:]] == ["2t2i-0"]
 
 
 # Records --------------------------------------------------------------------------------------------------------------
@@ -172,6 +232,32 @@ def test_a_record_of_another_config_or_a_damaged_one_is_refused(recorded, tmp_pa
         with pytest.raises(InputError, match=message):
             running.study(elsewhere, quiet=True)
     assert not trained and not (tmp_path / "elsewhere").exists() and not (tmp_path / "outside").exists()
+
+
+def test_a_record_of_another_run_is_not_taken_for_one_that_is_kept(recorded, trained, tmp_path):
+    shorter = dataclasses.replace(recorded, dir=str(tmp_path / "shorter"), tokens=recorded.tokens / 2, records=None)
+    running.study(shorter, quiet=True)
+    before = files(recorded.records)
+    with pytest.raises(InputError, match=r"trial-0.001.zip holds a run with another config .*give it another records"):
+        running.study(dataclasses.replace(shorter, records=recorded.records), quiet=True)
+    assert files(recorded.records) == before
+
+
+def test_the_record_of_a_seed_run_alone_is_not_unpacked(tmp_path):
+    """Its weights are not in it, so a run that grows from it has to train it again."""
+    study = study_of(DENSE, GROWN, directory=tmp_path / "runs", records=str(tmp_path / "records"))
+    (job,) = (job for job in jobs(study) if job.variant == "grown")
+    for config in job.runs:
+        finish(config)
+    keep(study.records, job)
+    whole = Path(study.records, "grown-0.zip")
+    aside = whole.rename(tmp_path / "aside.zip")
+    shutil.rmtree(study.dir)
+    unpack(study.records, job)
+    assert not Path(study.dir).exists()
+    aside.rename(whole)
+    unpack(study.records, job)
+    assert state(job)["state"] == "complete" and Path(job.seed_run.run.dir, "status.json").is_file()
 
 
 # For real -------------------------------------------------------------------------------------------------------------

@@ -163,8 +163,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert RunDir(tmp_path).read_json("status.json")["state"] == "failed"
 
 
-def test_or_the_update_is_skipped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_or_the_update_is_skipped_from_the_start_or_once_it_stopped_there(tmp_path, monkeypatch, stopped):
     changed_batches(monkeypatch, poison)
+    if stopped:
+        with pytest.raises(RunError, match="step 4: .*go on with train.on_nan=skip"):
+            moma_jax.train(tiny(tmp_path), quiet=True)
+        poisoned = 4 - 3  # it goes on after checkpoint 3, with batch 4 as its first
+        changed_batches(monkeypatch, lambda number, batch: poison(4 if number == poisoned else 0, batch))
     summary = moma_jax.train(tiny(tmp_path, train_on_nan="skip"), quiet=True)
     events = [r for r in records(tmp_path) if r["kind"] == "event"]
     assert [(e["step"], "skipped" in e["event"]) for e in events] == [(4, True)]

@@ -86,7 +86,7 @@ class CodecTraining:
     """The stage of `train_codec` (`loop.Stage`)."""
 
     cursor, doing, eval_sets = None, "", (EvalSet(),)
-    not_finite = ("a loss or its gradient", "lower optimizer.peak_lr, or set train.on_nan=skip in a new run")
+    not_finite = ("a loss or its gradient", "lower optimizer.peak_lr, or go on with train.on_nan=skip")
 
     def __init__(self, program: CodecProgram, pictures: Pictures):
         """Decodes the held-out pictures; InputError where there are none."""
