@@ -8,14 +8,13 @@ Losses:    not run here.
 """
 
 import dataclasses
-from pathlib import Path
 
-from moma_jax import recipes
+from moma_jax import recipes, shipped
 from moma_jax.config import Config, RunConfig
 
 
 def config() -> Config:
     """The recipe."""
-    base = recipes.load(Path(__file__).with_name("paper_90m.py"))
+    base = recipes.load(shipped.neighbour(__file__, "paper_90m"))
     model = dataclasses.replace(base.model, ffn="mod+4t4i", layers=14)
     return dataclasses.replace(base, model=model, run=RunConfig())

@@ -117,6 +117,11 @@ def use_cache(path: str | None) -> None:
     compilation_cache.reset_cache()  # it may have been set up, or found missing, before
 
 
+def cache_folder() -> str | None:
+    """Where compiled programs are kept since `use_cache`; None where they are not."""
+    return jax.config.jax_compilation_cache_dir
+
+
 def _local(folder: str) -> tuple[str | None, bool]:
     """(The folder, made and swept; None where it cannot be, whether it can be written); what cannot be is said."""
     warn = logging.getLogger(__name__).warning

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from moma_jax import command_line, rules
+from moma_jax import command_line, rules, shipped
 from moma_jax.checks import read_config, resolve
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
@@ -51,8 +51,8 @@ class Recipe(ConfigOptions):
     """A recipe, whose values are the defaults of the options."""
 
     recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]] = ""
-    """configs/NAME.py, a config.json, or a run directory."""
-    EXAMPLE: ClassVar[str | None] = "configs/quickstart.py"
+    """A .py file, a name that `moma recipes` lists, a config.json, or a run directory."""
+    EXAMPLE: ClassVar[str | None] = "quickstart"
 
     @classmethod
     def named(cls, path: str | None) -> Recipe:
@@ -72,7 +72,8 @@ def recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) 
     """The resolved config of a recipe.
 
     Args:
-      path: `configs/NAME.py` with `def config() -> Config`, a config.json, or a run directory that holds one.
+      path: a .py file with `def config() -> Config`, a name that `moma recipes` lists, a config.json, or a run
+        directory that holds one.
       overrides: fields to replace, as {"model.ffn": "4t4i", "data.stores": []}, or as on the command line,
         ["--model.ffn", "4t4i"].
 
@@ -96,10 +97,12 @@ def load_as(path: str | Path, kind: type, from_json: Callable[[Any], Any], read_
     Args:
       from_json: reads a config.json. read_fields: checks the fields of what a recipe's config() returned.
     """
-    path, run = Path(path), Path(path).is_dir()
+    path, run = shipped.found(path), Path(path).is_dir()
     path = path / "config.json" if run else path
     if not path.is_file():
-        raise InputError(f"{path}: no such recipe; give a configs/NAME.py, a config.json or a run directory")
+        raise InputError(
+            f"{path}: no such recipe; give a .py file, a config.json, a run directory or a name of `moma recipes`"
+        )
     if path.suffix == ".json":
         config = from_json(_json(path, "the config.json of a run"))
     elif not isinstance(config := called(path, "config", kind.__name__), kind):

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "moma_jax"
 FLOORS = [
     ["__main__"],
     ["commands"],
+    ["doctor"],
     ["studies", "bench"],
     ["plan", "convert", "upcycling"],
     ["training", "evaluation", "runs", "generation"],
@@ -28,7 +29,7 @@ FLOORS = [
     ["routers"],
     ["router"],
     ["fields", "ffn", "vocab", "hosts"],
-    ["errors", "allocator", "display", "late"],
+    ["errors", "allocator", "display", "late", "shipped"],
 ]
 MODEL_FLOORS = [
     ["decode", "decoder"],

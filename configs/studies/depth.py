@@ -12,15 +12,13 @@ Runs:      12 trials of 0.3 of the budget for the three models with depths, then
            of configs/studies/ffn.py.
 """
 
-from pathlib import Path
-
-from moma_jax import recipes
+from moma_jax import recipes, shipped
 from moma_jax.studies import Study, Sweep, Variant
 
 
 def study() -> Study:
     """The study."""
-    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    base = recipes.load(shipped.neighbour(__file__, "corpus_study"))
     depth = {"model.depth_over": "group", "model.router.auxiliary": True}
     return Study(
         base=base,

@@ -6,15 +6,13 @@ Base:      configs/corpus_study.py, whose data, hardware and time for a run it h
 Runs:      12 trials of 0.3 of the budget, then 3 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 """
 
-from pathlib import Path
-
-from moma_jax import recipes
+from moma_jax import recipes, shipped
 from moma_jax.studies import Study, Sweep, Variant
 
 
 def study() -> Study:
     """The study."""
-    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    base = recipes.load(shipped.neighbour(__file__, "corpus_study"))
     return Study(
         base=base,
         variants=(

@@ -16,15 +16,13 @@ calibrated thresholds, overall and by modality. "Image gains more than text" is 
 on documents of the training split; no setting is chosen by the held-out split.
 """
 
-from pathlib import Path
-
-from moma_jax import recipes
+from moma_jax import recipes, shipped
 from moma_jax.studies import Study, Sweep, Variant
 
 
 def study() -> Study:
     """The study."""
-    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    base = recipes.load(shipped.neighbour(__file__, "corpus_study"))
     return Study(
         base=base,
         variants=(

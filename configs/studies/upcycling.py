@@ -10,15 +10,13 @@ Base:      configs/corpus_study.py, whose data, hardware and time for a run it h
 Runs:      28 trials of 0.3 of the budget, then 7 runs; dense and 4t4i are those of configs/studies/ffn.py.
 """
 
-from pathlib import Path
-
-from moma_jax import recipes
+from moma_jax import recipes, shipped
 from moma_jax.studies import Study, Sweep, Upcycled, Variant
 
 
 def study() -> Study:
     """The study."""
-    base = recipes.load(Path(__file__).parent.parent / "corpus_study.py")
+    base = recipes.load(shipped.neighbour(__file__, "corpus_study"))
     noisy = {"model.ffn": "4t4i", "model.router.gumbel": True}
     quiet, swin = {"model.ffn": "4t4i", "model.router.gumbel": False}, {"model.norm": "swin"}
     seed = {"model.ffn": "1t1i", "model.router.gumbel": False}

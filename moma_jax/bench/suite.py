@@ -67,27 +67,10 @@ def config_of(shape: Shape, ffn: str) -> Any:
 
 
 def chip(toy: bool) -> dict[str, Any]:
-    """What the device reaches: products of square matrices, and a copy through its memory."""
-    import jax
-    import jax.numpy as jnp
+    """What the device reaches."""
+    from moma_jax.bench.chip import measure_chip
 
-    from moma_jax.bench.timing import in_turns, random, summarise
-    from moma_jax.cost import peak_flops
-
-    side, elements = (256, 1 << 16) if toy else (8192, 1 << 28)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    a, b, x = random(0, (side, side), dtype), random(1, (side, side), dtype), jnp.ones(elements, jnp.float32)
-    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-    calls = {"product": lambda: product(a, b), "copy": lambda: copy(x)}
-    seconds = {name: summarise(times) for name, times in in_turns(calls, 2 * REPEATS).items()}
-    flops = 2 * side**3 / seconds["product"][0]
-    peak = peak_flops(jax.devices()[0].device_kind)
-    return {
-        "product_flops_per_second": flops,
-        "of_peak": None if peak is None else flops / peak,
-        "bytes_per_second": 2 * 4 * elements / seconds["copy"][0],
-        "spread": {name: spread for name, (_, spread) in seconds.items()},
-    }
+    return measure_chip(*((256, 1 << 16) if toy else (8192, 1 << 28)), repeats=2 * REPEATS)
 
 
 def step(shape: str, ffn: str) -> dict[str, Any]:

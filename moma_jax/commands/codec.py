@@ -21,8 +21,8 @@ class CodecRecipe:
 
     config: Annotated[CodecConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     recipe: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RECIPE")]] = ""
-    """configs/codec/NAME.py, a config.json, or a run directory."""
-    EXAMPLE: ClassVar[str | None] = "configs/codec/corpus_f8.py"
+    """A .py file, a name that `moma recipes` lists (codec/...), a config.json, or a run directory."""
+    EXAMPLE: ClassVar[str | None] = "codec/corpus_f8"
 
     @classmethod
     def named(cls, path: str | None) -> CodecRecipe:

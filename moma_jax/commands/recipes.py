@@ -1,37 +1,45 @@
-"""List the recipes of a folder."""
+"""List recipes and studies by name, or copy one."""
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from moma_jax import shipped
 from moma_jax.command_line import first_line
 from moma_jax.commands import print_list
+from moma_jax.data.directory import require_new_file, write_file
 from moma_jax.errors import InputError
 
 
 def recipes(
-    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]] = "configs", json: bool = False
+    folder: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[FOLDER]")]] = None,
+    copy: tuple[str, str] | None = None,
+    json: bool = False,
 ) -> None:
-    """List the recipes in a folder and below it, with the first lines of their docstrings. They are not run.
+    """List the recipes and studies that come with the package, by the names that other commands take, with the first
+    lines of their docstrings. They are not run.
 
     Args:
-      folder: Where to look.
+      folder: List those in this folder and below it instead.
+      copy: The name of one, and a new file that is to be a copy of it: --copy quickstart mine.py.
       json: Print JSON.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder; name one with recipes, such as configs")
-    found = [path for path in sorted(Path(folder).rglob("*.py")) if _is_recipe(path)]
-    print_list([{"name": str(path), "about": first_line(path)} for path in found], json)
+    if copy is not None:
+        return _copy(*copy)
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; name one with recipes, or none for those of the package")
+    found = shipped.recipes_in(shipped.folder() if folder is None else Path(folder))
+    name_of = shipped.name_of if folder is None else str
+    print_list([{"name": name_of(path), "about": first_line(path)} for path in found], json)
 
 
-def _is_recipe(path: Path) -> bool:
-    """Whether a file defines `config`."""
-    try:
-        statements = ast.parse(path.read_bytes()).body
-    except (SyntaxError, ValueError):
-        return False
-    return any(isinstance(each, ast.FunctionDef) and each.name == "config" for each in statements)
+def _copy(name: str, out: str) -> None:
+    path = shipped.found(name)
+    if not path.is_file():
+        raise InputError(f"--copy: there is no recipe {name}; moma recipes lists them")
+    require_new_file("--copy", out)
+    write_file(out, path.read_bytes())
+    print(out)

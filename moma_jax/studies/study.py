@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moma_jax import shipped
 from moma_jax.config import Config
 from moma_jax.errors import require
 from moma_jax.recipes import called
@@ -119,8 +120,11 @@ def load_study(path: str | Path) -> Study:
     Raises:
       InputError: the file is missing or broken, or its study contradicts itself.
     """
-    path = Path(path)
-    require(path.is_file(), f"{path}: no such study; give a .py file with `def study() -> Study`")
+    path = shipped.found(path)
+    require(
+        path.is_file(),
+        f"{path}: no such study; give a .py file with `def study() -> Study`, or a name of `moma recipes`",
+    )
     study = called(path, "study", "Study")
     require(
         isinstance(study, Study),
