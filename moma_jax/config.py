@@ -309,6 +309,8 @@ class TrainConfig:
     calibrate: int = setting(16, least=0, unit="batches", may_change=True)
     """Batches of training that thresholds are set by under the final weights, before the last evaluation, as by
     `moma routers calibrate`; 0: those of training stay."""
+    telemetry: bool = setting(True, may_change=True)
+    """Count at each evaluation what every expert takes, in RUN/routing/SET-STEP.parquet (evaluation/telemetry.py)."""
     checkpoint_every: int = setting(500, above=0, unit="steps", may_change=True)
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = setting(2, above=0, unit="checkpoints", may_change=True)

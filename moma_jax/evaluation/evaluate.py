@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.conditions import Kinds
 from moma_jax.evaluation.documents import DocumentLosses, to_bytes
+from moma_jax.evaluation.telemetry import Telemetry
 from moma_jax.ffn import SHARED
 from moma_jax.geometry import rule_of
 from moma_jax.model.decoder import causal_decoder, evaluation_decoder
@@ -42,8 +44,8 @@ UNIGRAM_POSITIONS = 1_000_000
 Figures = dict[str, float | int | None]
 """Of one routing on one held-out set: `Kinds.figures`, `perplexity...` where the routing is causal, and the cost:
 `experts_per_token`, routed experts that a token enters, a mean over layers (shared ones apart), each group's part of
-it, `experts_per_token_<group>` (with mixture of depths in even and in odd layers), and `seconds` of
-computation (compiling apart)."""
+it, `experts_per_token_<group>` (with mixture of depths in even and in odd layers), `routing_<metric>`, what the routing
+rule records of itself in training, and `seconds` of computation (compiling apart)."""
 
 
 def evaluate(
@@ -144,11 +146,15 @@ class EvalReport(NamedTuple):
       entered: int32 (token, layer, expert) triples of tokens and the routed experts that they entered.
       by_group: the same of each group of experts that has a router; with mixture of depths of tokens that entered the
         layers 0, 2, 4, ..., by modality.
+      metrics: what the routing rule only records.
+      selections: as of `DecoderOutput`.
     """
 
     nats_BS: Any
     entered: Any
     by_group: dict[str, Any]
+    metrics: dict[str, Any]
+    selections: dict[str, Any]
 
 
 def make_eval_step(program: Program) -> Callable:
@@ -165,7 +171,7 @@ def make_eval_step(program: Program) -> Callable:
         output = run_decoder(program, params, batch, step, group_G, routing_state, False, return_selections=True)
         targets = (params["unembedding"]["kernel_DV"], batch.target_BS, batch.weight_BS)
         nats_BS = objective.token_nats(output.hidden_BSD, *targets, chunk=config.train.loss_chunk)
-        return EvalReport(nats_BS, *_entered(config, output.selections, batch))
+        return EvalReport(nats_BS, *_entered(config, output.selections, batch), output.metrics, output.selections)
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
 
@@ -197,9 +203,12 @@ def _entered_layers(config: Config, chosen: Any, batch: Batch) -> dict[str, Any]
 class Evaluator:
     """Evaluates parameters on held-out sets under given routings; compiles once for each and for each batch size."""
 
-    def __init__(self, program: Program, vocabulary: Vocabulary, decoders: dict[str, Any]):
-        """Args: `decoders` by routing, as `scheduled` or `Loaded.under` gives them."""
+    def __init__(self, program: Program, vocabulary: Vocabulary, decoders: dict[str, Any], telemetry: bool = False):
+        """Args: `decoders` by routing, as `scheduled` or `Loaded.under` gives them. `telemetry` counts experts, too."""
         self._program, self._kinds = program, Kinds(vocabulary)
+        telemetry = telemetry and bool(program.config.routed)
+        self._telemetry = defaultdict(lambda: Telemetry(program.config, vocabulary)) if telemetry else None
+        self._tables: dict[str, bytes] = {}
         self._steps = {name: make_eval_step(program._replace(decoder=decoder)) for name, decoder in decoders.items()}
         self._compiled: dict[tuple, Callable] = {}
         self._documents: dict[str, Any] = {}
@@ -211,22 +220,30 @@ class Evaluator:
         weight_J, by_document = np.zeros(number), DocumentLosses(tuple(m.name for m in program.config.data.modalities))
         entered, seconds = {name: [] for name in self._steps}, dict.fromkeys(self._steps, 0.0)
         group, tokens = 0, 0
+        telemetry = None if self._telemetry is None else self._telemetry[eval_set.name]
         for packed in held_out(program.config, eval_set, sharding.shards(program.mesh)):
             batch, kind_N = packed.batch, self._kinds.of(packed.batch).reshape(-1)
             arguments = (params, routing_state, put(batch, program.mesh, whole=True), replicate(group, program.mesh))
-            nats_BS = {}
+            nats_BS, selections = {}, {}
             for name in self._steps:
                 compiled = self._compile(name, arguments)
                 started = time.perf_counter()
-                nats_BS[name], *counts = jax.device_get(compiled(*arguments))
+                report = compiled(*arguments)
+                nats_BS[name], *counts = jax.device_get(report[:4])
                 seconds[name] += time.perf_counter() - started
+                if telemetry is not None and telemetry.wants and hosts.is_first():
+                    selections[name] = jax.device_get(report.selections)
                 entered[name].append(counts)
                 sums_J[name] += np.bincount(kind_N, np.float64(nats_BS[name].reshape(-1)), number)
             weight_J += np.bincount(kind_N, batch.weight_BS.reshape(-1), number)
             by_document.add(packed, nats_BS)
+            if selections:
+                telemetry.add(batch, selections)
             group += batch.token_BS.shape[0] // program.config.data.group_rows
             tokens += int(np.sum(batch.segment_BS > 0))
         self._documents[eval_set.name] = by_document.table(eval_set.name)
+        if telemetry is not None and hosts.is_first():
+            self._tables[eval_set.name] = telemetry.table(jax.device_get(routing_state))
         return {
             name: self._figures(name, self._kinds.figures(sums_J[name], weight_J), entered[name], tokens)
             | {"seconds": seconds[name]}
@@ -237,6 +254,10 @@ class Evaluator:
     def evaluated(self) -> bool:
         """Whether any set was."""
         return bool(self._documents)
+
+    def telemetry(self, eval_set: str) -> bytes | None:
+        """What experts did in a set's latest evaluation (`evaluation.telemetry`); None where nothing was counted."""
+        return self._tables.get(eval_set)
 
     def documents(self) -> bytes:
         """Losses by document of the sets that were evaluated, each by its latest evaluation: a Parquet file."""
@@ -255,10 +276,11 @@ class Evaluator:
         # same as the causal ones.
         if name != config.model.router.training_name or not config.routed:
             figures |= _perplexities(figures)
-        total, by_group = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *entered)
+        total, by_group, metrics = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *entered)
         counts = {"": total, **{f"_{group}": number for group, number in by_group.items()}}
         places = tokens * config.model.layers
-        return figures | {f"experts_per_token{group}": float(number / places) for group, number in counts.items()}
+        figures |= {f"experts_per_token{group}": float(number / places) for group, number in counts.items()}
+        return figures | {f"routing_{metric}": float(value / len(entered)) for metric, value in metrics.items()}
 
 
 def _perplexities(figures: Figures) -> Figures:

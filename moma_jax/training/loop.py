@@ -21,6 +21,7 @@ from moma_jax.compiling import use_cache
 from moma_jax.config import EvalSet
 from moma_jax.data.stream import merge_cursors
 from moma_jax.errors import RunError
+from moma_jax.evaluation.telemetry import FOLDER as TELEMETRY
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command, processor
 from moma_jax.runs.journal import SKIPPED, finite, open_journal, read_metrics
@@ -85,7 +86,8 @@ class Stage(Protocol):
         """After the last update, before it is evaluated: what the final weights decide."""
 
     def evaluate(self, state: Any, eval_set: EvalSet) -> list[dict[str, Any]]:
-        """Records about a held-out set, `step` and `eval_set` apart; "sheet" is a picture to keep, not to record."""
+        """Records about a held-out set, `step` and `eval_set` apart. Not recorded but kept as files are "sheet", a
+        picture, and "telemetry", Parquet."""
 
     def export(self, run: RunDir, state: Any) -> None:
         """Writes what else the last state is for."""
@@ -247,6 +249,8 @@ class Loop:
         for record in self.meter.timed(lambda: self.stage.evaluate(self.state, eval_set)):
             if (sheet := record.pop("sheet", None)) is not None:
                 self.journal.draw(eval_set.name, self.step, sheet)
+            if (telemetry := record.pop("telemetry", None)) is not None:
+                self.run.write(f"{TELEMETRY}{eval_set.name}-{self.step:08d}.parquet", telemetry)
             self.journal.write({"kind": record["kind"], "step": self.step, "eval_set": eval_set.name, **record})
 
     def _save(self, cursor: Any) -> None:

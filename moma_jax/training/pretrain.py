@@ -119,7 +119,7 @@ class Pretraining(TokenStage):
         self.warnings = _warnings(config)
         self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
-        self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state))
+        self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state), config.train.telemetry)
         peak = peak_flops(program.mesh.devices.flat[0].device_kind)
         self._hardware = Hardware(flops_per_token(config), None if peak is None else peak * program.mesh.size)
 
@@ -162,11 +162,13 @@ class Pretraining(TokenStage):
             routing_state = with_thresholds(routing_state, self._thresholds, self.program)
         results = self._evaluator(state.params, routing_state, eval_set)
         gaps = gap_percent(results, self._training)
-        return [
+        records = [
             {"kind": "eval", "routing": routing, **figures}
             | ({"gap_percent": gaps[routing]["loss"]} if routing in gaps else {})
             for routing, figures in results.items()
-        ] + [{"kind": "event", "event": line} for line in uncalibrated(results)]
+        ]
+        records[0] |= {"telemetry": self._evaluator.telemetry(eval_set.name)}
+        return records + [{"kind": "event", "event": line} for line in uncalibrated(results)]
 
     def export(self, run: RunDir, state: TrainState) -> None:
         """Writes the last evaluation's losses by document; makes it where this process went on from the very end."""

@@ -39,6 +39,7 @@ def test_a_run_leaves_its_files(whole):
         "config.json",
         "metrics.jsonl",
         "documents.parquet",
+        "routing",
         "thresholds.json",
         "status.json",
         "summary.json",
