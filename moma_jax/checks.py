@@ -160,6 +160,24 @@ def _check_batches(config: Config) -> None:
     names = [s.name for s in config.train.eval_sets]
     require(len(set(names)) == len(names), "train.eval_sets: two have the same name")
     _check_eval_routings(config)
+    _check_samples(config)
+
+
+def _check_samples(config: Config) -> None:
+    for samples in config.train.samples:
+        where = f"train.samples: {samples.name}"
+        require(
+            re.fullmatch(r"[\w.+-]+", samples.name) is not None, f"{where} is no name for files; use letters and digits"
+        )
+        require(0 < len(samples.prompts) <= 64, f'{where}: give 1 to 64 prompts, such as ["A red circle"]')
+        places, given = sum(prompt.count("<image>") for prompt in samples.prompts), len(samples.images)
+        require(
+            places == given, f"{where}: {places} times <image> in its prompts, and {given} images; give one for each"
+        )
+        require(samples.routing in (None, *CAUSAL_ROUTINGS), f"{where}: routing is one of {', '.join(CAUSAL_ROUTINGS)}")
+        require(config.data.kind == "store", f"{where} needs a store's tokenizer; leave it out with random tokens")
+    names = [samples.name for samples in config.train.samples]
+    require(len(set(names)) == len(names), "train.samples: two have the same name")
 
 
 def _check_eval_routings(config: Config) -> None:

@@ -277,6 +277,32 @@ class EvalSet:
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    """What a run writes and draws while it trains, to be looked at: RUN/sheets/NAME-STEP.png and .json."""
+
+    prompts: tuple[str, ...] = ("",)
+    """Texts, each a prompt; an <image> in one is the place of a picture."""
+    images: tuple[str, ...] = ()
+    """Files of pictures, in the order of their places."""
+    name: str = "samples"
+    """In the names of files."""
+    mode: Literal["free", "text", "image"] = "image"
+    """What follows a prompt: text and pictures as the model decides, text alone, or one picture."""
+    routing: str | None = None
+    """A causal routing; None: the first that the run has."""
+    every: int | None = setting(None, above=0, unit="steps")
+    """Steps between samples; None: at the end alone."""
+    max_tokens: int | None = setting(None, above=0, unit="tokens")
+    """Length of texts; None: what the context holds."""
+    temperature: float = setting(1.0, least=0)
+    """Of text and of pictures."""
+    guidance: float = setting(1.0, least=0)
+    """Of pictures by their text, classifier-free; 1: none."""
+    seed: int = setting(0, **SEED)
+    """Of the first prompt; the next have the next ones."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long, how much at a time, what is watched."""
 
@@ -309,6 +335,8 @@ class TrainConfig:
     calibrate: int = setting(16, least=0, unit="batches", may_change=True)
     """Batches of training that thresholds are set by under the final weights, before the last evaluation, as by
     `moma routers calibrate`; 0: those of training stay."""
+    samples: tuple[SampleConfig, ...] = setting((), may_change=True)
+    """What is written and drawn after evaluations."""
     telemetry: bool = setting(True, may_change=True)
     """Count at each evaluation what every expert takes, in RUN/routing/SET-STEP.parquet (evaluation/telemetry.py)."""
     checkpoint_every: int = setting(500, above=0, unit="steps", may_change=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -18,14 +17,13 @@ from moma_jax.config import MeshConfig
 from moma_jax.errors import InputError
 from moma_jax.generation.files import held, write
 from moma_jax.generation.generating import causal_routing, generator_of, settings_of
+from moma_jax.generation.prompts import arranged
 from moma_jax.generation.sampling import Guidance, Sampling
 from moma_jax.generation.terminal import Terminal
 from moma_jax.runs.directory import commit, versions
 from moma_jax.training.load import load
 
 FORMAT_VERSION = 1
-MARK = "<image>"
-"""Where a picture stands in --prompt."""
 MOST_SIDE = 8192
 """Pixels of a side of a picture file, at most."""
 OPTIONS = {"images": "pictures", "image": "picture"}
@@ -153,29 +151,3 @@ def _complaints_of_options(settings: dict[str, Any]) -> Iterator[None]:
         if setting not in settings:
             raise
         raise InputError(f"--{OPTIONS.get(setting, setting)}{dot}{part}".replace("_", "-") + colon + rest) from error
-
-
-def arranged(prompts: Sequence[str], images: Sequence[str]) -> list[list[str | Path]]:
-    """Prompts with their pictures in place; see `Generate`.
-
-    Raises:
-      InputError: too few pictures, or pictures without a place where there are several prompts.
-    """
-    places = sum(prompt.count(MARK) for prompt in prompts)
-    spare = len(images) - places
-    if spare < 0:
-        raise InputError(f"--prompt: {places} times {MARK}, but {len(images)} --image; give a file for each")
-    if spare and len(prompts) > 1:
-        raise InputError(
-            f"--image: {len(images)} files, but {places} times {MARK} in the prompts; mark each one's place"
-        )
-    paths, result = [Path(image) for image in images], []
-    for prompt in prompts:
-        parts, paths, spare = paths[:spare], paths[spare:], 0
-        for number, text in enumerate(prompt.split(MARK)):
-            if number:
-                parts.append(paths.pop(0))
-            text = text.strip() if MARK in prompt else text
-            parts += [text] if text else []
-        result.append(parts)
-    return result

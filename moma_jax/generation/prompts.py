@@ -24,6 +24,8 @@ from moma_jax.vocab import Vocabulary
 
 Piece = str | Path | Image.Image | np.ndarray | Codes
 """A part of a prompt: text, a picture's file, a picture, pixels (height, width, 3) uint8, or ready codes."""
+MARK = "<image>"
+"""Where a picture stands in a prompt."""
 MOST_BYTES = 1 << 28
 """Size of the largest picture file that is read."""
 
@@ -152,3 +154,29 @@ def _as_png(picture: Image.Image) -> bytes:
         buffer = io.BytesIO()
         upright.convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def arranged(prompts: Sequence[str], images: Sequence[str]) -> list[list[str | Path]]:
+    """Prompts with their pictures in place; see `Generate`.
+
+    Raises:
+      InputError: too few pictures, or pictures without a place where there are several prompts.
+    """
+    places = sum(prompt.count(MARK) for prompt in prompts)
+    spare = len(images) - places
+    if spare < 0:
+        raise InputError(f"--prompt: {places} times {MARK}, but {len(images)} --image; give a file for each")
+    if spare and len(prompts) > 1:
+        raise InputError(
+            f"--image: {len(images)} files, but {places} times {MARK} in the prompts; mark each one's place"
+        )
+    paths, result = [Path(image) for image in images], []
+    for prompt in prompts:
+        parts, paths, spare = paths[:spare], paths[spare:], 0
+        for number, text in enumerate(prompt.split(MARK)):
+            if number:
+                parts.append(paths.pop(0))
+            text = text.strip() if MARK in prompt else text
+            parts += [text] if text else []
+        result.append(parts)
+    return result

@@ -49,7 +49,20 @@ class RunProgress(Display):
         said = {"routers": predictions, "codec": quality}.get(record["kind"], losses)(record)
         counted = "pictures" if record["kind"] == "codec" else "tokens"
         speed = record[f"{counted}_per_second"]
-        return f"{said}  {speed:,.{1 if speed < 10 else 0}f} {counted}/s{mfu}  {left} left"
+        shares = f"  ({time_shares(record, least=0.05)})" if self.live else ""
+        return f"{said}  {speed:,.{1 if speed < 10 else 0}f} {counted}/s{mfu}  {left} left{shares}"
+
+
+def time_shares(record: dict[str, Any], least: float = 0.005) -> str:
+    """`time: steps 81%, evaluation 12%, compile 7%` of a record, where time went since the run began.
+
+    Args: `least`: smaller shares are left out.
+    """
+    wall = max(record["wall_seconds"], 1e-9)
+    spent = {name.removeprefix("spent_"): value for name, value in record.items() if name.startswith("spent_")}
+    shares = {"steps": wall - sum(spent.values()), **spent}
+    shown = sorted(((seconds / wall, name) for name, seconds in shares.items()), reverse=True)
+    return "time: " + ", ".join(f"{name} {share:.0%}" for share, name in shown if share >= least)
 
 
 def losses(record: dict[str, Any], conditions: bool = False) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from jax.sharding import Mesh
@@ -24,9 +24,9 @@ from moma_jax.errors import RunError
 from moma_jax.evaluation.telemetry import FOLDER as TELEMETRY
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command, processor
-from moma_jax.runs.journal import SKIPPED, finite, open_journal, read_metrics
+from moma_jax.runs.journal import SHEETS, SKIPPED, finite, open_journal, read_metrics
 from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
-from moma_jax.runs.progress import RunProgress
+from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
 from moma_jax.runs.status import Status, last_good, watched
 from moma_jax.training.metrics import Meter
@@ -88,6 +88,9 @@ class Stage(Protocol):
     def evaluate(self, state: Any, eval_set: EvalSet) -> list[dict[str, Any]]:
         """Records about a held-out set, `step` and `eval_set` apart. Not recorded but kept as files are "sheet", a
         picture, and "telemetry", Parquet."""
+
+    def sampled(self, state: Any, step: int, last: bool) -> Iterable[tuple[str, Any, Any]]:
+        """What the model writes and draws at this step: name, picture of it, and it as plain values."""
 
     def export(self, run: RunDir, state: Any) -> None:
         """Writes what else the last state is for."""
@@ -181,7 +184,7 @@ class Loop:
         self.meter = stage.meter(saved.meta.get("counters"))
         self.progress.say("compiling the step")
         before = time.monotonic()
-        self.train_step = self.meter.timed(lambda: stage.compile_step(self.state))
+        self.train_step = self.meter.timed("compile", lambda: stage.compile_step(self.state))
         self.progress.say(f"compiled in {time.monotonic() - before:.1f} s")
         hosts.meet()
 
@@ -192,7 +195,7 @@ class Loop:
         ahead = self.stage.mesh.devices.flat[0].platform != "cpu"
         while self.step < self.total:
             self.profiler.before(self.step + 1)
-            packed = next(batches, None)
+            packed = self.meter.timed("data", lambda: next(batches, None), apart=False)
             if packed is None:
                 raise RunError(f"step {self.step}: the training data ended; prepare more documents")
             self.state, report = self.train_step(self.state, put(packed.batch, self.stage.mesh))
@@ -209,11 +212,12 @@ class Loop:
             if log:
                 self._log(packed.epochs)
             if last:
-                self.meter.timed(lambda: self.stage.settle(self.run, self.state))
+                self.meter.timed("evaluation", lambda: self.stage.settle(self.run, self.state))
             for eval_set in sets:
                 self._evaluate(eval_set)
+            self.meter.timed("samples", lambda last=last: self._draw(last))
             if save:
-                self._save(whole_cursor(packed.cursor))
+                self.meter.timed("checkpoint", lambda at=packed.cursor: self._save(whole_cursor(at)), apart=False)
             if stop and not last:
                 self._stop(stop)
 
@@ -225,6 +229,7 @@ class Loop:
         summary = hosts.by_first(lambda: finite(self._summary()))
         self.run.write_json("summary.json", summary)
         self.status.write("complete")
+        self.progress.say(time_shares(summary["final"]))
         for name, result in summary["eval"].items():
             for line in self.stage.held_out_lines(name, result):
                 self.progress.say(line)
@@ -246,12 +251,19 @@ class Loop:
         self.status.write("running")
 
     def _evaluate(self, eval_set: EvalSet) -> None:
-        for record in self.meter.timed(lambda: self.stage.evaluate(self.state, eval_set)):
+        for record in self.meter.timed("evaluation", lambda: self.stage.evaluate(self.state, eval_set)):
             if (sheet := record.pop("sheet", None)) is not None:
                 self.journal.draw(eval_set.name, self.step, sheet)
             if (telemetry := record.pop("telemetry", None)) is not None:
                 self.run.write(f"{TELEMETRY}{eval_set.name}-{self.step:08d}.parquet", telemetry)
             self.journal.write({"kind": record["kind"], "step": self.step, "eval_set": eval_set.name, **record})
+
+    def _draw(self, last: bool) -> None:
+        for name, sheet, written in self.stage.sampled(self.state, self.step, last):
+            self.journal.draw(name, self.step, sheet)
+            self.run.write_json(f"{SHEETS}{name}-{self.step:08d}.json", written)
+            where = self.run.join(f"{SHEETS}{name}-{self.step:08d}.png")
+            self.journal.write({"kind": "event", "step": self.step, "event": f"{name}: {where}"})
 
     def _save(self, cursor: Any) -> None:
         """Begins a checkpoint; what the journal says so far belongs to it."""

@@ -79,6 +79,7 @@ class Meter:
         self._interval: dict[str, Any] = {}
         if saved is not None:
             self._total, self._interval = saved["total"], {k: np.asarray(v) for k, v in saved["interval"].items()}
+        self._total = {"spent": {}} | self._total
         self._pending: list[tuple[int, Any]] = []
         self._started = self._last_record = time.perf_counter()
         self._steps_timed = 0
@@ -130,12 +131,18 @@ class Meter:
             f"{self._counted}_per_second": float(np.sum(seen[f"{self._counted}_M"]) / seen["steps"] / per_step),
         }
 
-    def timed(self, work: Callable[[], Any]) -> Any:
-        """Does `work` (compiling, evaluation) without counting its time as that of steps."""
+    def timed(self, name: str, work: Callable[[], Any], apart: bool = True) -> Any:
+        """Does `work`, whose seconds are added up under a name (`spent`), and unless it is `apart` are steps' too."""
         before = time.perf_counter()
         result = work()
-        self._last_record += time.perf_counter() - before
+        seconds = time.perf_counter() - before
+        self._total["spent"][name] = self._total["spent"].get(name, 0.0) + seconds
+        self._last_record += seconds if apart else 0.0
         return result
+
+    def spent(self) -> dict[str, float]:
+        """Seconds so far of what is not computing updates, as `spent_<name>`."""
+        return {f"spent_{name}": seconds for name, seconds in self._total["spent"].items()}
 
     def wall_seconds(self) -> float:
         """Seconds so far, compiling, evaluation and what restarts repeated included."""
@@ -201,7 +208,7 @@ def train_record(
     record: dict[str, Any] = {"kind": "train", "step": step, **_losses(config, seen)}
     record["learning_rate"] = learning_rate
     record |= meter.cumulative()
-    record |= {"flops": record["tokens"] * flops, "wall_seconds": meter.wall_seconds()}
+    record |= {"flops": record["tokens"] * flops, "wall_seconds": meter.wall_seconds(), **meter.spent()}
     record |= {f"epoch_{name}": float(value) for name, value in epochs.items()}
     record |= meter.speed(seen)
     record["mfu"] = None if hardware.peak is None else record["tokens_per_second"] * flops / hardware.peak

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
 from moma_jax.runs.resume import hashes_of, require_resumable
 from moma_jax.training.calibrate import has_thresholds, write_thresholds
-from moma_jax.training.load import THRESHOLDS, belong, with_thresholds
+from moma_jax.training.load import THRESHOLDS, Loaded, belong, with_thresholds
 from moma_jax.training.loop import run_stage
 from moma_jax.training.metrics import Hardware, Meter, step_sums, threshold_figures, token_meter, train_record
 from moma_jax.training.optimizer import warmup_warnings
@@ -117,6 +117,8 @@ class Pretraining(TokenStage):
             "commit": commit(),
         }
         self.warnings = _warnings(config)
+        if config.train.samples and hosts.several():
+            raise InputError("train.samples: runs of several hosts draw none; leave it out, and use moma generate")
         self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state), config.train.telemetry)
@@ -157,10 +159,7 @@ class Pretraining(TokenStage):
 
     def evaluate(self, state: TrainState, eval_set: EvalSet) -> list[dict[str, Any]]:
         """An eval record for each routing, and an event for every group whose thresholds are out of calibration."""
-        routing_state = state.routing_state
-        if self._thresholds is not None:
-            routing_state = with_thresholds(routing_state, self._thresholds, self.program)
-        results = self._evaluator(state.params, routing_state, eval_set)
+        results = self._evaluator(state.params, self._calibrated(state.routing_state), eval_set)
         gaps = gap_percent(results, self._training)
         records = [
             {"kind": "eval", "routing": routing, **figures}
@@ -169,6 +168,27 @@ class Pretraining(TokenStage):
         ]
         records[0] |= {"telemetry": self._evaluator.telemetry(eval_set.name)}
         return records + [{"kind": "event", "event": line} for line in uncalibrated(results)]
+
+    def sampled(self, state: TrainState, step: int, last: bool) -> Iterator[tuple[str, Any, Any]]:
+        """The samples that are due (`train.samples`), by the weights and thresholds of now."""
+        due = [each for each in self.config.train.samples if last or (each.every and step % each.every == 0)]
+        if not due:
+            return
+        from moma_jax.generation.samples import draw_samples  # runs without samples go without
+
+        state_now = (state.params, self.program.decoder, self._calibrated(state.routing_state), step)
+        where, hashes = self.config.run.dir, self.meta["hashes"]
+        model = Loaded(where, self.config, self.vocabulary, *state_now, self.program, hashes)
+        for each in due:
+            yield each.name, *draw_samples(model, each)
+
+    def _calibrated(self, routing_state: Any) -> Any:
+        """The routing state with the thresholds that were set by the final weights, once they are."""
+        return (
+            routing_state
+            if self._thresholds is None
+            else with_thresholds(routing_state, self._thresholds, self.program)
+        )
 
     def export(self, run: RunDir, state: TrainState) -> None:
         """Writes the last evaluation's losses by document; makes it where this process went on from the very end."""

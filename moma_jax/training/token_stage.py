@@ -33,5 +33,9 @@ class TokenStage:
     def settle(self, run: RunDir, state: Any) -> None:
         """Nothing."""
 
+    def sampled(self, state: Any, step: int, last: bool) -> tuple:
+        """Nothing."""
+        return ()
+
     def export(self, run: RunDir, state: Any) -> None:
         """Nothing: a checkpoint is all that there is."""

@@ -162,6 +162,10 @@ class CodecTraining:
     def settle(self, run: RunDir, state: CodecState) -> None:
         """Nothing."""
 
+    def sampled(self, state: CodecState, step: int, last: bool) -> tuple:
+        """Nothing: evaluations have sheets."""
+        return ()
+
     def export(self, run: RunDir, state: CodecState) -> None:
         """Writes the codec."""
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), state.params)
