@@ -208,7 +208,7 @@ class Evaluator:
         self._program, self._kinds = program, Kinds(vocabulary)
         telemetry = telemetry and bool(program.config.routed)
         self._telemetry = defaultdict(lambda: Telemetry(program.config, vocabulary)) if telemetry else None
-        self._tables: dict[str, bytes] = {}
+        self._telemetry_files: dict[str, dict[str, bytes]] = {}
         self._steps = {name: make_eval_step(program._replace(decoder=decoder)) for name, decoder in decoders.items()}
         self._compiled: dict[tuple, Callable] = {}
         self._documents: dict[str, Any] = {}
@@ -243,7 +243,7 @@ class Evaluator:
             tokens += int(np.sum(batch.segment_BS > 0))
         self._documents[eval_set.name] = by_document.table(eval_set.name)
         if telemetry is not None and hosts.is_first():
-            self._tables[eval_set.name] = telemetry.table(jax.device_get(routing_state))
+            self._telemetry_files[eval_set.name] = telemetry.files(jax.device_get(routing_state))
         return {
             name: self._figures(name, self._kinds.figures(sums_J[name], weight_J), entered[name], tokens)
             | {"seconds": seconds[name]}
@@ -255,9 +255,9 @@ class Evaluator:
         """Whether any set was."""
         return bool(self._documents)
 
-    def telemetry(self, eval_set: str) -> bytes | None:
-        """What experts did in a set's latest evaluation (`evaluation.telemetry`); None where nothing was counted."""
-        return self._tables.get(eval_set)
+    def telemetry(self, eval_set: str) -> dict[str, bytes]:
+        """What experts did in a set's latest evaluation, `Telemetry.files`; {} where nothing was counted."""
+        return self._telemetry_files.get(eval_set, {})
 
     def documents(self) -> bytes:
         """Losses by document of the sets that were evaluated, each by its latest evaluation: a Parquet file."""

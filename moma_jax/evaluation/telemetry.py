@@ -1,9 +1,12 @@
 """What every expert does, layer by layer, on held-out rows: a small Parquet file for each evaluation of a run.
 
-One row for each routing, layer, group of experts and expert. It is counted from the Selections of the evaluation's own
-forward passes, by NumPy beside the device, on the first MOST_TOKENS positions of a held-out set. COLUMNS says what
-there is. Layers that some tokens alone enter (mixture of depths) have a group `depth_<modality>` of one expert, the
-layer; their experts' shares are of the tokens that entered.
+SET-STEP.parquet has one row for each routing, layer, group of experts and expert, as COLUMNS says. It is counted from
+the Selections of the evaluation's own forward passes, by NumPy beside the device, on the first MOST_TOKENS positions of
+a held-out set. Layers that some tokens alone enter (mixture of depths) have a group `depth_<modality>` of one expert,
+the layer; their experts' shares are of the tokens that entered.
+
+SET-STEP.row.parquet is one packed row, the first of the set, as the model saw it: under each routing a row for each
+token, with its id, document, modality and place in a picture, and for each layer the experts that took it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from moma_jax.vocab import Vocabulary
 
 FOLDER = "routing/"
 """Of a run's directory."""
+TABLE, ROW = ".parquet", ".row.parquet"
+"""Ends of the names of an evaluation's files."""
 MOST_TOKENS = 1 << 17
 """Positions of a held-out set that are counted, in whole batches."""
 TOP = 32
@@ -140,6 +145,7 @@ class Telemetry:
         self._before: dict[Any, list[np.ndarray]] = {}
         self._now: dict[Any, list[np.ndarray]] = {}
         self._counts: dict[Any, dict[str, Any]] = {}
+        self._row: dict[str, list[Any]] = {}
         self._tokens = 0
 
     @property
@@ -150,12 +156,21 @@ class Telemetry:
     def add(self, batch: Batch, selections: dict[str, dict[str, Selection]]) -> None:
         """Counts a batch; `selections` by routing."""
         id_N, place_N = batch.token_BS.reshape(-1), places(self._vocabulary, batch).reshape(-1)
+        sequence = batch.token_BS.shape[1]
         for routing, own in selections.items():
+            experts_SL = np.zeros((sequence, self._config.model.layers), np.int32)
             for found in members(self._config, own, batch):
                 key = (routing, found.group, found.layer_L)
+                bit_E = 1 << np.arange(found.taken_LNE.shape[2])
+                if not found.group.startswith(SELECTED):
+                    experts_SL[:, found.layer_L] += (found.taken_LNE[:, :sequence] @ bit_E).T.astype(np.int32)
                 bits = np.packbits(found.taken_LNE, axis=1)
                 self._now.setdefault(key, []).append(bits)
                 self._count(key, found, id_N, place_N)
+            if not self._tokens:
+                columns = (id_N[:sequence], batch.segment_BS[0], batch.modality_BS[0], place_N[:sequence])
+                first = [np.asarray(column).tolist() for column in columns]
+                self._row[routing] = [*first, experts_SL.tolist()]
         self._tokens += id_N.size
 
     def _count(self, key: Any, found: Members, id_N: np.ndarray, place_N: np.ndarray) -> None:
@@ -189,8 +204,8 @@ class Telemetry:
         before = self._counts.get(key)
         self._counts[key] = parts if before is None else {name: before[name] + part for name, part in parts.items()}
 
-    def table(self, routing_state: Any) -> bytes:
-        """The Parquet file of this evaluation; the next one begins."""
+    def files(self, routing_state: Any) -> dict[str, bytes]:
+        """The Parquet files of this evaluation by the end of their names; the next one begins."""
         rows = []
         for (routing, group, layer_L), counts in self._counts.items():
             kept_LE = self._kept((routing, group, layer_L))
@@ -199,10 +214,11 @@ class Telemetry:
             about = {"routing": routing, "group": group}
             rows += [about | row for row in self._rows(group, layer_L, counts, kept_LE, threshold_LE)]
         rows.sort(key=lambda row: (row["routing"], row["layer"]))
-        self._before, self._now, self._counts, self._tokens = self._now, {}, {}, 0
-        content = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, _schema()), content, compression="zstd")
-        return content.getvalue()
+        tokens = [[routing] * len(row[0]) for routing, row in self._row.items()]
+        columns = [sum(parts, []) for parts in zip(*self._row.values(), strict=True)]
+        row = dict(zip(("routing", "token", "document", "modality", "place", "experts"), [sum(tokens, []), *columns]))  # noqa: B905
+        self._before, self._now, self._counts, self._row, self._tokens = self._now, {}, {}, {}, 0
+        return {TABLE: _bytes(pa.Table.from_pylist(rows, _schema())), ROW: _bytes(pa.table(row))}
 
     def _kept(self, key: Any) -> np.ndarray | None:
         """Of each expert's tokens of this evaluation and the one before, those of both over those of either."""
@@ -246,6 +262,12 @@ class Telemetry:
                     "place_taken": counts["place_LEP"][number, expert].tolist() if "place_LP" in counts else None,
                     "place_seen": counts["place_LP"][number].tolist() if "place_LP" in counts else None,
                 }
+
+
+def _bytes(table: pa.Table) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(table, content, compression="zstd")
+    return content.getvalue()
 
 
 def _histogram(cell_K: np.ndarray, value_K: np.ndarray, length: int, shape: tuple[int, int, int]) -> np.ndarray:

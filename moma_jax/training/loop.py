@@ -87,7 +87,7 @@ class Stage(Protocol):
 
     def evaluate(self, state: Any, eval_set: EvalSet) -> list[dict[str, Any]]:
         """Records about a held-out set, `step` and `eval_set` apart. Not recorded but kept as files are "sheet", a
-        picture, and "telemetry", Parquet."""
+        picture, and "telemetry", files by the ends of their names."""
 
     def sampled(self, state: Any, step: int, last: bool) -> Iterable[tuple[str, Any, Any]]:
         """What the model writes and draws at this step: name, picture of it, and it as plain values."""
@@ -254,8 +254,8 @@ class Loop:
         for record in self.meter.timed("evaluation", lambda: self.stage.evaluate(self.state, eval_set)):
             if (sheet := record.pop("sheet", None)) is not None:
                 self.journal.draw(eval_set.name, self.step, sheet)
-            if (telemetry := record.pop("telemetry", None)) is not None:
-                self.run.write(f"{TELEMETRY}{eval_set.name}-{self.step:08d}.parquet", telemetry)
+            for end, content in record.pop("telemetry", {}).items():
+                self.run.write(f"{TELEMETRY}{eval_set.name}-{self.step:08d}{end}", content)
             self.journal.write({"kind": record["kind"], "step": self.step, "eval_set": eval_set.name, **record})
 
     def _draw(self, last: bool) -> None:

@@ -83,6 +83,24 @@ def test_counts_are_those_of_a_forward_pass(tmp_path, ffn):
             assert row["none"] + row["one"] + row["more"] == pytest.approx(1) and min(times, default=1) >= 1
 
 
+@pytest.mark.parametrize("ffn", ["2t2i", "mod+4x"])
+def test_a_row_is_told_token_by_token(tmp_path, ffn):
+    config = tiny(tmp_path, model_ffn=ffn, train_steps=1)
+    train(config, quiet=True)
+    rows = pq.read_table(tmp_path / "routing" / "heldout-00000001.row.parquet").to_pylist()
+    batch = next(held_out(config, config.train.eval_sets[0])).batch
+    loaded = load(str(tmp_path))
+    for routing in ("choice", "threshold"):
+        own = [row for row in rows if row["routing"] == routing]
+        assert [row["token"] for row in own] == batch.token_BS[0].tolist()
+        assert [row["document"] for row in own] == batch.segment_BS[0].tolist()
+        truth = np.zeros((config.data.sequence, config.model.layers), int)
+        for (layer, _, expert), taken in by_hand(loaded.config, loaded, routing).items():
+            for number, r, s in taken:
+                truth[s, layer] += (number == r == 0) << expert
+        assert [row["experts"] for row in own] == truth.tolist() and truth.any()
+
+
 def test_depth_routers_are_groups_of_one(tmp_path):
     train(tiny(tmp_path, model_ffn="mod+2t2i", train_steps=2), quiet=True)
     found = rows_of(tmp_path / "routing" / "heldout-00000002.parquet")
