@@ -14,6 +14,7 @@ FLOORS = [
     ["__main__"],
     ["commands"],
     ["doctor"],
+    ["page"],
     ["studies", "bench"],
     ["plan", "convert", "upcycling"],
     ["training", "evaluation", "runs", "generation"],

@@ -1,4 +1,4 @@
-"""A run or a store at a glance; its documents as pictures."""
+"""Runs or a store at a glance; as pictures, or a page."""
 
 from __future__ import annotations
 
@@ -29,23 +29,31 @@ MOST_DOCUMENTS = 256
 
 
 def show(
-    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN|STORE")]],
+    paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN|STORE")]],
     n: int = 0,
+    html: str | None = None,
     out: str = "sheet.png",
     seed: int = 0,
     json: bool = False,
 ) -> None:
     """A run at a glance: what it is, how far it is, its last train and eval records, its checkpoints. A store: its
     documents, tokens and codecs. With --n, also a contact sheet: documents as the model sees them, decoded, and of a
-    run the batch that it trains on next, packed rows coloured by modality and document.
+    run the batch that it trains on next, packed rows coloured by modality and document. With --html, a page to look at,
+    of one run or of several side by side: losses, what experts do, samples, speed, configs; it needs no network.
 
     Args:
-      path: Run directory, or a token store.
+      paths: Run directory, or a token store; several run directories with --html.
       n: Documents on the sheet; 0 makes none.
+      html: The page, a new HTML file.
       out: The sheet, a new PNG file.
       seed: Of the choice of documents.
       json: Print JSON.
     """
+    if html is not None:
+        return _page(paths, html)
+    if len(paths) != 1:
+        raise InputError("moma show: give one run or store; several runs go with --html page.html")
+    (path,) = paths
     is_store = RunDir(path).read_json("config.json") is None and RunDir(path).read_json("manifest.json") is not None
     found = glance_of_store(path) if is_store else glance(path)
     if n:
@@ -59,6 +67,20 @@ def show(
     print_result(found, json, format_store if is_store else format_glance)
     if n and not json:
         print(out)
+
+
+def _page(paths: tuple[str, ...], out: str) -> None:
+    from moma_jax.page.reading import read_seen
+    from moma_jax.page.write import page
+
+    require_new_file("--html", out)
+    if len(set(paths)) < len(paths) or not paths:
+        raise InputError("moma show: name each run once, and at least one")
+    names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    alike = len(set(names)) < len(names)
+    seen = [read_seen(path, path if alike else name) for path, name in zip(paths, names, strict=True)]
+    write_file(out, page(", ".join(each.name for each in seen), seen))
+    print(out)
 
 
 def store_sheet(store: Store, count: int, seed: int) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from moma_jax.data.directory import Directory
 from moma_jax.errors import require
 from moma_jax.studies.jobs import chosen, state
 from moma_jax.studies.matching import match_rows, match_variants
@@ -34,6 +35,8 @@ class StudyOptions:
     """With --list or --report: print JSON."""
     report: bool = False
     """Write the report on the runs that there are; train nothing."""
+    html: bool = False
+    """With --report: also a page to look at, page.html: verdicts, and the first run of every variant side by side."""
     out: str | None = None
     """With --report: its directory; report-STUDY beside the runs where None."""
     add: tuple[str, ...] = ()
@@ -82,7 +85,8 @@ def _check(options: StudyOptions) -> None:
         "--index: trains one run; leave it out with --list and --report",
     )
     require(options.list or options.report or not options.json, "--json: goes with --list or --report")
-    require(options.report or (options.out is None and not options.add), "--out, --add: go with --report alone")
+    others = options.out is not None or options.add or options.html
+    require(options.report or not others, "--out, --add, --html: go with --report alone")
 
 
 def _index_variable() -> str | None:
@@ -99,7 +103,7 @@ def _index(variable: str) -> int:
 
 def _report(study: Study, path: str, options: StudyOptions) -> None:
     from moma_jax.runs.journal import finite
-    from moma_jax.studies.report import write_report
+    from moma_jax.studies.report import compared_runs, write_report
 
     added = {}
     for word in options.add:
@@ -112,6 +116,10 @@ def _report(study: Study, path: str, options: StudyOptions) -> None:
         added[name] = runs
     out = options.out or f"{study.dir.rstrip('/')}/report-{Path(path).stem}"
     result = write_report(study, out, added)
+    if options.html:
+        from moma_jax.page.study import study_page
+
+        Directory(out).write("page.html", study_page(study, *compared_runs(study, added)))
     if options.json:
         print(json.dumps(finite(result), allow_nan=False))
     else:

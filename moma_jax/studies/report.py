@@ -68,10 +68,7 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
         Nothing of the report was written then; records of runs whose directories are missing are unpacked.
     """
     _require_ours(RunDir(out), study)
-    wanted = settled_jobs(study)
-    runs = _study_runs(study, wanted) + _added_runs(study, wanted, added)
-    finished = grouped(runs, study.baseline)
-    require_comparable(finished, study.tolerance)
+    runs, finished = compared_runs(study, added)
     verdicts, compared, laws = decided(finished), speedups(finished), power_laws(finished, study.tolerance)
     result = _result(study, runs, finished, verdicts, compared)
     figures = {name: draw(finished, size, axis) for (size, axis), name in figure_names(finished).items()}
@@ -99,6 +96,15 @@ def _require_ours(home: RunDir, study: Study) -> None:
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def compared_runs(study: Study, added: dict[str, str]) -> tuple[list[Run], Finished]:
+    """Every run of a study and those that are added to it, and the finished ones; raises as `write_report`."""
+    wanted = settled_jobs(study)
+    runs = _study_runs(study, wanted) + _added_runs(study, wanted, added)
+    finished = grouped(runs, study.baseline)
+    require_comparable(finished, study.tolerance)
+    return runs, finished
 
 
 def _study_runs(study: Study, wanted: list[Job]) -> list[Run]:

@@ -1,5 +1,6 @@
 """Sources made up for tests, and settings for tiny stores."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -8,8 +9,10 @@ import random
 
 import numpy as np
 from PIL import Image
+from tiny import tiny
 
-from moma_jax.config import PrepareConfig
+from moma_jax import checks
+from moma_jax.config import DataConfig, Modality, PrepareConfig, StoreConfig
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "star", "stands", "left", "of", "over", "the", "very", "old"]
 
@@ -56,3 +59,18 @@ def files_of(folder):
             with open(path, "rb") as file:
                 found[os.path.relpath(path, folder)] = hashlib.sha256(file.read()).hexdigest()
     return found
+
+
+def drawn_config(where, **train):
+    """A tiny run on drawn scenes of 16 x 16, two rows an update, with a store of its own; `train` as of `tiny`."""
+    data = DataConfig(
+        modalities=(Modality("text", "t", size=300, quota=0.5), Modality("image", "i", size=16, span=256, quota=0.9)),
+        stores=(StoreConfig("scenes", str(where / "store"), collection="pairs"),),
+        prepare=PrepareConfig(source="scenes", documents=60, text_size=300, image_side=16, colours=16, held_out=0.1),
+        sequence=320,
+        group_rows=2,
+        lanes=2,
+    )
+    base = tiny(where / "run", train_batch_rows=2, train_steps=3)
+    train = dataclasses.replace(base.train, **train)
+    return checks.resolve(dataclasses.replace(base, data=data, train=train))

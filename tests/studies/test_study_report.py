@@ -21,6 +21,7 @@ from moma_jax.config_json import to_json
 from moma_jax.cost import flops_per_token, total_steps
 from moma_jax.errors import InputError
 from moma_jax.evaluation.documents import to_bytes
+from moma_jax.page.study import study_page
 from moma_jax.studies import figures, report
 from moma_jax.studies.jobs import jobs
 from moma_jax.studies.records import keep
@@ -174,6 +175,8 @@ def test_verdicts_off_finished_runs_of_the_baseline(tmp_path):
     assert ratio["ratio"] == pytest.approx((1.2 * 0.8 / 1.4 / 1.5 / 1.6) ** (1 / 3), rel=0.02)
     assert found["fast", "its text", "image"]["by_seed"] == pytest.approx({0: 1, 1: 1, 2: 1})
     page = (tmp_path / "out" / "report.md").read_text()
+    shown = study_page(study, *report.compared_runs(study, {})).decode()
+    assert f"<td>{fast['ratio']:.2f}</td>" in shown and "<td>ahead</td>" in shown and "9 of 9 runs" in shown
     low, high = fast["interval"]
     assert f"| fast | dense | overall | **{fast['ratio']:.2f}** | {low:.2f} to {high:.2f} | ahead |" in page
     assert "Budgets of the baseline: 0.5, 1, 2 of the study's." in page and result["finished"] == 15

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from small_stores import drawn_config
 from tiny import tiny
 
 import moma_jax
 from moma_jax import checks
-from moma_jax.config import DataConfig, Modality, PrepareConfig, SampleConfig, StoreConfig
+from moma_jax.config import SampleConfig
 from moma_jax.errors import InputError
 from moma_jax.generation import Sampling, generate
 from moma_jax.runs.journal import read_metrics
@@ -26,17 +27,8 @@ DRAWN = SampleConfig(("A red circle", "a blue square"), name="drawn", every=2)
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Pictures of 16 x 16 in two small rows, a store of its own."""
-    where = tmp_path_factory.mktemp("drawn")
-    data = DataConfig(
-        modalities=(Modality("text", "t", size=300, quota=0.5), Modality("image", "i", size=16, span=256, quota=0.9)),
-        stores=(StoreConfig("scenes", str(where / "store"), collection="pairs"),),
-        prepare=PrepareConfig(source="scenes", documents=60, text_size=300, image_side=16, colours=16, held_out=0.1),
-        sequence=320,
-        group_rows=2,
-        lanes=2,
-    )
-    base = tiny(where / "run", train_batch_rows=2, train_steps=3, run_tensorboard=True, train_samples=())
-    return dataclasses.replace(base, data=data)
+    config = drawn_config(tmp_path_factory.mktemp("drawn"))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, tensorboard=True))
 
 
 def asked(config, *samples, **train):

@@ -1,0 +1,114 @@
+"""What a page knows of a run: records, telemetry, samples, and what its ids mean where the store is there."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from moma_jax.config import Config
+from moma_jax.config_json import from_json
+from moma_jax.data.store import Store, open_store
+from moma_jax.errors import InputError
+from moma_jax.evaluation.telemetry import FOLDER, ROW, TABLE
+from moma_jax.late import pa, pq
+from moma_jax.runs.directory import RunDir
+from moma_jax.runs.journal import SHEETS, records_of
+from moma_jax.studies.curves import Run, read_run
+
+FILE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.(?:row\.)?(?:parquet|png)")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A run.
+
+    Attributes:
+      name: how the page calls it. run: its curves. config: None where it cannot be read by this version.
+      records: all of metrics.jsonl.
+      experts: rows of the newest telemetry (`evaluation.telemetry.COLUMNS`), with its "step"; () without.
+      row: its packed row, token by token. kept: by step, the mean of `kept` over all experts.
+      sheets: pictures by name and step. store: for decoding; None where it is not there.
+    """
+
+    name: str
+    run: Run
+    config: Config | None
+    records: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
+    row: list[dict[str, Any]]
+    sheets: dict[str, dict[int, Image.Image]]
+    store: Store | None
+
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """The train records."""
+        return [r for r in self.records if r["kind"] == "train"]
+
+    @property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The eval records."""
+        return [r for r in self.records if r["kind"] == "eval"]
+
+
+def read_seen(path: str, name: str | None = None) -> Seen:
+    """Reads a run directory; InputError where there is none, or a file of it is damaged."""
+    home = RunDir(path)
+    if (written := home.read_json("config.json")) is None:
+        raise InputError(f"{path}: no config.json here; give a run directory")
+    try:
+        config = from_json(written)
+    except InputError:
+        config = None
+    records = records_of(home) or []
+    return Seen(
+        name or path.rstrip("/").rpartition("/")[2],
+        read_run(name or path, "", None, path),
+        config,
+        records,
+        _newest(home, TABLE),
+        _newest(home, ROW),
+        _sheets(home),
+        _store(config),
+    )
+
+
+def _steps(home: RunDir, folder: str, end: str) -> dict[str, dict[int, str]]:
+    """Names of files by their name and step."""
+    found: dict[str, dict[int, str]] = {}
+    for path in home.names(folder):
+        match = FILE.fullmatch(path.removeprefix(folder))
+        if match and path.endswith(end) and (end == ROW or not path.endswith(ROW)):
+            found.setdefault(match["name"], {})[int(match["step"])] = path
+    return found
+
+
+def _newest(home: RunDir, end: str) -> list[dict[str, Any]]:
+    """Rows of the newest file of the first evaluation set."""
+    for steps in _steps(home, FOLDER, end).values():
+        path = steps[max(steps)]
+        try:
+            rows = pq.read_table(io.BytesIO(home.read(path))).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{home.path}/{path}: is damaged ({error}); remove it") from error
+        return [row | {"step": max(steps)} for row in rows]
+    return []
+
+
+def _sheets(home: RunDir) -> dict[str, dict[int, Image.Image]]:
+    return {
+        name: {step: Image.open(io.BytesIO(home.read(path))) for step, path in sorted(steps.items())}
+        for name, steps in _steps(home, SHEETS, ".png").items()
+    }
+
+
+def _store(config: Config | None) -> Store | None:
+    if config is None or config.data.kind != "store":
+        return None
+    try:
+        return open_store(config.data.stores[0].path)
+    except InputError:
+        return None
