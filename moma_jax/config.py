@@ -390,6 +390,8 @@ class RunConfig:
     """A run directory whose newest weights start this run (step 0, fresh optimizer)."""
     tensorboard: bool = True
     """Write tensorboard/ beside metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases that records go to as well (extra: wandb); WANDB_MODE=offline keeps them here."""
     compilation_cache: str | None = None
     """Directory in which compiled programs are kept; None: in the user's cache folder; off: nowhere."""
     compiler_options: dict[str, str] = setting(factory=dict)

@@ -30,7 +30,7 @@ CREDENTIALS = {
     "s3://": (("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN"), ".aws/credentials"),
 }
 """By scheme of object stores: variables, and the file in the home directory, that hold them."""
-EXTRAS = ("tpu", "cuda12", "cuda13", "plan", "plan-gpu", "ray", "convert", "evals", "notebooks")
+EXTRAS = ("tpu", "cuda12", "cuda13", "plan", "plan-gpu", "ray", "convert", "evals", "wandb", "notebooks")
 RECIPES = ("quickstart", "paper_90m", "paper_1b4")
 """What is said of the time that a recipe needs."""
 

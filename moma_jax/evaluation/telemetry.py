@@ -43,6 +43,7 @@ COLUMNS = {
     "load": "taken over the share that the paper's capacity gives it",
     "gate_mean": "of the tokens it took",
     "gate_entropy": "bits, of the gates as chances, a mean over the tokens it took",
+    "gates": "how many of its tokens had a gate in each tenth from 0 to 1",
     "none": "share of the group's tokens that no expert of it took",
     "one": "that one took",
     "more": "that two or more took",
@@ -191,6 +192,7 @@ class Telemetry:
             "taken_LE": of_expert(None),
             "gate_LE": of_expert(found.gate_K),
             "bits_LE": of_expert(bits_K),
+            "gates_LE10": _histogram(cell_K, (gate_K * 10).astype(int), 10, shape),
             "times_L3": np.stack([tokens_L - one_L - more_L, one_L, more_L], -1),
             "together_LEE": (np.swapaxes(wide, 1, 2) @ wide).astype(np.int64),
             "id_LEV": _histogram(cell_K, id_N[token_K], ids, shape),
@@ -253,6 +255,7 @@ class Telemetry:
                     "load": taken / (share * tokens) if tokens else None,
                     "gate_mean": float(counts["gate_LE"][number, expert] / taken) if taken else None,
                     "gate_entropy": float(counts["bits_LE"][number, expert] / taken) if taken else None,
+                    "gates": counts["gates_LE10"][number, expert].tolist(),
                     **dict(zip(("none", "one", "more"), shares_3, strict=True)),
                     "load_entropy": _evenness(taken_E) if experts > 1 else None,
                     "together": others,
@@ -345,5 +348,5 @@ def _schema() -> pa.Schema:
     kinds = dict.fromkeys(("routing", "group"), pa.string())
     kinds |= dict.fromkeys(("layer", "expert"), pa.int16()) | dict.fromkeys(("tokens", "taken"), pa.int64())
     kinds |= {"together": numbers}
-    kinds |= dict.fromkeys(("top_ids", "top_taken", "top_seen", "place_taken", "place_seen"), whole)
+    kinds |= dict.fromkeys(("gates", "top_ids", "top_taken", "top_seen", "place_taken", "place_seen"), whole)
     return pa.schema([(name, kinds.get(name, pa.float32())) for name in COLUMNS])

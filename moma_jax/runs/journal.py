@@ -14,11 +14,12 @@ goes on from a checkpoint first cuts its records back to that checkpoint's step.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import Image
 from moma_jax import hosts
 from moma_jax.codec.pictures import png_of
 from moma_jax.errors import InputError
+from moma_jax.late import pq
 from moma_jax.runs.directory import RunDir
 
 SCHEMA = 1
@@ -110,6 +112,12 @@ class Journal:
             if hasattr(sink, "draw"):
                 sink.draw(name, step, picture)
 
+    def experts(self, name: str, step: int, content: bytes) -> None:
+        """Hands telemetry of an evaluation set (`evaluation.telemetry`, Parquet) to the sinks that show it."""
+        for sink in self._sinks:
+            if hasattr(sink, "experts"):
+                sink.experts(name, step, content)
+
     def seal(self, step: int) -> None:
         """A checkpoint of `step` is being written: what was recorded so far belongs to it."""
         for sink in self._sinks:
@@ -121,16 +129,29 @@ class Journal:
             sink.close()
 
 
-def open_journal(run: RunDir, *, step: int, tensorboard: bool, sinks: Sequence[Any] = ()) -> Journal:
+def open_journal(
+    run: RunDir,
+    *,
+    step: int,
+    tensorboard: bool,
+    wandb: str | None = None,
+    config: Any = None,
+    sinks: Sequence[Any] = (),
+) -> Journal:
     """The journal of a run that stands at `step`: later records are cut off, then writing goes on.
 
-    Of several processes only process 0 records anything. `sinks` are further ones, which come last.
+    Of several processes only process 0 records anything. `sinks` are further ones, which come last. `wandb` is a
+    project of Weights & Biases, which is told the `config`, plain values.
     """
     if not hosts.is_first():
         return Journal()
     own = [FileSink(run, step) if run.local else SegmentSink(run, step)]
     if tensorboard:
-        own.append(TensorBoardSink(run.join("tensorboard"), step))
+        own.append(TensorBoardSink(run.join("tensorboard"), step, config))
+    if wandb is not None:
+        from moma_jax.runs.wandb import WandbSink  # an extra
+
+        own.append(WandbSink(run, wandb, config, step))
     return Journal(*own, *sinks)
 
 
@@ -201,12 +222,16 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 class TensorBoardSink:
-    """Scalars under kind/name (and kind/eval_set/routing/name), for TensorBoard."""
+    """Scalars under kind/name (and kind/eval_set/routing/name), for TensorBoard; its config as hparams."""
 
-    def __init__(self, path: str, step: int):
+    def __init__(self, path: str, step: int, config: Any = None):
         from tensorboardX import SummaryWriter  # slow to import, and off in many runs
+        from tensorboardX.summary import hparams
 
         self._writer = SummaryWriter(path, purge_step=step + 1 if step else None)
+        if config is not None and not step:
+            for part in hparams(dict(_leaves(config)), {"train/loss": 0.0}):
+                self._writer.file_writer.add_summary(part)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds every number of the record."""
@@ -220,6 +245,19 @@ class TensorBoardSink:
         """Adds the picture."""
         self._writer.add_image(f"sheets/{name}", np.asarray(picture), step, dataformats="HWC")
 
+    def experts(self, name: str, step: int, content: bytes) -> None:
+        """Adds a histogram of gates for every routing, group of experts and layer."""
+        counted: dict[str, np.ndarray] = {}
+        for row in pq.read_table(io.BytesIO(content), columns=["routing", "group", "layer", "gates"]).to_pylist():
+            key = f"gates/{name}/{row['routing']}/{row['group']}/{row['layer']}"
+            counted[key] = counted.get(key, 0) + np.array(row["gates"])
+        ends = np.linspace(0.1, 1, 10)
+        for key, count in counted.items():
+            middle = ends - 0.05
+            sums = float((count * middle).sum()), float((count * middle**2).sum())
+            limits = (0.0, 1.0, int(count.sum()), *sums, ends.tolist(), count.tolist())
+            self._writer.add_histogram_raw(key, *limits, global_step=step)
+
     def seal(self, step: int) -> None:
         """Writes out what is buffered."""
         self._writer.flush()
@@ -227,6 +265,15 @@ class TensorBoardSink:
     def close(self) -> None:
         """Ends the event file."""
         self._writer.close()
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of a config by dotted name, of the kinds that TensorBoard takes."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{path}.{name}" if path else name)
+    else:
+        yield path, value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
 class UserSink:

@@ -22,6 +22,7 @@ from moma_jax.config import EvalSet
 from moma_jax.data.stream import merge_cursors
 from moma_jax.errors import RunError
 from moma_jax.evaluation.telemetry import FOLDER as TELEMETRY
+from moma_jax.evaluation.telemetry import TABLE
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command, processor
 from moma_jax.runs.journal import SHEETS, SKIPPED, finite, open_journal, read_metrics
@@ -178,7 +179,8 @@ class Loop:
         for line in (*stage.warnings, *profile_warnings(config.train.profile_steps, self.step, self.total)):
             self.progress.say(line)
         tensorboard = config.run.tensorboard and run.local is not None
-        journal = open_journal(run, step=self.step, tensorboard=tensorboard, sinks=(self.progress, *sinks))
+        told = {"wandb": config.run.wandb, "config": stage.meta["config"], "sinks": (self.progress, *sinks)}
+        journal = open_journal(run, step=self.step, tensorboard=tensorboard, **told)
         self.journal = cleanup.enter_context(contextlib.closing(journal))
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
         self.meter = stage.meter(saved.meta.get("counters"))
@@ -254,8 +256,10 @@ class Loop:
         for record in self.meter.timed("evaluation", lambda: self.stage.evaluate(self.state, eval_set)):
             if (sheet := record.pop("sheet", None)) is not None:
                 self.journal.draw(eval_set.name, self.step, sheet)
-            for end, content in record.pop("telemetry", {}).items():
+            for end, content in (files := record.pop("telemetry", {})).items():
                 self.run.write(f"{TELEMETRY}{eval_set.name}-{self.step:08d}{end}", content)
+            if files:
+                self.journal.experts(eval_set.name, self.step, files[TABLE])
             self.journal.write({"kind": record["kind"], "step": self.step, "eval_set": eval_set.name, **record})
 
     def _draw(self, last: bool) -> None:

@@ -3,12 +3,17 @@
 import json
 import math
 import os
+import struct
 import uuid
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
+from tiny import tiny
 
+import moma_jax
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import SCHEMA, finite, open_journal, read_metrics
@@ -141,3 +146,24 @@ def test_status_files_are_whole(tmp_path):
     assert RunDir(tmp_path / "a" / "b").read_json("status.json") == {"state": "running"}
     with run.locked(), pytest.raises(InputError, match="another process"), RunDir(tmp_path / "a" / "b").locked():
         pass
+
+
+def test_tensorboard_has_the_config_and_histograms_of_gates(tmp_path):
+    """Read back by tensorboardX's own protocol buffers."""
+    moma_jax.train(tiny(tmp_path, train_steps=2, run_tensorboard=True), quiet=True)
+    found = {}
+    for path in (tmp_path / "tensorboard").glob("events*"):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack("<Q", content[at : at + 8])
+            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+            found |= {value.tag: value for value in event.summary.value}
+            at += length + 16
+    assert "_hparams_/session_start_info" in found
+    assert "model.ffn" in str(found["_hparams_/session_start_info"].metadata)
+    (rows,) = (tmp_path / "routing").glob("heldout-*2.parquet")
+    rows = [
+        r for r in pq.read_table(rows).to_pylist() if (r["routing"], r["group"], r["layer"]) == ("choice", "text", 0)
+    ]
+    histogram = found["gates/heldout/choice/text/0"].histo
+    assert histogram.num == sum(sum(row["gates"]) for row in rows) == sum(row["taken"] for row in rows)
