@@ -19,7 +19,7 @@ usage: launch/local.sh [options] CONFIG [overrides of moma train]
   -h, --help      this text
 
 Needs moma on PATH. Exit code: the largest one of the processes.
-Example: launch/local.sh --devices 2 configs/quickstart.py --data.group-rows 2 --mesh.expert 2 --run.dir runs/two
+Example: launch/local.sh --devices 2 quickstart --data.group-rows 1 --mesh.expert 2 --run.dir runs/two
 HELP
 }
 

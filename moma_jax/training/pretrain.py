@@ -117,8 +117,9 @@ class Pretraining(TokenStage):
             "commit": commit(),
         }
         self.warnings = _warnings(config)
+        self._samples = () if hosts.several() else config.train.samples
         if config.train.samples and hosts.several():
-            raise InputError("train.samples: runs of several hosts draw none; leave it out, and use moma generate")
+            self.warnings.append("warning: train.samples: several hosts draw none; moma generate does, afterwards")
         self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state), config.train.telemetry)
@@ -171,7 +172,7 @@ class Pretraining(TokenStage):
 
     def sampled(self, state: TrainState, step: int, last: bool) -> Iterator[tuple[str, Any, Any]]:
         """The samples that are due (`train.samples`), by the weights and thresholds of now."""
-        due = [each for each in self.config.train.samples if last or (each.every and step % each.every == 0)]
+        due = [each for each in self._samples if last or (each.every and step % each.every == 0)]
         if not due:
             return
         from moma_jax.generation.samples import draw_samples  # runs without samples go without
