@@ -175,7 +175,6 @@ def _check_samples(config: Config) -> None:
             places == given, f"{where}: {places} times <image> in its prompts, and {given} images; give one for each"
         )
         require(samples.routing in (None, *CAUSAL_ROUTINGS), f"{where}: routing is one of {', '.join(CAUSAL_ROUTINGS)}")
-        require(config.data.kind == "store", f"{where} needs a store's tokenizer; leave it out with random tokens")
     names = [samples.name for samples in config.train.samples]
     require(len(set(names)) == len(names), "train.samples: two have the same name")
 

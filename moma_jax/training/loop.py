@@ -231,7 +231,7 @@ class Loop:
         summary = hosts.by_first(lambda: finite(self._summary()))
         self.run.write_json("summary.json", summary)
         self.status.write("complete")
-        self.progress.say(time_shares(summary["final"]))
+        self.progress.say(time_shares({"wall_seconds": self.meter.wall_seconds(), **self.meter.spent()}))
         for name, result in summary["eval"].items():
             for line in self.stage.held_out_lines(name, result):
                 self.progress.say(line)

@@ -117,9 +117,12 @@ class Pretraining(TokenStage):
             "commit": commit(),
         }
         self.warnings = _warnings(config)
-        self._samples = () if hosts.several() else config.train.samples
-        if config.train.samples and hosts.several():
-            self.warnings.append("warning: train.samples: several hosts draw none; moma generate does, afterwards")
+        self._samples = config.train.samples
+        if self._samples and (hosts.several() or config.data.kind != "store"):
+            why = "several hosts draw none; moma generate does, afterwards"
+            why = why if config.data.kind == "store" else "random tokens are no text and no pictures, so none are drawn"
+            self._samples = ()
+            self.warnings.append(f"warning: train.samples: {why}")
         self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state), config.train.telemetry)

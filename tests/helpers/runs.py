@@ -13,7 +13,8 @@ TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second
 
 def records(run):
     """A run's records without what clocks say."""
-    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in moma_jax.read_metrics(run)]
+    timed = lambda name: name in TIMINGS or name.startswith("spent_")  # noqa: E731
+    return [{k: v for k, v in r.items() if not timed(k)} for r in moma_jax.read_metrics(run)]
 
 
 def parameters(run):

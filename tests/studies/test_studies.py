@@ -255,7 +255,7 @@ def test_the_index_of_an_array_job(study_file, monkeypatch, capsys, words, envir
         ([], "9", "SLURM_ARRAY_TASK_ID: 9 is no job"),
         ([], "x", "SLURM_ARRAY_TASK_ID: 'x' is no number of a run"),
         (["--json"], None, "--json: goes with --list or --report"),
-        (["--out", "there"], None, "--out, --add: go with --report alone"),
+        (["--out", "there"], None, "--out, --add, --html: go with --report alone"),
         (["--list", "--report"], None, "give one of the two"),
         (["--list", "--index", 1], None, "--index: trains one run"),
         (["--report", "--add", "runs/a"], None, "--add: 'runs/a' is not NAME=PATH"),

@@ -112,5 +112,9 @@ def test_the_model_of_that_moment_is_asked(config, tmp_path, monkeypatch):
 def test_what_cannot_be_meant_is_refused(config, samples, message):
     with pytest.raises(InputError, match=message):
         asked(config, *samples)
-    with pytest.raises(InputError, match="needs a store's tokenizer"):
-        tiny(train_samples=(DRAWN,))
+
+
+def test_random_tokens_are_told_to_draw_nothing(tmp_path, capsys):
+    moma_jax.train(tiny(tmp_path, train_steps=1, train_samples=(DRAWN,)))
+    assert "warning: train.samples: random tokens are no text" in capsys.readouterr().out
+    assert not (tmp_path / "sheets").exists()
