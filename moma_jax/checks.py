@@ -159,6 +159,8 @@ def _check_batches(config: Config) -> None:
         )
     names = [s.name for s in config.train.eval_sets]
     require(len(set(names)) == len(names), "train.eval_sets: two have the same name")
+    wrong = next((name for name in names if re.fullmatch(r"[\w.+-]+", name, re.ASCII) is None), None)
+    require(wrong is None, f"train.eval_sets: {wrong!r} is no name for files; use letters and digits")
     _check_eval_routings(config)
     _check_samples(config)
 

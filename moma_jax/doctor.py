@@ -42,21 +42,22 @@ def doctor() -> dict[str, Any]:
       "machine" (processor, cores that this process may use, memory and the free one in bytes, system, Python),
       "packages" (by name: "version", None where it is missing, "tested", the range, and "within"), "extras" (those
       that are installed), "devices" (platform, kind, count, memory in bytes or None, what was measured:
-      "product_flops_per_second", "bytes_per_second", and "peak_flops", None where it is not known), "settings" of the
-      environment, "disk" (free bytes here, and in the folder of compiled programs), "stores" (credentials by scheme),
+      "product_flops_per_second", "bytes_per_second", and "peak_flops", None where it is not known; "error" alone where
+      JAX cannot use them), "settings" of the environment, "disk" (free bytes here, and where compiled programs are
+      kept), "stores" (credentials by scheme),
       "recipes" (hours that each would take at least, at the speed of products alone), "commit", and "advice", lines.
     """
     found = {
         "machine": _machine(),
         "packages": _packages(),
         "extras": [name for name in EXTRAS if all(p["within"] for p in _packages(name).values())],
-        "devices": _devices(),
+        "devices": _devices_or_error(),
         "settings": {name: _home_hidden(os.environ[name]) for name in SETTINGS if name in os.environ},
         "disk": _disk(),
         "stores": {scheme: _credentials(*places) for scheme, places in CREDENTIALS.items()},
         "commit": commit(),
     }
-    found["recipes"] = _hours(found["devices"])
+    found["recipes"] = {} if "error" in found["devices"] else _hours(found["devices"])
     return found | {"advice": list(_advice(found))}
 
 
@@ -79,7 +80,7 @@ def _machine() -> dict[str, Any]:
 def _packages(extra: str = "") -> dict[str, dict[str, Any]]:
     """The package's requirements, or those of one extra alone, against what is installed."""
     found = {}
-    for line in metadata.requires("moma_jax") or ():
+    for line in _requirements():
         needed = Requirement(line)
         always = needed.marker is None or needed.marker.evaluate({"extra": ""})
         if always if not extra else (not always and needed.marker.evaluate({"extra": extra})):
@@ -88,6 +89,14 @@ def _packages(extra: str = "") -> dict[str, dict[str, Any]]:
             whole = within and all(_has_extra(needed.name, each) for each in needed.extras)
             found[needed.name] = {"version": version, "tested": str(needed.specifier), "within": whole}
     return found
+
+
+def _requirements() -> list[str]:
+    """None where the package lies on the path without having been installed."""
+    try:
+        return metadata.requires("moma_jax") or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _version(name: str) -> str | None:
@@ -102,6 +111,15 @@ def _has_extra(name: str, extra: str) -> bool:
     lines = map(Requirement, metadata.requires(name) or ())
     asked = [each for each in lines if each.marker and not each.marker.evaluate({"extra": ""})]
     return all(_version(each.name) is not None for each in asked if each.marker.evaluate({"extra": extra}))
+
+
+def _devices_or_error() -> dict[str, Any]:
+    """`_devices`; what a machine without working devices has else is to be told, too."""
+    try:
+        return _devices()
+    except Exception as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        return {"error": _home_hidden(words[0])}
 
 
 def _devices() -> dict[str, Any]:
@@ -129,8 +147,7 @@ def _disk() -> dict[str, Any]:
 
     use_cache(None)
     kept = cache_folder()
-    folder = None if kept is None or "://" in kept else shutil.disk_usage(kept).free
-    return {"free": shutil.disk_usage(".").free, "compiled_programs": _home_hidden(kept or "not kept"), "there": folder}
+    return {"free": shutil.disk_usage(".").free, "compiled_programs": _home_hidden(kept or "not kept")}
 
 
 def _credentials(variables: tuple[str, ...], file: str) -> str | None:
@@ -163,6 +180,13 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         if not package["within"]:
             has = "is missing" if package["version"] is None else f"is {package['version']}"
             yield f'{name} {has}, tested is {package["tested"]}: pip install "{name}{package["tested"]}"'
+    if "error" in devices:
+        asked = found["settings"].get("JAX_PLATFORMS")
+        remedy = (
+            f"JAX_PLATFORMS={asked} asks for what is not here; unset it" if asked else "see JAX's installation page"
+        )
+        yield f"JAX has no device to use: {devices['error']}; {remedy}"
+        return
     if devices["platform"] == "cpu":
         yield from _unused_accelerators(found["settings"])
         yield (
@@ -179,7 +203,7 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         yield f"{machine['memory_free'] / 2**30:.1f} GiB of memory are free: preparing data wants some 4"
     if disk["free"] < LEAST_DISK:
         yield f"{disk['free'] / 2**30:.1f} GiB are free on this disk: set --run.dir and the stores' paths to another"
-    if disk["there"] is None:
+    if disk["compiled_programs"] == "not kept":
         yield "compiled programs are not kept: every start compiles again; set --run.compilation-cache to a folder"
     if found["stores"]["gs://"] and importlib.util.find_spec("gcsfs") is None:
         yield 'gs:// has credentials but checkpoints there need gcsfs: pip install "moma_jax[tpu]"'
@@ -203,14 +227,10 @@ def format_doctor(found: dict[str, Any]) -> str:
     """What `doctor` returned, for the terminal or an issue."""
     machine, devices, disk = found["machine"], found["devices"], found["disk"]
     gib = lambda size: "unknown" if size is None else f"{size / 2**30:,.1f} GiB"  # noqa: E731
-    peak = "" if not devices["peak_flops"] else f" of {devices['peak_flops'] / 1e12:,.0f}"
     rows = [
         ("machine", f"{machine['processor']}, {machine['cores']} cores to use; {machine['system']}"),
         ("memory", f"{gib(machine['memory'])}, {gib(machine['memory_free'])} free"),
-        ("devices", f"{devices['count']} x {devices['kind']} ({devices['platform']}), {gib(devices['memory'])} each"),
-        ("products", f"{devices['product_flops_per_second'] / 1e12:,.3g}{peak} TFLOP/s; models compute in "
-                     f"{devices['dtype']}"),
-        ("bandwidth", f"{devices['bytes_per_second'] / 1e9:,.1f} GB/s"),
+        *_told(devices, gib),
         ("disk", f"{gib(disk['free'])} free here; compiled programs in {disk['compiled_programs']}"),
         *((scheme, place or "no credentials found") for scheme, place in found["stores"].items()),
         *(("set", f"{name}={value}") for name, value in found["settings"].items()),
@@ -222,6 +242,17 @@ def format_doctor(found: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {text}" for name, text in rows]
     return "\n".join([*lines, "", *(f"- {line}" for line in found["advice"] or ["nothing to mend"])]) + "\n"
+
+
+def _told(devices: dict[str, Any], gib: Any) -> list[tuple[str, str]]:
+    """Lines on the devices."""
+    if "error" in devices:
+        return [("devices", f"none: {devices['error']}")]
+    peak = "" if not devices["peak_flops"] else f" of {devices['peak_flops'] / 1e12:,.0f}"
+    products = f"{devices['product_flops_per_second'] / 1e12:,.3g}{peak} TFLOP/s; models compute in {devices['dtype']}"
+    kind = f"{devices['count']} x {devices['kind']} ({devices['platform']})"
+    bandwidth = f"{devices['bytes_per_second'] / 1e9:,.1f} GB/s"
+    return [("devices", f"{kind}, {gib(devices['memory'])} each"), ("products", products), ("bandwidth", bandwidth)]
 
 
 def _time(hours: float) -> str:

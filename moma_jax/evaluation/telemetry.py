@@ -23,6 +23,7 @@ from moma_jax.geometry import group_capacity
 from moma_jax.late import pa, pq
 from moma_jax.model.depth import SELECTED
 from moma_jax.router import Selection
+from moma_jax.routers.choice import thresholds
 from moma_jax.vocab import Vocabulary
 
 FOLDER = "routing/"
@@ -163,7 +164,7 @@ class Telemetry:
             for found in members(self._config, own, batch):
                 key = (routing, found.group, found.layer_L)
                 bit_E = 1 << np.arange(found.taken_LNE.shape[2])
-                if not found.group.startswith(SELECTED):
+                if found.group not in (gated.name for gated in self._config.depth):
                     experts_SL[:, found.layer_L] += (found.taken_LNE[:, :sequence] @ bit_E).T.astype(np.int32)
                 bits = np.packbits(found.taken_LNE, axis=1)
                 self._now.setdefault(key, []).append(bits)
@@ -211,8 +212,8 @@ class Telemetry:
         rows = []
         for (routing, group, layer_L), counts in self._counts.items():
             kept_LE = self._kept((routing, group, layer_L))
-            threshold = (routing_state.get(group) or {}).get("threshold_E") if routing_state else None
-            threshold_LE = None if threshold is None else _of_layers(np.asarray(threshold), layer_L, self._config)
+            threshold = _applied((routing_state or {}).get(group), counts["taken_LE"].shape[1])
+            threshold_LE = None if threshold is None else _of_layers(threshold, layer_L, self._config)
             about = {"routing": routing, "group": group}
             rows += [about | row for row in self._rows(group, layer_L, counts, kept_LE, threshold_LE)]
         rows.sort(key=lambda row: (row["routing"], row["layer"]))
@@ -284,6 +285,15 @@ def _seen(eligible_LN: np.ndarray, value_N: np.ndarray, length: int, layers: int
     """How often each value could be taken, (layers, length)."""
     counted = [np.bincount(value_N[eligible_N], minlength=length) for eligible_N in eligible_LN]
     return np.broadcast_to(np.stack(counted), (layers, length))
+
+
+def _applied(state: Any, experts: int) -> np.ndarray | None:
+    """The thresholds by which causal inference lets tokens enter; None where a rule keeps none of this kind."""
+    if not isinstance(state, dict) or "threshold_E" not in state:
+        return None
+    ours = {"passed_E", "taken_E", "distance_E"} <= state.keys() or "unseen_E" in state
+    found = np.asarray(thresholds(state) if ours else state["threshold_E"])
+    return found if found.ndim and found.shape[-1] == experts else None
 
 
 def _of_layers(threshold: np.ndarray, layer_L: tuple[int, ...], config: Config) -> np.ndarray:

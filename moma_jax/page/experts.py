@@ -185,7 +185,7 @@ def _span(seen: Seen, own: list[dict[str, Any]], start: int, stop: int) -> str:
 
 
 def _token(token: dict[str, Any], words: str, place: int | None = None) -> str:
-    masks = ",".join(map(str, token["experts"]))
+    masks = ",".join(str(int(mask)) for mask in token["experts"])
     at = "" if place is None else f" style='--place:{place}'"
     return f"<b data-experts='{masks}'{at}>{words}</b>"
 

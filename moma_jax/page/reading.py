@@ -69,8 +69,8 @@ def read_seen(path: str, name: str | None = None) -> Seen:
         read_run(name or path, "", None, path),
         config,
         records,
-        _newest(home, TABLE),
-        _newest(home, ROW),
+        _newest(home, TABLE, config, records),
+        _newest(home, ROW, config, records),
         _sheets(home),
         _store(config),
     )
@@ -86,9 +86,14 @@ def _steps(home: RunDir, folder: str, end: str) -> dict[str, dict[int, str]]:
     return found
 
 
-def _newest(home: RunDir, end: str) -> list[dict[str, Any]]:
-    """Rows of the newest file of the first evaluation set."""
-    for steps in _steps(home, FOLDER, end).values():
+def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the newest file of the first evaluation set, of steps that the records know."""
+    found, last = _steps(home, FOLDER, end), max((r["step"] for r in records), default=0)
+    order = [eval_set.name for eval_set in config.train.eval_sets] if config is not None else []
+    for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
+        steps = {step: path for step, path in found[name].items() if step <= last}
+        if not steps:
+            continue
         path = steps[max(steps)]
         try:
             rows = pq.read_table(io.BytesIO(home.read(path))).to_pylist()

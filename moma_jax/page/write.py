@@ -52,7 +52,8 @@ def page(title: str, seen: list[Seen], more: Iterable[Section] = ()) -> bytes:
     sections = [section for section in sections if section.content]
     links = "".join(f"<a href='#{s.name}'>{html.escape(s.heading)}</a>" for s in sections)
     body = "".join(
-        f"<section id='{s.name}'><h2>{html.escape(s.heading)}</h2><p class='about'>{s.about}</p>{s.content}</section>"
+        f"<section id='{s.name}'><h2>{html.escape(s.heading)}</h2>"
+        f"<p class='about'>{html.escape(s.about)}</p>{s.content}</section>"
         for s in sections
     )
     script = f"<script>{plotly.offline.get_plotlyjs()}</script><script>{_file('page.js')}</script>"

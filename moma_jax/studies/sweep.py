@@ -59,6 +59,7 @@ def trials(study: Study) -> list[Job]:
             "train.eval_sets": (EvalSet(TUNING, split=TUNING, rows=sweep.rows, every=10**9),),
             "train.eval_routings": (),
             "train.on_nan": "skip",  # a value that diverges is a result
+            "train.samples": (),
         }
         of_value = dataclasses.replace(
             study,

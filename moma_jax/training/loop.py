@@ -20,7 +20,7 @@ from moma_jax import hosts, sharding
 from moma_jax.compiling import use_cache
 from moma_jax.config import EvalSet
 from moma_jax.data.stream import merge_cursors
-from moma_jax.errors import RunError
+from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.telemetry import FOLDER as TELEMETRY
 from moma_jax.evaluation.telemetry import TABLE
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
@@ -217,9 +217,9 @@ class Loop:
                 self.meter.timed("evaluation", lambda: self.stage.settle(self.run, self.state))
             for eval_set in sets:
                 self._evaluate(eval_set)
-            self.meter.timed("samples", lambda last=last: self._draw(last))
             if save:
                 self.meter.timed("checkpoint", lambda at=packed.cursor: self._save(whole_cursor(at)), apart=False)
+            self.meter.timed("samples", lambda last=last: self._draw(last))
             if stop and not last:
                 self._stop(stop)
 
@@ -263,11 +263,16 @@ class Loop:
             self.journal.write({"kind": record["kind"], "step": self.step, "eval_set": eval_set.name, **record})
 
     def _draw(self, last: bool) -> None:
-        for name, sheet, written in self.stage.sampled(self.state, self.step, last):
-            self.journal.draw(name, self.step, sheet)
-            self.run.write_json(f"{SHEETS}{name}-{self.step:08d}.json", written)
-            where = self.run.join(f"{SHEETS}{name}-{self.step:08d}.png")
-            self.journal.write({"kind": "event", "step": self.step, "event": f"{name}: {where}"})
+        """Keeps samples; training goes on where they cannot be drawn, and says why."""
+        try:
+            for name, sheet, written in self.stage.sampled(self.state, self.step, last):
+                self.journal.draw(name, self.step, sheet)
+                self.run.write_json(f"{SHEETS}{name}-{self.step:08d}.json", written)
+                where = self.run.join(f"{SHEETS}{name}-{self.step:08d}.png")
+                self.journal.write({"kind": "event", "step": self.step, "event": f"{name}: {where}"})
+        except (InputError, RunError) as error:
+            event = f"train.samples: nothing was drawn: {error}"
+            self.journal.write({"kind": "event", "step": self.step, "event": event})
 
     def _save(self, cursor: Any) -> None:
         """Begins a checkpoint; what the journal says so far belongs to it."""

@@ -96,3 +96,14 @@ def test_the_doctor_names_what_is_not_as_tested(monkeypatch, small):
     assert 'tested is >=99: pip install "numpy>=99"' in advice and "orbax" not in advice
     assert 'nowhere-to-be-found is missing, tested is <2,>=1: pip install "nowhere-to-be-found<2,>=1"' in advice
     assert "are free on this disk" in advice
+
+
+def test_a_machine_without_working_devices_is_told_of(capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Unknown backend cuda")
+
+    monkeypatch.setattr("moma_jax.bench.chip.measure_chip", broken)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "devices" in out and "none: Unknown backend cuda" in out
+    assert "JAX_PLATFORMS=cuda asks for what is not here; unset it" in out

@@ -16,6 +16,7 @@ from moma_jax.evaluation import telemetry as telemetry_lib
 from moma_jax.evaluation.evaluate import held_out
 from moma_jax.evaluation.telemetry import COLUMNS, members, places
 from moma_jax.model.depth import SELECTED
+from moma_jax.routers.choice import thresholds
 from moma_jax.training.step import put, run_decoder
 from moma_jax.vocab import contiguous
 
@@ -168,3 +169,15 @@ def test_rules_may_fill_slots_twice_and_leave_some_empty():
     assert np.nonzero(found["text"].taken_LNE[0, :, 0])[0].tolist() == [1]
     assert np.nonzero(found["text"].taken_LNE[0, :, 1])[0].tolist() == [0, 2, 7]
     assert len(found["text"].at_K) == len(found["text"].gate_K) == 4 * config.model.layers
+
+
+def test_thresholds_are_those_that_inference_applies(tmp_path):
+    """Between calibrations they are not the state's own number."""
+    config = tiny(tmp_path, train_steps=5, train_calibrate=0)
+    train(config, quiet=True)
+    found, state = rows_of(tmp_path / "routing" / "heldout-00000005.parquet"), load(str(tmp_path)).routing_state
+    for name, own in state.items():
+        used_LE = np.asarray(thresholds(jax.device_get(own)))
+        assert not np.allclose(used_LE, own["threshold_E"])
+        for (layer, expert), value in np.ndenumerate(used_LE):
+            assert found["threshold", layer, name, expert]["threshold"] == pytest.approx(float(value))

@@ -118,3 +118,15 @@ def test_random_tokens_are_told_to_draw_nothing(tmp_path, capsys):
     moma_jax.train(tiny(tmp_path, train_steps=1, train_samples=(DRAWN,)))
     assert "warning: train.samples: random tokens are no text" in capsys.readouterr().out
     assert not (tmp_path / "sheets").exists()
+
+
+def test_samples_that_cannot_be_drawn_cost_no_update(tmp_path, monkeypatch):
+    """The checkpoint is written first, and the run ends as ever."""
+
+    def sampled(self, state, step, last):
+        raise InputError("no such picture")
+
+    monkeypatch.setattr("moma_jax.training.pretrain.Pretraining.sampled", sampled)
+    moma_jax.train(tiny(tmp_path, train_steps=1), quiet=True)
+    events = [r["event"] for r in read_metrics(str(tmp_path)) if r["kind"] == "event"]
+    assert "train.samples: nothing was drawn: no such picture" in events
