@@ -159,18 +159,21 @@ def _check_batches(config: Config) -> None:
         )
     names = [s.name for s in config.train.eval_sets]
     require(len(set(names)) == len(names), "train.eval_sets: two have the same name")
-    wrong = next((name for name in names if re.fullmatch(r"[\w.+-]+", name, re.ASCII) is None), None)
-    require(wrong is None, f"train.eval_sets: {wrong!r} is no name for files; use letters and digits")
+    for name in names:
+        _check_file_name("train.eval_sets", name)
     _check_eval_routings(config)
     _check_samples(config)
+
+
+def _check_file_name(where: str, name: str) -> None:
+    known = re.fullmatch(r"[\w.+-]+", name, re.ASCII) is not None
+    require(known, f"{where}: {name!r} is no name for files; use letters and digits")
 
 
 def _check_samples(config: Config) -> None:
     for samples in config.train.samples:
         where = f"train.samples: {samples.name}"
-        require(
-            re.fullmatch(r"[\w.+-]+", samples.name) is not None, f"{where} is no name for files; use letters and digits"
-        )
+        _check_file_name("train.samples", samples.name)
         require(0 < len(samples.prompts) <= 64, f'{where}: give 1 to 64 prompts, such as ["A red circle"]')
         places, given = sum(prompt.count("<image>") for prompt in samples.prompts), len(samples.images)
         require(

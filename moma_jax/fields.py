@@ -12,6 +12,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -182,6 +183,15 @@ def may_change(kind: type, where: str = "") -> set[str]:
         elif dataclasses.is_dataclass(annotation):
             paths |= may_change(annotation, _path(where, name))
     return paths
+
+
+def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of a config as plain dictionaries, by dotted name; an empty dictionary is one."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from leaves(item, _path(where, name))
+    else:
+        yield where, value
 
 
 def differences(before: Any, after: Any, where: str = "") -> list[str]:

@@ -85,6 +85,14 @@ class Vocabulary:
         return table_V
 
     @property
+    def code_V(self) -> np.ndarray:
+        """Code of every id, its place among its modality's ids, int32 of shape (V,)."""
+        table_V = np.zeros(self.size, np.int32)
+        for modality in self.modalities:
+            table_V[modality.code_ids] = np.arange(modality.size)
+        return table_V
+
+    @property
     def token_dtype(self) -> str:
         """Smallest unsigned type that holds every id: "uint16" or "uint32"."""
         return "uint16" if self.size <= 1 << 16 else "uint32"

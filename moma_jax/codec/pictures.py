@@ -5,6 +5,7 @@ A picture has the codec's size: scaled as a whole, or a square of it alone.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import io
@@ -195,6 +196,11 @@ def png_of(picture: Image.Image) -> bytes:
     content = io.BytesIO()
     picture.save(content, "PNG")
     return content.getvalue()
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as an address that holds it whole, for HTML."""
+    return f"data:image/png;base64,{base64.b64encode(png_of(picture)).decode()}"
 
 
 def checked_codes(codes_NC, codes: int, codebook: int) -> np.ndarray:

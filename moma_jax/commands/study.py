@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from moma_jax.data.directory import Directory
 from moma_jax.errors import require
 from moma_jax.studies.jobs import chosen, state
 from moma_jax.studies.matching import match_rows, match_variants
@@ -103,7 +103,7 @@ def _index(variable: str) -> int:
 
 def _report(study: Study, path: str, options: StudyOptions) -> None:
     from moma_jax.runs.journal import finite
-    from moma_jax.studies.report import compared_runs, write_report
+    from moma_jax.studies.report import write_report
 
     added = {}
     for word in options.add:
@@ -115,11 +115,11 @@ def _report(study: Study, path: str, options: StudyOptions) -> None:
         require(name not in added, f"--add: two runs have the name {name}; rename one")
         added[name] = runs
     out = options.out or f"{study.dir.rstrip('/')}/report-{Path(path).stem}"
-    result = write_report(study, out, added)
     if options.html:
         from moma_jax.page.study import study_page
 
-        Directory(out).write("page.html", study_page(study, *compared_runs(study, added)))
+        write_report = functools.partial(write_report, pages={"page.html": study_page})
+    result = write_report(study, out, added)
     if options.json:
         print(json.dumps(finite(result), allow_nan=False))
     else:

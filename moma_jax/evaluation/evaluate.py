@@ -147,7 +147,7 @@ class EvalReport(NamedTuple):
       by_group: the same of each group of experts that has a router; with mixture of depths of tokens that entered the
         layers 0, 2, 4, ..., by modality.
       metrics: what the routing rule only records.
-      selections: as of `DecoderOutput`.
+      selections: as of `DecoderOutput`; {} where they were not asked for.
     """
 
     nats_BS: Any
@@ -157,11 +157,11 @@ class EvalReport(NamedTuple):
     selections: dict[str, Any]
 
 
-def make_eval_step(program: Program) -> Callable:
+def make_eval_step(program: Program, selections: bool = False) -> Callable:
     """Jitted (params, routing_state, batch, first_group) -> EvalReport, without noise, whole on every device.
 
     The routing is that of `program.decoder`. `first_group` is the global index of the batch's first routing group, so
-    that how rows are split into batches changes nothing.
+    that how rows are split into batches changes nothing. `selections`: report them, too.
     """
     config = program.config
 
@@ -171,7 +171,8 @@ def make_eval_step(program: Program) -> Callable:
         output = run_decoder(program, params, batch, step, group_G, routing_state, False, return_selections=True)
         targets = (params["unembedding"]["kernel_DV"], batch.target_BS, batch.weight_BS)
         nats_BS = objective.token_nats(output.hidden_BSD, *targets, chunk=config.train.loss_chunk)
-        return EvalReport(nats_BS, *_entered(config, output.selections, batch), output.metrics, output.selections)
+        kept = output.selections if selections else {}
+        return EvalReport(nats_BS, *_entered(config, output.selections, batch), output.metrics, kept)
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
 
@@ -209,7 +210,7 @@ class Evaluator:
         telemetry = telemetry and bool(program.config.routed)
         self._telemetry = defaultdict(lambda: Telemetry(program.config, vocabulary)) if telemetry else None
         self._telemetry_files: dict[str, dict[str, bytes]] = {}
-        self._steps = {name: make_eval_step(program._replace(decoder=decoder)) for name, decoder in decoders.items()}
+        self._steps = {n: make_eval_step(program._replace(decoder=d), telemetry) for n, d in decoders.items()}
         self._compiled: dict[tuple, Callable] = {}
         self._documents: dict[str, Any] = {}
 

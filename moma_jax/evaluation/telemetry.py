@@ -11,7 +11,6 @@ token, with its id, document, modality and place in a picture, and for each laye
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ import numpy as np
 
 from moma_jax.batch import Batch
 from moma_jax.config import Config
+from moma_jax.evaluation.documents import to_bytes
 from moma_jax.geometry import group_capacity
-from moma_jax.late import pa, pq
+from moma_jax.late import pa
 from moma_jax.model.depth import SELECTED
 from moma_jax.router import Selection
 from moma_jax.routers.choice import thresholds
@@ -85,7 +85,7 @@ def members(config: Config, selections: dict[str, Selection], batch: Batch) -> I
     layers, halves = config.model.layers, {"": slice(None)}
     if config.depth:
         halves = {"even/": slice(0, None, 2), "odd/": slice(1, None, 2)}
-        entered = _in_rows(selections[SELECTED], batch.token_BS.shape[1])
+        entered = _offset(selections[SELECTED], batch.token_BS.shape[1])  # its groups are rows
         depth_PN1, at_K, gate_K = _dense(entered, len(modality_N))
         for group in config.depth:
             eligible_1N = np.isin(modality_N, group.modalities)[None]
@@ -107,11 +107,6 @@ def members(config: Config, selections: dict[str, Selection], batch: Batch) -> I
 def _offset(own: Selection, size: int) -> Selection:
     """(L, G, E, C) with tokens numbered over all groups, which have `size` each."""
     return own._replace(index_EC=own.index_EC + np.arange(own.index_EC.shape[1])[:, None, None] * size)
-
-
-def _in_rows(own: Selection, sequence: int) -> Selection:
-    """Who entered a layer, (P, B, 1, C), likewise."""
-    return _offset(own, sequence)
 
 
 def _through(own: Selection, entered: Selection, size: int) -> Selection:
@@ -147,7 +142,7 @@ class Telemetry:
         self._before: dict[Any, list[np.ndarray]] = {}
         self._now: dict[Any, list[np.ndarray]] = {}
         self._counts: dict[Any, dict[str, Any]] = {}
-        self._row: dict[str, list[Any]] = {}
+        self._row: dict[str, pa.Table] = {}
         self._tokens = 0
 
     @property
@@ -170,18 +165,16 @@ class Telemetry:
                 self._now.setdefault(key, []).append(bits)
                 self._count(key, found, id_N, place_N)
             if not self._tokens:
-                columns = (id_N[:sequence], batch.segment_BS[0], batch.modality_BS[0], place_N[:sequence])
-                first = [np.asarray(column).tolist() for column in columns]
-                self._row[routing] = [*first, experts_SL.tolist()]
+                columns = {"routing": [routing] * sequence, "token": id_N[:sequence], "document": batch.segment_BS[0]}
+                columns |= {"modality": batch.modality_BS[0], "place": place_N[:sequence]}
+                self._row[routing] = pa.table(columns | {"experts": experts_SL.tolist()})
         self._tokens += id_N.size
 
     def _count(self, key: Any, found: Members, id_N: np.ndarray, place_N: np.ndarray) -> None:
-        layers, tokens, experts = shape = found.taken_LNE.shape
+        layers, _, experts = shape = found.taken_LNE.shape
         wide, ids = found.taken_LNE.astype(np.float32), self._vocabulary.size
-        token_K, cell_K = (
-            found.at_K // experts % tokens,
-            found.at_K // (tokens * experts) * experts + (found.at_K % experts),
-        )
+        layer_K, token_K, expert_K = np.unravel_index(found.at_K, shape)
+        cell_K = layer_K * experts + expert_K
         gate_K = np.clip(found.gate_K.astype(np.float64), 1e-7, 1 - 1e-7)
         bits_K = -gate_K * np.log2(gate_K) - (1 - gate_K) * np.log2(1 - gate_K)
         of_expert = lambda weight_K: np.bincount(cell_K, weight_K, layers * experts).reshape(layers, experts)  # noqa: E731
@@ -217,11 +210,9 @@ class Telemetry:
             about = {"routing": routing, "group": group}
             rows += [about | row for row in self._rows(group, layer_L, counts, kept_LE, threshold_LE)]
         rows.sort(key=lambda row: (row["routing"], row["layer"]))
-        tokens = [[routing] * len(row[0]) for routing, row in self._row.items()]
-        columns = [sum(parts, []) for parts in zip(*self._row.values(), strict=True)]
-        row = dict(zip(("routing", "token", "document", "modality", "place", "experts"), [sum(tokens, []), *columns]))  # noqa: B905
+        table, packed = pa.Table.from_pylist(rows, _schema()), list(self._row.values())
         self._before, self._now, self._counts, self._row, self._tokens = self._now, {}, {}, {}, 0
-        return {TABLE: _bytes(pa.Table.from_pylist(rows, _schema())), ROW: _bytes(pa.table(row))}
+        return {TABLE: to_bytes([table]), ROW: to_bytes(packed)}
 
     def _kept(self, key: Any) -> np.ndarray | None:
         """Of each expert's tokens of this evaluation and the one before, those of both over those of either."""
@@ -266,12 +257,6 @@ class Telemetry:
                     "place_taken": counts["place_LEP"][number, expert].tolist() if "place_LP" in counts else None,
                     "place_seen": counts["place_LP"][number].tolist() if "place_LP" in counts else None,
                 }
-
-
-def _bytes(table: pa.Table) -> bytes:
-    content = io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
-    return content.getvalue()
 
 
 def _histogram(cell_K: np.ndarray, value_K: np.ndarray, length: int, shape: tuple[int, int, int]) -> np.ndarray:

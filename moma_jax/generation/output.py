@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from moma_jax.codec.pictures import png_of
+from moma_jax.codec.pictures import data_uri
 from moma_jax.data.documents import Codes
 from moma_jax.generation.grammar import IMAGE
 from moma_jax.generation.prompts import Language
@@ -61,8 +60,7 @@ def _as_html(segment: str | Image.Image | Codes) -> str:
             return f"<p style='white-space: pre-wrap'>{html.escape(segment)}</p>"
         case Codes():
             return f"<p>[{len(segment.codes)} codes of {html.escape(segment.modality)}]</p>"
-    content = base64.b64encode(png_of(enlarged(segment))).decode()
-    return f"<img alt='picture' src='data:image/png;base64,{content}'>"
+    return f"<img alt='picture' src='{data_uri(enlarged(segment))}'>"
 
 
 def enlarged(picture: Image.Image, scale: int | None = None) -> Image.Image:
@@ -111,10 +109,7 @@ class OutputReader:
         vocabulary = language.vocabulary
         self._modality_V = vocabulary.modality_V
         self._marks = {mark for m in vocabulary.modalities if m.span for mark in (m.begin, m.end)}
-        # An id's code is its place among its modality's ids.
-        self._code_V = np.zeros(vocabulary.size, np.int32)
-        for modality in vocabulary.modalities:
-            self._code_V[modality.code_ids] = np.arange(modality.size)
+        self._code_V = vocabulary.code_V
         self._text: list[int] = []
         self._codes: list[int] = []
         self._modality, self._told = 0, 0

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from moma_jax.page.reading import Seen
+from moma_jax.runs.progress import time_spent
 from moma_jax.studies.comparison import Decided
 from moma_jax.studies.curves import OVERALL, Curve
 
@@ -105,12 +106,8 @@ def speeds(seen: list[Seen]) -> go.Figure:
 
 def shares(seen: list[Seen]) -> go.Figure | None:
     """Where the time of each run went."""
-    spent = {}
-    for each in seen:
-        record = each.train[-1] if each.train else {}
-        own = {name.removeprefix("spent_"): value for name, value in record.items() if name.startswith("spent_")}
-        if own:
-            spent[each.name] = {"steps": max(record["wall_seconds"] - sum(own.values()), 0.0), **own}
+    spent = {each.name: time_spent(each.train[-1]) for each in seen if each.train}
+    spent = {name: own for name, own in spent.items() if len(own) > 1}  # older runs did not say
     if not spent:
         return None
     figure = go.Figure(layout={"barmode": "stack"})

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from moma_jax.codec.pictures import png_of
+from moma_jax.codec.pictures import data_uri
 from moma_jax.generation.output import enlarged
 from moma_jax.page.reading import Seen
 
@@ -111,27 +110,11 @@ def favourites(seen: Seen, group: Group) -> str:
 
 
 def _words(seen: Seen, row: dict[str, Any]) -> str:
-    shown = []
-    names = id_names(seen)
-    for token, taken, possible in zip(row["top_ids"], row["top_taken"], row["top_seen"], strict=True):
-        shown.append(f"<code title='{taken:,} of {possible:,}'>{html.escape(names(token))}</code>")
-    return " ".join(shown[:TOP_SHOWN])
-
-
-def id_names(seen: Seen) -> Callable[[int], str]:
-    """What an id is in words."""
-    if seen.store is None:
-        return lambda token: f"#{token}"
-    vocabulary, text = seen.store.vocabulary, seen.store.text_codec()
-    code_V, owner_V = np.full(vocabulary.size, -1), vocabulary.modality_V
-    for own in vocabulary.modalities:
-        code_V[own.code_ids] = np.arange(own.size)
-
-    def name(token: int) -> str:
-        modality = vocabulary.modalities[owner_V[token]]
-        return f"{modality.name} {code_V[token]}" if modality.span else text.decode([token]) or f"#{token}"
-
-    return name
+    shown = list(zip(row["top_ids"], row["top_taken"], row["top_seen"], strict=True))[:TOP_SHOWN]
+    return " ".join(
+        f"<code title='{taken:,} of {possible:,}'>{html.escape(seen.name_of_id(token))}</code>"
+        for token, taken, possible in shown
+    )
 
 
 def _places(row: dict[str, Any]) -> str:
@@ -145,9 +128,8 @@ def _places(row: dict[str, Any]) -> str:
 
 
 def _image(pixels_NN3: np.ndarray, words: str, side: int) -> str:
-    content = base64.b64encode(png_of(enlarged(Image.fromarray(pixels_NN3)))).decode()
-    words = html.escape(words)
-    return f"<img width='{side}' alt='{words}' title='{words}' src='data:image/png;base64,{content}'>"
+    words, content = html.escape(words), data_uri(enlarged(Image.fromarray(pixels_NN3)))
+    return f"<img width='{side}' alt='{words}' title='{words}' src='{content}'>"
 
 
 # One packed row -------------------------------------------------------------------------------------------------------
@@ -172,15 +154,13 @@ def _spans(own: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
 
 def _span(seen: Seen, own: list[dict[str, Any]], start: int, stop: int) -> str:
     document, modality = own[start]["document"], own[start]["modality"]
-    names, shade = id_names(seen), "odd" if document % 2 else "even"
-    known = seen.store is not None and seen.store.vocabulary.modalities[modality].span
-    if not known:
-        words = "".join(_token(own[i], html.escape(names(own[i]["token"]))) for i in range(start, stop))
+    shade, tokens = "odd" if document % 2 else "even", own[start:stop]
+    span = 0 if seen.store is None else seen.store.vocabulary.modalities[modality].span
+    if not span:
+        words = "".join(_token(token, html.escape(seen.name_of_id(token["token"]))) for token in tokens)
         return f"<span class='text {shade}' title='document {document}'>{words}</span>"
-    span = seen.store.vocabulary.modalities[modality].span
-    side = math.isqrt(span)
-    cells = "".join(_token(own[i], "", own[i]["place"]) for i in range(start, stop) if own[i]["place"] >= 0)
-    back = _picture(seen, own[start:stop], modality)
+    cells = "".join(_token(token, "", token["place"]) for token in tokens if token["place"] >= 0)
+    side, back = math.isqrt(span), _picture(seen, tokens, modality)
     return f"<span class='picture {shade}' title='document {document}' style='--side:{side};{back}'>{cells}</span>"
 
 
@@ -192,11 +172,9 @@ def _token(token: dict[str, Any], words: str, place: int | None = None) -> str:
 
 def _picture(seen: Seen, own: list[dict[str, Any]], modality: int) -> str:
     """The picture itself as a background, where all its codes are in the row and the codec draws."""
-    vocabulary, codec = seen.store.vocabulary, seen.store.image_codec()
-    ids = vocabulary.modalities[modality]
-    if codec is None or not codec.draws or len(own) != codec.codes_per_image or ids.name != "image":
+    vocabulary, codec = seen.store.vocabulary, seen.codec
+    name = vocabulary.modalities[modality].name
+    if codec is None or not codec.draws or len(own) != codec.codes_per_image or name != "image":
         return ""
-    code_V = np.full(vocabulary.size, -1)
-    code_V[ids.code_ids] = np.arange(ids.size)
-    (picture,) = codec.decode(code_V[[token["token"] for token in own]][None])
-    return f"background-image:url(data:image/png;base64,{base64.b64encode(png_of(enlarged(picture))).decode()})"
+    (picture,) = codec.decode(vocabulary.code_V[[token["token"] for token in own]][None])
+    return f"background-image:url({data_uri(enlarged(picture))})"

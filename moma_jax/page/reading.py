@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
+from moma_jax.codec import Codec
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.data.store import Store, open_store
@@ -19,6 +22,8 @@ from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import SHEETS, records_of
 from moma_jax.studies.curves import Run, read_run
 
+MOST_SHEETS = 6
+"""Of one name of samples, the newest."""
 FILE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.(?:row\.)?(?:parquet|png)")
 
 
@@ -30,8 +35,8 @@ class Seen:
       name: how the page calls it. run: its curves. config: None where it cannot be read by this version.
       records: all of metrics.jsonl.
       experts: rows of the newest telemetry (`evaluation.telemetry.COLUMNS`), with its "step"; () without.
-      row: its packed row, token by token. kept: by step, the mean of `kept` over all experts.
-      sheets: pictures by name and step. store: for decoding; None where it is not there.
+      row: its packed row, token by token.
+      sheets: the newest pictures by name and step. store: for decoding; None where it is not there.
     """
 
     name: str
@@ -52,6 +57,25 @@ class Seen:
     def evaluated(self) -> list[dict[str, Any]]:
         """The eval records."""
         return [r for r in self.records if r["kind"] == "eval"]
+
+    @cached_property
+    def codec(self) -> Codec | None:
+        """The store's image codec."""
+        return None if self.store is None else self.store.image_codec()
+
+    @cached_property
+    def name_of_id(self) -> Callable[[int], str]:
+        """What an id is in words."""
+        if self.store is None:
+            return lambda token: f"#{token}"
+        vocabulary, text = self.store.vocabulary, self.store.text_codec()
+        code_V, owner_V = vocabulary.code_V, vocabulary.modality_V
+
+        def name(token: int) -> str:
+            modality = vocabulary.modalities[owner_V[token]]
+            return f"{modality.name} {code_V[token]}" if modality.span else text.decode([token]) or f"#{token}"
+
+        return name
 
 
 def read_seen(path: str, name: str | None = None) -> Seen:
@@ -105,7 +129,7 @@ def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[st
 
 def _sheets(home: RunDir) -> dict[str, dict[int, Image.Image]]:
     return {
-        name: {step: Image.open(io.BytesIO(home.read(path))) for step, path in sorted(steps.items())}
+        name: {step: Image.open(io.BytesIO(home.read(path))) for step, path in sorted(steps.items())[-MOST_SHEETS:]}
         for name, steps in _steps(home, SHEETS, ".png").items()
     }
 

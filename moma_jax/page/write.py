@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Iterable, Iterator
@@ -13,18 +12,17 @@ import plotly.graph_objects as go
 import plotly.offline
 from PIL import Image
 
-from moma_jax.codec.pictures import png_of
+from moma_jax.codec.pictures import data_uri
 from moma_jax.config import Config
 from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
+from moma_jax.fields import leaves
 from moma_jax.page import curves, experts
 from moma_jax.page.reading import Seen
 from moma_jax.router import CAUSAL_ROUTINGS
 
 MOST_BYTES = 8 << 20
 """Of a page."""
-MOST_SHEETS = 6
-"""Of one name of samples that are shown, the newest."""
 SHEET_WIDTH = 960
 MOST_NAMED = 40
 """Experts of a run that are listed as dead or overloaded."""
@@ -200,9 +198,9 @@ def _samples(seen: list[Seen]) -> Iterator[Section]:
     for number, each in enumerate(each for each in seen if each.sheets):
         shown = []
         for name, sheets in each.sheets.items():
-            for step in sorted(sheets)[-MOST_SHEETS:]:
+            for step, picture in sheets.items():
                 words = html.escape(f"{name}, update {step:,}")
-                shown.append(f"<figure><figcaption>{words}</figcaption>{_sheet(sheets[step], words)}</figure>")
+                shown.append(f"<figure><figcaption>{words}</figcaption>{_sheet(picture, words)}</figure>")
         yield Section(f"samples-{number}", f"Samples: {each.name}", "What it wrote and drew.", "".join(reversed(shown)))
 
 
@@ -210,8 +208,7 @@ def _sheet(picture: Image.Image, words: str) -> str:
     if picture.width > SHEET_WIDTH:
         picture = picture.resize((SHEET_WIDTH, round(picture.height * SHEET_WIDTH / picture.width)))
     few = picture.convert("RGB").quantize(128).convert("RGB")
-    content = base64.b64encode(png_of(few)).decode()
-    return f"<img class='sheet' loading='lazy' alt='{words}' src='data:image/png;base64,{content}'>"
+    return f"<img class='sheet' loading='lazy' alt='{words}' src='{data_uri(few)}'>"
 
 
 def _speed(seen: list[Seen]) -> Section:
@@ -221,21 +218,13 @@ def _speed(seen: list[Seen]) -> Section:
 
 def _configs(seen: list[Seen]) -> Section:
     """Fields that differ between runs; of one run those that are not the defaults."""
-    flat = [dict(_leaves({k: v for k, v in each.run.config.items() if k not in OTHER_PLACES})) for each in seen]
-    others = flat if len(seen) > 1 else [*flat, dict(_leaves(to_json(Config())))]
+    flat = [dict(leaves({k: v for k, v in each.run.config.items() if k not in OTHER_PLACES})) for each in seen]
+    others = flat if len(seen) > 1 else [*flat, dict(leaves(to_json(Config())))]
     names = dict.fromkeys(name for own in flat for name in own)
     rows = [[name, *("-" if name not in own else _short(own[name]) for own in others)] for name in names]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     heads = ["field", *(each.name for each in seen)] + (["default"] if len(seen) == 1 else [])
     return Section("config", "Configs", "Fields that differ.", table(heads, rows) if rows else "")
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from _leaves(item, f"{path}.{name}" if path else name)
-    else:
-        yield path, value
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from PIL import Image
 from moma_jax import hosts
 from moma_jax.codec.pictures import png_of
 from moma_jax.errors import InputError
+from moma_jax.fields import leaves
 from moma_jax.late import pq
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.figures import figures_of
 
 SCHEMA = 1
 METRICS = "metrics.jsonl"
@@ -37,6 +39,11 @@ SEGMENTS = "metrics/"
 SHEETS = "sheets/"
 SKIPPED = "update skipped: loss or gradient not finite"
 """An event."""
+
+
+def sheet_file(name: str, step: int, end: str = ".png") -> str:
+    """Where a run keeps a sheet, and what belongs to it."""
+    return f"{SHEETS}{name}-{step:08d}{end}"
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
@@ -162,7 +169,7 @@ class RunSink:
 
     def draw(self, name: str, step: int, picture: Image.Image) -> None:
         """Writes the picture, as RUN/sheets/NAME-STEP.png."""
-        self._run.write(f"{SHEETS}{name}-{step:08d}.png", png_of(picture))
+        self._run.write(sheet_file(name, step), png_of(picture))
 
 
 class FileSink(RunSink):
@@ -230,16 +237,15 @@ class TensorBoardSink:
 
         self._writer = SummaryWriter(path, purge_step=step + 1 if step else None)
         if config is not None and not step:
-            for part in hparams(dict(_leaves(config)), {"train/loss": 0.0}):
+            plain = (bool, int, float, str)  # what TensorBoard takes
+            told = {name: v if isinstance(v, plain) else json.dumps(v) for name, v in leaves(config) if v != {}}
+            for part in hparams(told, {"train/loss": 0.0}):
                 self._writer.file_writer.add_summary(part)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds every number of the record."""
-        places = (record["kind"], record.get("eval_set"), record.get("routing"))
-        prefix = "/".join(place for place in places if place)
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name not in ("schema", "step", "time"):
-                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"], walltime=record["time"])
+        for name, value in figures_of(record).items():
+            self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
     def draw(self, name: str, step: int, picture: Image.Image) -> None:
         """Adds the picture."""
@@ -265,15 +271,6 @@ class TensorBoardSink:
     def close(self) -> None:
         """Ends the event file."""
         self._writer.close()
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of a config by dotted name, of the kinds that TensorBoard takes."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _leaves(item, f"{path}.{name}" if path else name)
-    else:
-        yield path, value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
 class UserSink:

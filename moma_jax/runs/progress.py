@@ -53,15 +53,19 @@ class RunProgress(Display):
         return f"{said}  {speed:,.{1 if speed < 10 else 0}f} {counted}/s{mfu}  {left} left{shares}"
 
 
+def time_spent(record: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a record's run so far by what they were spent on; what is left are steps."""
+    spent = {name.removeprefix("spent_"): value for name, value in record.items() if name.startswith("spent_")}
+    return {"steps": max(record["wall_seconds"] - sum(spent.values()), 0.0), **spent}
+
+
 def time_shares(record: dict[str, Any], least: float = 0.005) -> str:
     """`time: steps 81%, evaluation 12%, compile 7%` of a record, where time went since the run began.
 
     Args: `least`: smaller shares are left out.
     """
     wall = max(record["wall_seconds"], 1e-9)
-    spent = {name.removeprefix("spent_"): value for name, value in record.items() if name.startswith("spent_")}
-    shares = {"steps": wall - sum(spent.values()), **spent}
-    shown = sorted(((seconds / wall, name) for name, seconds in shares.items()), reverse=True)
+    shown = sorted(((seconds / wall, name) for name, seconds in time_spent(record).items()), reverse=True)
     return "time: " + ", ".join(f"{name} {share:.0%}" for share, name in shown if share >= least)
 
 

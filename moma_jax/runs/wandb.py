@@ -14,9 +14,9 @@ from PIL import Image
 
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.figures import figures_of
 
 FILE = "wandb.json"
-ABOUT = ("schema", "kind", "step", "time", "eval_set", "routing", "event")
 
 
 class WandbSink:
@@ -52,16 +52,9 @@ class WandbSink:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds every number of the record; of events the last one stands in the summary."""
-        places = (record["kind"], record.get("eval_set"), record.get("routing"))
-        prefix = "/".join(place for place in places if place)
-        figures = {
-            f"{prefix}/{name}": value
-            for name, value in record.items()
-            if isinstance(value, (int, float)) and name not in ABOUT
-        }
         if "event" in record:
             self._run.summary["event"] = record["event"]
-        if figures:
+        if figures := figures_of(record):
             self._run.log({**figures, "update": record["step"]})
 
     def draw(self, name: str, step: int, picture: Image.Image) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import statistics
 import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -48,7 +49,11 @@ PLACES = ("run", "variant", "size", "budget", "seed")
 AXES = ("step", "tokens", "flops", "seconds")
 
 
-def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any]:
+Page = Callable[[Study, list[Run], Finished], bytes]
+"""What makes a further file of a report from the study, its runs, and the finished ones."""
+
+
+def write_report(study: Study, out: str, added: dict[str, str], pages: Mapping[str, Page] = {}) -> dict[str, Any]:
     """Compares the finished runs of a study with its baseline (paper section 9) and writes a report of it.
 
     Args:
@@ -57,6 +62,7 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
         replaced one by one, each whole.
       added: further runs by the variant's name that they get, directories or records (`studies.records`); several of
         one name, of different seeds, with commas between their paths.
+      pages: further files by name.
 
     Returns:
       The content of report.json: "study" (where the runs are), "baseline", "runs" and "finished" (counts), "final"
@@ -74,9 +80,10 @@ def write_report(study: Study, out: str, added: dict[str, str]) -> dict[str, Any
     figures = {name: draw(finished, size, axis) for (size, axis), name in figure_names(finished).items()}
     tables = {"runs.csv": _csv(runs, finished), "curves.parquet": _parquet(runs)}
     text = report_text(study, runs, finished, verdicts, compared, laws)
+    further = {name: make(study, runs, finished) for name, make in pages.items()}
     home = Directory(out)  # a RunDir's `write` asks for devices, which a run may hold
     home.write_json(RESULT, finite(result))  # first: by it a directory is known as ours
-    for name, content in (figures | tables | {"report.md": text.encode()}).items():
+    for name, content in (figures | tables | {"report.md": text.encode()} | further).items():
         home.write(name, content)
     return result
 

@@ -25,7 +25,7 @@ from moma_jax.evaluation.telemetry import FOLDER as TELEMETRY
 from moma_jax.evaluation.telemetry import TABLE
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command, processor
-from moma_jax.runs.journal import SHEETS, SKIPPED, finite, open_journal, read_metrics
+from moma_jax.runs.journal import SKIPPED, finite, open_journal, read_metrics, sheet_file
 from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
 from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
@@ -267,8 +267,8 @@ class Loop:
         try:
             for name, sheet, written in self.stage.sampled(self.state, self.step, last):
                 self.journal.draw(name, self.step, sheet)
-                self.run.write_json(f"{SHEETS}{name}-{self.step:08d}.json", written)
-                where = self.run.join(f"{SHEETS}{name}-{self.step:08d}.png")
+                self.run.write_json(sheet_file(name, self.step, ".json"), written)
+                where = self.run.join(sheet_file(name, self.step))
                 self.journal.write({"kind": "event", "step": self.step, "event": f"{name}: {where}"})
         except (InputError, RunError) as error:
             event = f"train.samples: nothing was drawn: {error}"

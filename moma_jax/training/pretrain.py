@@ -117,12 +117,14 @@ class Pretraining(TokenStage):
             "commit": commit(),
         }
         self.warnings = _warnings(config)
-        self._samples = config.train.samples
-        if self._samples and (hosts.several() or config.data.kind != "store"):
-            why = "several hosts draw none; moma generate does, afterwards"
-            why = why if config.data.kind == "store" else "random tokens are no text and no pictures, so none are drawn"
+        self._samples, drawn_by_nobody = config.train.samples, None
+        if config.data.kind != "store":
+            drawn_by_nobody = "random tokens are no text and no pictures, so none are drawn"
+        elif hosts.several():
+            drawn_by_nobody = "several hosts draw none; moma generate does, afterwards"
+        if self._samples and drawn_by_nobody:
             self._samples = ()
-            self.warnings.append(f"warning: train.samples: {why}")
+            self.warnings.append(f"warning: train.samples: {drawn_by_nobody}")
         self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state), config.train.telemetry)
@@ -188,11 +190,9 @@ class Pretraining(TokenStage):
 
     def _calibrated(self, routing_state: Any) -> Any:
         """The routing state with the thresholds that were set by the final weights, once they are."""
-        return (
-            routing_state
-            if self._thresholds is None
-            else with_thresholds(routing_state, self._thresholds, self.program)
-        )
+        if self._thresholds is None:
+            return routing_state
+        return with_thresholds(routing_state, self._thresholds, self.program)
 
     def export(self, run: RunDir, state: TrainState) -> None:
         """Writes the last evaluation's losses by document; makes it where this process went on from the very end."""
