@@ -146,13 +146,14 @@ class EvalReport(NamedTuple):
       entered: int32 (token, layer, expert) triples of tokens and the routed experts that they entered.
       by_group: the same of each group of experts that has a router; with mixture of depths of tokens that entered the
         layers 0, 2, 4, ..., by modality.
-      metrics: what the routing rule only records.
+      groups: int32 routing groups that have tokens. metrics: what the routing rule only records, summed over them.
       selections: as of `DecoderOutput`; {} where they were not asked for.
     """
 
     nats_BS: Any
     entered: Any
     by_group: dict[str, Any]
+    groups: Any
     metrics: dict[str, Any]
     selections: dict[str, Any]
 
@@ -172,7 +173,9 @@ def make_eval_step(program: Program, selections: bool = False) -> Callable:
         targets = (params["unembedding"]["kernel_DV"], batch.target_BS, batch.weight_BS)
         nats_BS = objective.token_nats(output.hidden_BSD, *targets, chunk=config.train.loss_chunk)
         kept = output.selections if selections else {}
-        return EvalReport(nats_BS, *_entered(config, output.selections, batch), output.metrics, kept)
+        groups = jnp.sum(jnp.any(batch.segment_BS.reshape(len(group_G), -1) > 0, axis=1), dtype=jnp.int32)
+        metrics = {name: value * groups for name, value in output.metrics.items()}
+        return EvalReport(nats_BS, *_entered(config, output.selections, batch), groups, metrics, kept)
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(program.mesh))
 
@@ -230,7 +233,7 @@ class Evaluator:
                 compiled = self._compile(name, arguments)
                 started = time.perf_counter()
                 report = compiled(*arguments)
-                nats_BS[name], *counts = jax.device_get(report[:4])
+                nats_BS[name], *counts = jax.device_get(report[:5])
                 seconds[name] += time.perf_counter() - started
                 if telemetry is not None and telemetry.wants and hosts.is_first():
                     selections[name] = jax.device_get(report.selections)
@@ -277,11 +280,11 @@ class Evaluator:
         # same as the causal ones.
         if name != config.model.router.training_name or not config.routed:
             figures |= _perplexities(figures)
-        total, by_group, metrics = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *entered)
+        total, by_group, groups, metrics = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64)), *entered)
         counts = {"": total, **{f"_{group}": number for group, number in by_group.items()}}
         places = tokens * config.model.layers
         figures |= {f"experts_per_token{group}": float(number / places) for group, number in counts.items()}
-        return figures | {f"routing_{metric}": float(value / len(entered)) for metric, value in metrics.items()}
+        return figures | {f"routing_{metric}": float(value / groups) for metric, value in metrics.items()}
 
 
 def _perplexities(figures: Figures) -> Figures:

@@ -38,7 +38,8 @@ class DecoderOutput(NamedTuple):
       hidden_BSD: after the final norm, in compute dtype.
       routing_state: the state after this step, stacked over layers, by group of experts.
       losses: float32 scalars of the routing rule, averaged over routing groups, summed over layers.
-      metrics: float32 scalars of the routing rule that are only recorded, averaged over routing groups and layers.
+      metrics: float32 scalars of the routing rule that are only recorded, averaged over layers and the routing groups
+        that have tokens.
       report: tokens taken, layer by layer.
       selections: by group of experts, stacked (L, G, E, C), where asked for; else None. With mixture of depths they are
         stacked over pairs of layers, as "even/<group>" and "odd/<group>"; and "depth", who entered the even layers, in

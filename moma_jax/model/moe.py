@@ -59,7 +59,8 @@ class RoutingResult(NamedTuple):
     """What routing leaves behind beside the layer's output.
 
     Attributes:
-      state: new state by group of experts; losses and metrics: scalars; all averaged over routing groups.
+      state: new state by group of experts; losses: scalars; both averaged over routing groups.
+      metrics: scalars, averaged over the routing groups that have tokens, of all shards.
       taken_M3: int32 tokens of each modality taken by 0, 1, 2+ experts; predicted_M4: pairs that the auxiliary routers
         got right (`RoutingReport`); both summed over routing groups.
       selections: (G, E, C) by name.
@@ -132,11 +133,10 @@ def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, rout
 
 def over_shards(result: RoutingResult, before) -> RoutingResult:
     """What routing left behind on all shards of the batch; selections stay where they are. `before`: the old state."""
-    state, losses, metrics = sharding.pmean((result.state, result.losses, result.metrics), *BATCH)
+    state, losses = sharding.pmean((result.state, result.losses), *BATCH)
     taken_M3, predicted_M4 = sharding.psum((result.taken_M3, result.predicted_M4), *BATCH)
-    return RoutingResult(
-        jax.tree.map(as_before, state, before), losses, metrics, taken_M3, predicted_M4, result.selections
-    )
+    state = jax.tree.map(as_before, state, before)
+    return result._replace(state=state, losses=losses, taken_M3=taken_M3, predicted_M4=predicted_M4)
 
 
 def _axes(own: GroupSlots, weights: ExpertWeights, rule: Router, model: ModelConfig) -> ExpertWeights:
@@ -235,7 +235,7 @@ def _passed(routing: Routing) -> int:
 
 
 def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, routing: Routing) -> RoutingResult:
-    """Who takes which token, with the new state, losses and metrics averaged over routing groups; taken_M3 is None."""
+    """Who takes which token, with what it leaves behind on this shard (metrics: on all); taken_M3 is None."""
     selections, losses, metrics, state = dict(tokens.unrouted), {}, {}, dict(state)
     predicted_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
     for number, own in routing.routed:
@@ -254,8 +254,17 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
             extra, predicted_M4 = extra | {auxiliary.LOSS: loss}, predicted_M4 + own_M4
         for name, loss_G in extra.items():
             losses[name] = losses.get(name, 0.0) + loss_G.mean()
-        metrics |= {f"{name}_{group.name}": value_G.mean() for name, value_G in answer.metrics.items()}
+        for name, value_G in answer.metrics.items():
+            metrics[f"{name}_{group.name}"] = _mean_of_groups(value_G, tokens.modality_GT)
     return RoutingResult(state, losses, metrics, None, predicted_M4, selections)
+
+
+def _mean_of_groups(value_G, modality_GT):
+    """A metric's mean over the routing groups of all shards but those of padding alone, which say nothing."""
+    has_tokens_G = jnp.any(modality_GT >= 0, axis=1)
+    sums = jnp.sum(jnp.where(has_tokens_G, value_G, 0)), jnp.sum(has_tokens_G)
+    total, groups = sharding.psum(sums, *BATCH)
+    return total / jnp.maximum(groups, 1)
 
 
 def scores(x_GTD, weights: ExpertWeights, rule: Router):

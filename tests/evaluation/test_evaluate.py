@@ -12,6 +12,7 @@ import pytest
 from lettered import packed
 from runs import my_choice
 from tiny import tiny
+from top_two import TopTwo
 
 from moma_jax import evaluate, load, sharding
 from moma_jax.batch import Packed
@@ -171,6 +172,22 @@ def test_held_out_rows_are_weighed_once_whatever_the_batches():
     wide = [packed.batch for packed in held_out(tiny(train_batch_rows=8), eval_set, devices=4)]
     assert len(one) == 3 and len(wide) == 1 and len(wide[0].token_BS) == 8
     assert not wide[0].weight_BS[6:].any() and wide[0].weight_BS[:6].any()
+
+
+def test_what_a_rule_records_is_a_mean_over_the_routing_groups_that_have_tokens():
+    figures = []
+    for rows in (2, 4, 8):  # six rows are three batches of one group, two of two, one of three groups and padding
+        rule = {"model_ffn": "4t4i", "model_router": TopTwo(top=1, slack=1.0)}
+        config = tiny(train_batch_rows=rows, train_eval_sets=(EvalSet(rows=6, seed=3),), **rule)
+        program, state = make_program(config), first_routing_state(config)
+        with sharding.use_mesh(program.mesh):
+            evaluator = Evaluator(program, contiguous(config.data.modalities), scheduled(program, state))
+            evaluated = evaluator(create_state(program, state).params, state, config.train.eval_sets[0])
+        figures.append({name: value for name, value in evaluated["training"].items() if name.startswith("routing_")})
+    assert set(figures[0]) == {"routing_token_drop_text", "routing_token_drop_image"}
+    assert all(0 < value < 1 for value in figures[0].values()), figures
+    for other in figures[1:]:
+        assert other == pytest.approx(figures[0], rel=1e-5)
 
 
 def test_unigram_losses_are_those_of_smoothed_frequencies():
