@@ -2,7 +2,7 @@
 
 Command: python docs/results/pictures.py RUN --count 200 --out docs/results
 
-Held-out captions become pictures, held-out pictures become captions, and `scene_check` reads both.
+Held-out captions become pictures, held-out pictures become captions, and `moma_jax.evaluation.judge_scenes` reads both.
 What stands in pictures.md from the heading "## What it says" on is written by people and kept.
 """
 
@@ -26,12 +26,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from scene_check import Reading, Score, read_caption, read_picture, score_caption, score_picture
 
 import moma_jax
 from moma_jax.config import Config
 from moma_jax.data.store import KINDS, Store, open_store
 from moma_jax.errors import InputError, RunError
+from moma_jax.evaluation.judge_scenes import Reading, Score, read_caption, read_picture, score_caption, score_picture
 from moma_jax.generation import Guidance, Sampling
 from moma_jax.runs import directory as run_dir
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
-from scene_check import Count, Score
 
 import moma_jax
 from moma_jax.config import Config, DataConfig, ModelConfig, PrepareConfig, StoreConfig
 from moma_jax.data import scenes
 from moma_jax.data.prepare import prepare
 from moma_jax.errors import InputError
+from moma_jax.evaluation.judge_scenes import Count, Score
 
 SCRIPT = ROOT / "docs" / "results" / "pictures.py"
 spec = importlib.util.spec_from_file_location("pictures", SCRIPT)

@@ -1,6 +1,6 @@
 """An independent checker of drawn scenes: reads a picture's pixels and a caption's words, and scores one by the other.
 
-It shares with `scenes` the tables of colours and words alone; outlines and grammar are its own. It reads imperfect
+It shares with `data.scenes` the tables of colours and words alone; outlines and grammar are its own. It reads imperfect
 input, as models make it: wrong pixels, unknown colours, several things of one colour, text that is no sentence. What
 it cannot read counts as wrong, never as an error.
 
@@ -101,7 +101,7 @@ def read_picture(pixels_NN3: np.ndarray) -> Reading:
     side = len(pixels_NN3) if pixels_NN3.ndim else 0
     if pixels_NN3.dtype != np.uint8 or side < GRID or pixels_NN3.shape != (side, side, 3):
         raise InputError(
-            f"scene_check: pixels of shape {pixels_NN3.shape}, {pixels_NN3.dtype}; give uint8 (N, N, 3), N at least 16"
+            f"judge_scenes: pixels of shape {pixels_NN3.shape}, {pixels_NN3.dtype}; give uint8 (N, N, 3), N at least 16"
         )
     difference_NNC3 = pixels_NN3[:, :, None].astype(np.int32) - _RGB_C3
     nearest_NN = (difference_NNC3**2).sum(axis=-1).argmin(axis=-1)

@@ -6,11 +6,19 @@ import inspect
 
 import numpy as np
 import pytest
-import scene_check
-from scene_check import Claims, Count, Score, read_caption, read_picture, score_caption, score_picture
 
 from moma_jax.data import scenes
 from moma_jax.errors import InputError
+from moma_jax.evaluation import judge_scenes
+from moma_jax.evaluation.judge_scenes import (
+    Claims,
+    Count,
+    Score,
+    read_caption,
+    read_picture,
+    score_caption,
+    score_picture,
+)
 
 FIELDS = [field.name for field in dataclasses.fields(Score)]
 RGB = np.array([*scenes.COLOURS.values(), *scenes.BACKGROUNDS.values()], np.uint8)
@@ -86,7 +94,7 @@ def test_chance_is_far_from_right():
 def test_only_tables_are_shared_with_the_drawing():
     taken = [
         alias.name
-        for node in ast.walk(ast.parse(inspect.getsource(scene_check)))
+        for node in ast.walk(ast.parse(inspect.getsource(judge_scenes)))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moma_jax.data")
         for alias in node.names
     ]
