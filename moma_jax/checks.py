@@ -180,6 +180,8 @@ def _check_samples(config: Config) -> None:
             places == given, f"{where}: {places} times <image> in its prompts, and {given} images; give one for each"
         )
         require(samples.routing in (None, *CAUSAL_ROUTINGS), f"{where}: routing is one of {', '.join(CAUSAL_ROUTINGS)}")
+        lacks = _lacks_causal(config) if samples.routing == CAUSAL else None
+        require(lacks is None, f"{where}: routing causal cannot be, as the run has {lacks}")
     names = [samples.name for samples in config.train.samples]
     require(len(set(names)) == len(names), "train.samples: two have the same name")
 
@@ -190,10 +192,16 @@ def _check_eval_routings(config: Config) -> None:
     for name in names if not isinstance(rule, Unloaded) else ():
         require(name in known, f"train.eval_routings: {name!r} is not one of {', '.join(known)}")
     require(len(set(names)) == len(names), "train.eval_routings: one is named twice")
-    lacks = rule.lacks(CAUSAL, None) if CAUSAL in names and config.routed and not isinstance(rule, Unloaded) else None
+    lacks = _lacks_causal(config) if CAUSAL in names else None
     require(
         lacks is None, f"train.eval_routings: causal cannot be, as the run has {lacks}; or set model.router.auxiliary"
     )
+
+
+def _lacks_causal(config: Config) -> str | None:
+    """What keeps the run from the routing `causal` while it trains; None where nothing does."""
+    rule = config.model.router
+    return rule.lacks(CAUSAL, None) if config.routed and not isinstance(rule, Unloaded) else None
 
 
 def _check_data(config: Config) -> None:

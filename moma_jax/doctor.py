@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -52,7 +53,7 @@ def doctor() -> dict[str, Any]:
         "packages": _packages(),
         "extras": [name for name in EXTRAS if all(p["within"] for p in _packages(name).values())],
         "devices": _devices_or_error(),
-        "settings": {name: _home_hidden(os.environ[name]) for name in SETTINGS if name in os.environ},
+        "settings": {name: _hidden(os.environ[name]) for name in SETTINGS if name in os.environ},
         "disk": _disk(),
         "stores": {scheme: _credentials(*places) for scheme, places in CREDENTIALS.items()},
         "commit": commit(),
@@ -119,7 +120,7 @@ def _devices_or_error() -> dict[str, Any]:
         return _devices()
     except Exception as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
-        return {"error": _home_hidden(words[0])}
+        return {"error": _hidden(words[0])}
 
 
 def _devices() -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _disk() -> dict[str, Any]:
 
     use_cache(None)
     kept = cache_folder()
-    return {"free": shutil.disk_usage(".").free, "compiled_programs": _home_hidden(kept or "not kept")}
+    return {"free": shutil.disk_usage(".").free, "compiled_programs": _hidden(kept or "not kept")}
 
 
 def _credentials(variables: tuple[str, ...], file: str) -> str | None:
@@ -157,8 +158,10 @@ def _credentials(variables: tuple[str, ...], file: str) -> str | None:
     return f"~/{file}" if Path.home().joinpath(file).is_file() else None
 
 
-def _home_hidden(path: str) -> str:
-    return path.replace(str(Path.home()), "~")
+def _hidden(text: str) -> str:
+    """The text with ~ for the home directory, and without what follows the scheme of an address."""
+    text, home = re.sub(r"(\w+://)[^\s'\",;]+", r"\1...", text), str(Path.home())
+    return text if home == "/" else re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
 
 
 def _hours(devices: dict[str, Any]) -> dict[str, float]:

@@ -97,9 +97,10 @@ def load_as(path: str | Path, kind: type, from_json: Callable[[Any], Any], read_
     Args:
       from_json: reads a config.json. read_fields: checks the fields of what a recipe's config() returned.
     """
-    path, run = shipped.found(path), Path(path).is_dir()
+    path = shipped.found(path)
+    run = os.path.isdir(path)  # False for a name that is too long for files, where Path raises
     path = path / "config.json" if run else path
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(
             f"{path}: no such recipe; give a .py file, a config.json, a run directory or a name of `moma recipes`"
         )

@@ -6,6 +6,7 @@ The files are those of configs/: setup.py puts them into a wheel, and in a check
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 
@@ -26,10 +27,14 @@ def name_of(path: Path) -> str:
 
 
 def found(path: str | Path) -> Path:
-    """The path, if it exists or nothing of the package has that name; else the package's file of that name."""
+    """The path, if it exists or nothing of the package has that name; else the package's file of that name.
+
+    A folder without a config.json is no recipe, so it does not hide one of its name.
+    """
     named = folder() / f"{path}.py"
     is_name = not Path(path).is_absolute() and ".." not in Path(path).parts
-    return named if is_name and not Path(path).exists() and named.is_file() else Path(path)
+    there = os.path.join(path, "config.json") if os.path.isdir(path) else path
+    return named if is_name and not os.path.exists(there) and os.path.isfile(named) else Path(path)
 
 
 def neighbour(file: str, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Annotated, Any
 
@@ -74,7 +75,7 @@ def _page(paths: tuple[str, ...], out: str) -> None:
     from moma_jax.page.write import page
 
     require_new_file("--html", out)
-    if len(set(paths)) < len(paths) or not paths:
+    if len({os.path.realpath(path) for path in paths}) < len(paths) or not paths:
         raise InputError("moma show: name each run once, and at least one")
     names = [path.rstrip("/").rpartition("/")[2] for path in paths]
     alike = len(set(names)) < len(names)

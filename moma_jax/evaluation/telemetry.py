@@ -6,11 +6,15 @@ a held-out set. Layers that some tokens alone enter (mixture of depths) have a g
 the layer; their experts' shares are of the tokens that entered.
 
 SET-STEP.row.parquet is one packed row, the first of the set, as the model saw it: under each routing a row for each
-token, with its id, document, modality and place in a picture, and for each layer the experts that took it.
+token, with its id, document, modality and place in a picture, and for each layer the experts that took it, as bits
+(expert 0 is 1, expert 1 is 2; the last one, 2^62, stands for expert 62 and all from there).
+
+The files' metadata holds the hashes of the stores whose ids they count (`hashes_in`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +28,7 @@ from moma_jax.late import pa
 from moma_jax.model.depth import SELECTED
 from moma_jax.router import Selection
 from moma_jax.routers.choice import thresholds
+from moma_jax.runs.resume import hashes_of
 from moma_jax.vocab import Vocabulary
 
 FOLDER = "routing/"
@@ -31,7 +36,10 @@ FOLDER = "routing/"
 TABLE, ROW = ".parquet", ".row.parquet"
 """Ends of the names of an evaluation's files."""
 MOST_TOKENS = 1 << 17
-"""Positions of a held-out set that are counted, in whole batches."""
+"""Positions of a held-out set that are counted, in whole routing groups."""
+LAST_BIT = 62
+HASHES = "moma_hashes"
+"""Name of the files' metadata that `hashes_in` reads."""
 TOP = 32
 """Ids of an expert that are listed."""
 COLUMNS = {
@@ -139,6 +147,7 @@ class Telemetry:
 
     def __init__(self, config: Config, vocabulary: Vocabulary):
         self._config, self._vocabulary = config, vocabulary
+        self._about = {HASHES: json.dumps(hashes_of(config, vocabulary))}
         self._before: dict[Any, list[np.ndarray]] = {}
         self._now: dict[Any, list[np.ndarray]] = {}
         self._counts: dict[Any, dict[str, Any]] = {}
@@ -151,16 +160,16 @@ class Telemetry:
         return self._tokens < MOST_TOKENS
 
     def add(self, batch: Batch, selections: dict[str, dict[str, Selection]]) -> None:
-        """Counts a batch; `selections` by routing."""
+        """Counts a batch, or the part of it that is still wanted; `selections` by routing."""
+        batch, selections = self._wanted(batch, selections)
         id_N, place_N = batch.token_BS.reshape(-1), places(self._vocabulary, batch).reshape(-1)
         sequence = batch.token_BS.shape[1]
         for routing, own in selections.items():
-            experts_SL = np.zeros((sequence, self._config.model.layers), np.int32)
+            experts_SL = np.zeros((sequence, self._config.model.layers), np.int64)
             for found in members(self._config, own, batch):
                 key = (routing, found.group, found.layer_L)
-                bit_E = 1 << np.arange(found.taken_LNE.shape[2])
                 if found.group not in (gated.name for gated in self._config.depth):
-                    experts_SL[:, found.layer_L] += (found.taken_LNE[:, :sequence] @ bit_E).T.astype(np.int32)
+                    experts_SL[:, found.layer_L] |= _bits(found.taken_LNE[:, :sequence]).T
                 bits = np.packbits(found.taken_LNE, axis=1)
                 self._now.setdefault(key, []).append(bits)
                 self._count(key, found, id_N, place_N)
@@ -169,6 +178,17 @@ class Telemetry:
                 columns |= {"modality": batch.modality_BS[0], "place": place_N[:sequence]}
                 self._row[routing] = pa.table(columns | {"experts": experts_SL.tolist()})
         self._tokens += id_N.size
+
+    def _wanted(self, batch: Batch, selections: dict[str, dict[str, Selection]]):
+        """The first routing groups, as many as MOST_TOKENS leave room for, one at least."""
+        rows, sequence = batch.token_BS.shape
+        group_rows = self._config.data.group_rows
+        groups = max((MOST_TOKENS - self._tokens) // (group_rows * sequence), 1)
+        kept = min(rows, groups * group_rows)
+        # Selections are by row or by routing group.
+        cut = lambda chosen: Selection(*(x[:, : x.shape[1] * kept // rows] for x in chosen))  # noqa: E731
+        cut_all = {routing: {name: cut(x) for name, x in own.items()} for routing, own in selections.items()}
+        return Batch(*(x[:kept] for x in batch)), cut_all
 
     def _count(self, key: Any, found: Members, id_N: np.ndarray, place_N: np.ndarray) -> None:
         layers, _, experts = shape = found.taken_LNE.shape
@@ -211,6 +231,7 @@ class Telemetry:
             rows += [about | row for row in self._rows(group, layer_L, counts, kept_LE, threshold_LE)]
         rows.sort(key=lambda row: (row["routing"], row["layer"]))
         table, packed = pa.Table.from_pylist(rows, _schema()), list(self._row.values())
+        table, *packed = (each.replace_schema_metadata(self._about) for each in (table, *packed))
         self._before, self._now, self._counts, self._row, self._tokens = self._now, {}, {}, {}, 0
         return {TABLE: to_bytes([table]), ROW: to_bytes(packed)}
 
@@ -257,6 +278,18 @@ class Telemetry:
                     "place_taken": counts["place_LEP"][number, expert].tolist() if "place_LP" in counts else None,
                     "place_seen": counts["place_LP"][number].tolist() if "place_LP" in counts else None,
                 }
+
+
+def _bits(taken_LNE: np.ndarray) -> np.ndarray:
+    """Experts as bits of an int64 (L, N)."""
+    bit_E = np.int64(1) << np.minimum(np.arange(taken_LNE.shape[2]), LAST_BIT)
+    return np.bitwise_or.reduce(np.where(taken_LNE, bit_E, np.int64(0)), axis=2)
+
+
+def hashes_in(metadata: dict[bytes, bytes] | None) -> dict[str, str | None] | None:
+    """The hashes of the stores that a file was counted on, from its Parquet metadata; None where it does not say."""
+    found = (metadata or {}).get(HASHES.encode())
+    return None if found is None else json.loads(found)
 
 
 def _histogram(cell_K: np.ndarray, value_K: np.ndarray, length: int, shape: tuple[int, int, int]) -> np.ndarray:

@@ -8,12 +8,15 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from moma_jax.config import SampleConfig
+from moma_jax.config import Config, SampleConfig
+from moma_jax.data.store import open_store
+from moma_jax.errors import InputError
 from moma_jax.generation.generating import causal_routing, generate
 from moma_jax.generation.output import Output
-from moma_jax.generation.prompts import arranged
+from moma_jax.generation.prompts import Language, arranged, encode_prompt
 from moma_jax.generation.sampling import Guidance, Sampling
 from moma_jax.training.load import Loaded
+from moma_jax.vocab import Vocabulary
 
 CELL, SIDE, COLUMNS, LINE, MARGIN = 232, 208, 4, 14, 10
 """Pixels: of a cell's width and a picture's side; cells of a row; pixels of a line of text and around things."""
@@ -41,6 +44,18 @@ def draw_samples(loaded: Loaded, asked: SampleConfig) -> tuple[Image.Image, dict
     ]
     cells = [_cell(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
     return _sheet(cells), {"step": loaded.step, **settings, "samples": written}
+
+
+def require_drawable(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises InputError where a prompt of `train.samples` cannot be read: a run should not end with that news."""
+    store = open_store(config.data.stores[0].path)
+    language = Language(vocabulary, store.text_codec(), store.image_codec())
+    for asked in config.train.samples:
+        try:
+            for number, prompt in enumerate(arranged(asked.prompts, asked.images)):
+                encode_prompt(prompt, language, f"prompt {number}")
+        except InputError as error:
+            raise InputError(f"train.samples: {asked.name}: {error}") from error
 
 
 def _cell(prompt: list[str | Path], output: Output) -> Image.Image:

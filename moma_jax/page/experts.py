@@ -24,7 +24,7 @@ FIGURES = {
 DEAD, OVERLOADED = 0.1, 2.0
 """Loads below and above which an expert is named."""
 MASKS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
-"""Of experts, by number."""
+"""Of experts, by number; the ninth has the first one's again."""
 TOP_SHOWN = 12
 
 
@@ -164,8 +164,13 @@ def _span(seen: Seen, own: list[dict[str, Any]], start: int, stop: int) -> str:
     return f"<span class='picture {shade}' title='document {document}' style='--side:{side};{back}'>{cells}</span>"
 
 
+def experts_in(mask: int) -> list[int]:
+    """The numbers of the experts whose bits are set."""
+    return [expert for expert in range(mask.bit_length()) if mask >> expert & 1]
+
+
 def _token(token: dict[str, Any], words: str, place: int | None = None) -> str:
-    masks = ",".join(str(int(mask)) for mask in token["experts"])
+    masks = ",".join(".".join(map(str, experts_in(mask))) for mask in token["experts"])
     at = "" if place is None else f" style='--place:{place}'"
     return f"<b data-experts='{masks}'{at}>{words}</b>"
 

@@ -23,8 +23,8 @@ function changeAxis(plot, axis) {
 }
 
 // One expert is a colour, several are stripes of theirs, none is no colour.
-function colour(mask) {
-  const found = MASKS.filter((_, expert) => mask & (1 << expert));
+function colour(experts) {
+  const found = experts.map((expert) => MASKS[expert % MASKS.length]);
   if (found.length === 0) return "";
   if (found.length === 1) return found[0];
   const stripes = found.map((c, i) => `${c} ${4 * i}px ${4 * i + 4}px`);
@@ -33,9 +33,8 @@ function colour(mask) {
 
 function changeLayer(row, layer) {
   for (const token of row.querySelectorAll("b")) {
-    const mask = Number(token.dataset.experts.split(",")[layer]);
-    token.style.background = colour(mask);
-    const experts = [...Array(31).keys()].filter((e) => mask & (1 << e));
+    const experts = token.dataset.experts.split(",")[layer].split(".").filter((number) => number !== "");
+    token.style.background = colour(experts);
     token.title = experts.length ? "experts " + experts.join(", ") : "no expert";
   }
 }

@@ -16,7 +16,7 @@ from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.data.store import Store, open_store
 from moma_jax.errors import InputError
-from moma_jax.evaluation.telemetry import FOLDER, ROW, TABLE
+from moma_jax.evaluation.telemetry import COLUMNS, FOLDER, ROW, TABLE, hashes_in
 from moma_jax.late import pa, pq
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import SHEETS, records_of
@@ -24,6 +24,7 @@ from moma_jax.studies.curves import Run, read_run
 
 MOST_SHEETS = 6
 """Of one name of samples, the newest."""
+COLUMNS_OF = {TABLE: COLUMNS.keys(), ROW: {"routing", "token", "document", "modality", "place", "experts"}}
 FILE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.(?:row\.)?(?:parquet|png)")
 
 
@@ -36,7 +37,8 @@ class Seen:
       records: all of metrics.jsonl.
       experts: rows of the newest telemetry (`evaluation.telemetry.COLUMNS`), with its "step"; () without.
       row: its packed row, token by token.
-      sheets: the newest pictures by name and step. store: for decoding; None where it is not there.
+      sheets: the newest pictures by name and step. store: for decoding; None where it is not
+        there, or no longer the one whose ids the telemetry counted.
     """
 
     name: str
@@ -57,6 +59,11 @@ class Seen:
     def evaluated(self) -> list[dict[str, Any]]:
         """The eval records."""
         return [r for r in self.records if r["kind"] == "eval"]
+
+    @property
+    def unread(self) -> bool:
+        """Whether ids have a meaning that cannot be looked up."""
+        return self.store is None and (self.config is None or self.config.data.kind == "store")
 
     @cached_property
     def codec(self) -> Codec | None:
@@ -88,15 +95,17 @@ def read_seen(path: str, name: str | None = None) -> Seen:
     except InputError:
         config = None
     records = records_of(home) or []
+    experts, hashes = _newest(home, TABLE, config, records)
+    row, _ = _newest(home, ROW, config, records)
     return Seen(
         name or path.rstrip("/").rpartition("/")[2],
         read_run(name or path, "", None, path),
         config,
         records,
-        _newest(home, TABLE, config, records),
-        _newest(home, ROW, config, records),
+        experts,
+        row,
         _sheets(home),
-        _store(config),
+        _store(config, hashes),
     )
 
 
@@ -110,8 +119,8 @@ def _steps(home: RunDir, folder: str, end: str) -> dict[str, dict[int, str]]:
     return found
 
 
-def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the newest file of the first evaluation set, of steps that the records know."""
+def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[str, Any]]):
+    """Rows of the newest file of the first evaluation set, of steps that the records know, and its hashes."""
     found, last = _steps(home, FOLDER, end), max((r["step"] for r in records), default=0)
     order = [eval_set.name for eval_set in config.train.eval_sets] if config is not None else []
     for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
@@ -120,24 +129,38 @@ def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[st
             continue
         path = steps[max(steps)]
         try:
-            rows = pq.read_table(io.BytesIO(home.read(path))).to_pylist()
+            table = pq.read_table(io.BytesIO(home.read(path)))
+            rows = table.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{home.path}/{path}: is damaged ({error}); remove it") from error
-        return [row | {"step": max(steps)} for row in rows]
-    return []
+        if rows and (lacks := COLUMNS_OF[end] - rows[0].keys()):
+            raise InputError(f"{home.path}/{path}: has no column {min(lacks)}; remove it, another version wrote it")
+        return [row | {"step": max(steps)} for row in rows], hashes_in(table.schema.metadata)
+    return [], None
 
 
 def _sheets(home: RunDir) -> dict[str, dict[int, Image.Image]]:
     return {
-        name: {step: Image.open(io.BytesIO(home.read(path))) for step, path in sorted(steps.items())[-MOST_SHEETS:]}
+        name: {step: _picture(home, path) for step, path in sorted(steps.items())[-MOST_SHEETS:]}
         for name, steps in _steps(home, SHEETS, ".png").items()
     }
 
 
-def _store(config: Config | None) -> Store | None:
+def _picture(home: RunDir, path: str) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(home.read(path)))
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on damage
+        raise InputError(f"{home.path}/{path}: is damaged ({error}); remove it") from error
+    return picture
+
+
+def _store(config: Config | None, hashes: dict[str, str | None] | None) -> Store | None:
+    """The first store, where it is still the one of these hashes."""
     if config is None or config.data.kind != "store":
         return None
     try:
-        return open_store(config.data.stores[0].path)
+        store = open_store(config.data.stores[0].path)
     except InputError:
         return None
+    return store if hashes is not None and hashes.items() <= store.codecs.hashes.items() else None

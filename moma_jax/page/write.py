@@ -132,7 +132,7 @@ def _runs(seen: list[Seen]) -> Section:
 
 def _final(seen: list[Seen]) -> str:
     """The newest evaluation of every set and routing: it needs no script."""
-    modalities = max((each.run.modalities for each in seen), key=len, default=[])
+    modalities = list(dict.fromkeys(modality for each in seen for modality in each.run.modalities))
     rows = []
     for each in seen:
         for record in {(r["eval_set"], r["routing"]): r for r in each.evaluated}.values():
@@ -180,18 +180,23 @@ PACKED = (
     "token, stripes where several did; pictures with the experts of every code laid over them."
 )
 
+UNREAD = " Its store is not here, or no longer the one that it was trained on: ids stand for text and pictures."
+
 
 def _rows(seen: list[Seen]) -> Iterator[Section]:
-    keys = " ".join(f"<span class='key' style='background:{c}'>{n}</span>" for n, c in enumerate(experts.MASKS))
     for number, each in enumerate(each for each in seen if each.row):
         routings = list(dict.fromkeys(token["routing"] for token in each.row))
         routing = next((name for name in routings if name in CAUSAL_ROUTINGS), routings[0])
         last = len(each.row[0]["experts"]) - 1
+        count = max(mask.bit_length() for token in each.row for mask in token["experts"])
+        colours = [experts.MASKS[n % len(experts.MASKS)] for n in range(count)]
+        keys = " ".join(f"<span class='key' style='background:{c}'>{n}</span>" for n, c in enumerate(colours))
         options = "".join(f"<option value='{n}'{' selected' * (n == last)}>{n}</option>" for n in range(last + 1))
         choose = f"<label>layer <select data-row='row-{number}'>{options}</select></label> experts: {keys}"
         body = f"<div class='row' id='row-{number}' tabindex='0'>{experts.row_html(each, routing)}</div>"
         content = f"<div class='controls'>{choose}</div>{body}"
-        yield Section(f"packed-{number}", f"A packed row: {each.name}", f"{PACKED} Routing: {routing}.", content)
+        about = f"{PACKED} Routing: {routing}." + UNREAD * each.unread
+        yield Section(f"packed-{number}", f"A packed row: {each.name}", about, content)
 
 
 def _samples(seen: list[Seen]) -> Iterator[Section]:

@@ -158,7 +158,7 @@ def open_journal(
     if wandb is not None:
         from moma_jax.runs.wandb import WandbSink  # an extra
 
-        own.append(WandbSink(run, wandb, config, step))
+        own.append(WandbSink(run, wandb, config))
     return Journal(*own, *sinks)
 
 

@@ -22,8 +22,8 @@ FILE = "wandb.json"
 class WandbSink:
     """A run of Weights & Biases; names of figures are kind/figure, and eval/SET/ROUTING/figure."""
 
-    def __init__(self, run: RunDir, project: str, config: Any, step: int):
-        """Args: `config`, plain values, and the `step` that the run stands at.
+    def __init__(self, run: RunDir, project: str, config: Any):
+        """Args: `config`, plain values.
 
         Raises:
           InputError: the extra is missing, the run is on an object store, or the service refuses.
@@ -37,13 +37,14 @@ class WandbSink:
                 "run.wandb: its files want a local run.dir; leave it out, and hand train a sink of your own"
             )
         self._wandb = wandb
-        known = run.read_json(FILE) or {"id": secrets.token_hex(8), "project": project}
+        before = run.read_json(FILE)  # also of a run that was killed before its first checkpoint
+        known = before or {"id": secrets.token_hex(8), "project": project}
         run.write_json(FILE, known)
         where = {"project": known["project"], "id": known["id"], "dir": os.path.abspath(run.local)}
         where["settings"] = wandb.Settings(quiet=True)
         name = run.local.rstrip("/").rpartition("/")[2]
         try:
-            self._run = wandb.init(**where, name=name, config=config, resume="allow" if step else None)
+            self._run = wandb.init(**where, name=name, config=config, resume="allow" if before else None)
         except wandb.Error as error:
             raise InputError(
                 f"run.wandb: {str(error).splitlines()[0]}; log in with `wandb login`, or set WANDB_MODE=offline"

@@ -334,8 +334,10 @@ def _paired_documents(size: str, name: str, against: str, ours: dict[int, Run], 
     seeds = [seed for seed in ours if seed in theirs and ours[seed].documents and theirs[seed].documents]
     pairs = [(ours[seed], theirs[seed]) for seed in seeds]
     runs = [run for pair in pairs for run in pair]
-    unrouted = all(run.unrouted for run in runs)
-    for eval_set, routing in dict.fromkeys(key for run in runs for key in run.documents):
+    unrouted, keys = all(run.unrouted for run in runs), dict.fromkeys(key for run in runs for key in run.documents)
+    if unrouted:  # whatever their routings are called, a set has one loss
+        keys = {eval_set: (eval_set, routing) for eval_set, routing in keys}.values()
+    for eval_set, routing in keys:
         both = [[_documents_of(run, eval_set, routing) for run in pair] for pair in pairs]
         if not (unrouted or routing in CAUSAL_ROUTINGS) or any(None in pair for pair in both):
             continue

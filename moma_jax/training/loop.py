@@ -231,7 +231,7 @@ class Loop:
         summary = hosts.by_first(lambda: finite(self._summary()))
         self.run.write_json("summary.json", summary)
         self.status.write("complete")
-        self.progress.say(time_shares({"wall_seconds": self.meter.wall_seconds(), **self.meter.spent()}))
+        self.progress.say(time_shares(self._time()))
         for name, result in summary["eval"].items():
             for line in self.stage.held_out_lines(name, result):
                 self.progress.say(line)
@@ -287,6 +287,10 @@ class Loop:
         self.progress.say(f"stopped at step {self.step}; the same command goes on from there")
         raise SystemExit(128 + number)
 
+    def _time(self) -> dict[str, float]:
+        """Seconds of the run so far, the last evaluation's and checkpoint's too."""
+        return {"wall_seconds": self.meter.wall_seconds(), **self.meter.spent()}
+
     def _summary(self) -> dict[str, Any]:
         """Final figures, and what they depend on."""
         figures = self.stage.summary(read_metrics(self.run.path))
@@ -298,6 +302,7 @@ class Loop:
             "device": {"kind": device.device_kind, "count": self.stage.mesh.size},
             "processor": processor(),
             "wall_seconds": figures["final"]["wall_seconds"],
+            "time": self._time(),
             "command": command(),
         }
 

@@ -125,6 +125,10 @@ class Pretraining(TokenStage):
         if self._samples and drawn_by_nobody:
             self._samples = ()
             self.warnings.append(f"warning: train.samples: {drawn_by_nobody}")
+        elif self._samples:
+            from moma_jax.generation.samples import require_drawable  # runs without samples go without
+
+            require_drawable(config, vocabulary)
         self._thresholds: dict[str, Any] | None = None
         self._training = config.model.router.training_name
         self._evaluator = Evaluator(program, vocabulary, scheduled(program, routing_state), config.train.telemetry)
@@ -180,7 +184,7 @@ class Pretraining(TokenStage):
         due = [each for each in self._samples if last or (each.every and step % each.every == 0)]
         if not due:
             return
-        from moma_jax.generation.samples import draw_samples  # runs without samples go without
+        from moma_jax.generation.samples import draw_samples
 
         state_now = (state.params, self.program.decoder, self._calibrated(state.routing_state), step)
         where, hashes = self.config.run.dir, self.meta["hashes"]

@@ -10,6 +10,7 @@ from command_line import run
 import moma_jax
 from moma_jax import doctor as doctor_lib
 from moma_jax import recipes, shipped
+from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
 from moma_jax.studies import load_study
 
@@ -33,10 +34,11 @@ def test_every_recipe_and_study_has_a_name_that_loads_it(capsys, tmp_path, monke
 
 def test_an_existing_path_wins_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("quickstart").mkdir()
-    with pytest.raises(InputError, match="quickstart/config.json: no such recipe"):
-        recipes.load("quickstart")
-    for outside in ("../quickstart", "/quickstart", "nothing"):
+    Path("quickstart").mkdir()  # a folder that is no run hides nothing
+    assert recipes.load("quickstart") == recipes.load(CONFIGS / "quickstart.py")
+    Path("quickstart/config.json").write_text(json.dumps(to_json(recipes.load("paper_90m"))))
+    assert recipes.load("quickstart").model == recipes.load("paper_90m").model
+    for outside in ("../quickstart", "/quickstart", "nothing", "long" * 100):
         with pytest.raises(InputError, match="no such recipe; give a .py file, .*a name of `moma recipes`"):
             recipes.load(outside)
 
@@ -77,9 +79,12 @@ def test_the_doctor_tells_no_secrets(capsys, tmp_path, monkeypatch, small):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA-secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "also-secret")
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}/home/someone/dump")
+    others = f"--x={tmp_path}/home/someone2 --y=/mnt{tmp_path}/home/someone"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{others} --z=gs://bucket/someone/cache")
     code, out, _ = run(capsys, "doctor", "--report", "doctor.txt")
     assert code == 0 and Path("doctor.txt").read_text() == out
-    assert "secret" not in out and "someone" not in out and "--xla_dump_to=~/dump" in out
+    assert "secret" not in out and "bucket" not in out and "--xla_dump_to=~/dump" in out
+    assert f"{others} --z=gs://..." in out, "other folders are no home of this person"
     assert "$AWS_ACCESS_KEY_ID" in out and "gs://" in out and "JAX computes on the CPU" in out
     assert run(capsys, "doctor", "--report", "doctor.txt")[0] == 2
     found = json.loads(run(capsys, "doctor", "--json")[1])

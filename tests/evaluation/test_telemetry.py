@@ -130,7 +130,30 @@ def test_it_can_be_left_out_and_counts_no_more_than_it_must(tmp_path, monkeypatc
     config = tiny(tmp_path / "short", train_steps=1, train_batch_rows=4, train_eval_sets=(EvalSet("heldout", rows=12),))
     train(config, quiet=True)
     rows = rows_of(tmp_path / "short" / "routing" / "heldout-00000001.parquet").values()
-    assert max(row["tokens"] for row in rows) <= 4 * config.data.sequence
+    assert max(row["tokens"] for row in rows) <= config.data.group_rows * config.data.sequence, "one routing group"
+
+
+@pytest.mark.parametrize("ffn", ["2t2i", "mod+2t2i"])
+def test_a_part_of_a_batch_is_counted_as_if_it_were_alone(tmp_path, monkeypatch, ffn):
+    """Whole routing groups up to the bound, layers that some tokens enter included."""
+    of_batches = {}
+    for rows in (2, 8):
+        config = tiny(tmp_path / str(rows), train_steps=1, train_batch_rows=8, model_ffn=ffn)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_sets=(EvalSet(rows=rows),)))
+        monkeypatch.setattr(telemetry_lib, "MOST_TOKENS", 2 * config.data.sequence)
+        train(config, quiet=True)
+        of_batches[rows] = rows_of(tmp_path / str(rows) / "routing" / "heldout-00000001.parquet")
+    assert of_batches[2].keys() == of_batches[8].keys()
+    for key, row in of_batches[2].items():
+        for name, value in row.items():  # gates are of programs of other shapes
+            assert of_batches[8][key][name] == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_more_experts_than_bits_share_the_last_one():
+    taken_LNE = np.zeros((1, 2, 70), bool)
+    taken_LNE[0, 0, [0, 31, 61]] = taken_LNE[0, 1, [62, 63, 69]] = True
+    bits_LN = telemetry_lib._bits(taken_LNE)
+    assert bits_LN.dtype == np.int64 and bits_LN.tolist() == [[1 | 1 << 31 | 1 << 61, 1 << 62]]
 
 
 def test_places_of_codes_in_pictures_that_are_whole_or_cut():

@@ -5,8 +5,10 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from browser import browser, opened
 from command_line import run as command
@@ -18,6 +20,8 @@ import moma_jax
 from moma_jax.config import SampleConfig
 from moma_jax.config_json import to_json
 from moma_jax.errors import InputError
+from moma_jax.evaluation.documents import to_bytes
+from moma_jax.evaluation.telemetry import hashes_in
 from moma_jax.page import curves, experts
 from moma_jax.page import write as write_lib
 from moma_jax.page.reading import read_seen
@@ -57,7 +61,6 @@ def test_every_figure_follows_its_record(seen):
     """A changed record changes its figure on the page, and no other."""
     train = next(n for n, r in enumerate(seen.records) if r["kind"] == "train")
     evaluated = next(n for n, r in enumerate(seen.records) if r["kind"] == "eval" and "gap_percent" in r)
-    last = max(n for n, r in enumerate(seen.records) if r["kind"] == "train")
     names = ("losses", "gaps", "speeds", "shares")
     before = page("a", [seen])
     for index, fields, changes in (
@@ -65,12 +68,15 @@ def test_every_figure_follows_its_record(seen):
         (evaluated, {"loss_text": 8.5}, {"losses"}),
         (evaluated, {"gap_percent": 12.5}, {"gaps"}),
         (train, {"tokens_per_second": 12345.0}, {"speeds"}),
-        (last, {"spent_data": 999.0}, {"shares"}),
     ):
         after = page("a", [changed(seen, index, **fields)])
         differ = {name for name in names if data_of(before, name) != data_of(after, name)}
         (value,) = fields.values()
         assert differ == changes and str(value).rstrip("0").rstrip(".") in str(data_of(after, *changes))
+    summary = seen.run.summary | {"time": seen.run.summary["time"] | {"spent_data": 999.0}}
+    after = page("a", [dataclasses.replace(seen, run=dataclasses.replace(seen.run, summary=summary))])
+    assert {name for name in names if data_of(before, name) != data_of(after, name)} == {"shares"}
+    assert "999" in str(data_of(after, "shares"))
 
 
 def test_routing_is_of_the_telemetry(seen):
@@ -87,9 +93,10 @@ def test_routing_is_of_the_telemetry(seen):
 def test_a_packed_row_has_its_pictures_and_the_experts_of_every_token(seen):
     content = experts.row_html(seen, "threshold")
     own = [token for token in seen.row if token["routing"] == "threshold" and token["document"]]
-    masks = re.findall(r"data-experts='([\d,]+)'", content)
+    masks = re.findall(r"data-experts='([\d,.]*)'", content)
     counted = [t for t in own if not (t["modality"] == 1 and t["place"] < 0)]
-    assert masks == [",".join(map(str, token["experts"])) for token in counted]
+    bits = [[sum(1 << int(e) for e in layer.split(".") if e) for layer in mask.split(",")] for mask in masks]
+    assert bits == [token["experts"] for token in counted] and max(map(max, bits)) > 1
     codec, (picture,) = seen.store.image_codec(), re.findall(r"data:image/png;base64,([\w+/=]+)", content)[:1]
     code_V = np.full(seen.store.vocabulary.size, -1)
     image = seen.store.vocabulary.modalities[1]
@@ -125,7 +132,7 @@ def test_runs_side_by_side_tell_their_differences(seen, ran, tmp_path, capsys):
     for words, message in (
         ((ran.run.dir, other, "--html", out), "is there already"),
         ((ran.run.dir, other), "give one run or store"),
-        ((other, other, "--html", tmp_path / "b.html"), "name each run once"),
+        ((other, f"{other}/", "--html", tmp_path / "b.html"), "name each run once"),
         ((tmp_path / "nothing", "--html", tmp_path / "b.html"), "no config.json here"),
     ):
         code, _, error = command(capsys, "show", *words)
@@ -136,6 +143,41 @@ def test_a_page_that_would_be_too_large_is_refused(seen, monkeypatch):
     monkeypatch.setattr(write_lib, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="show fewer runs"):
         page("a", [seen])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("sheets/samples-00000003.png", b"no picture", "is damaged"),
+        ("sheets/samples-00000003.png", None, "is damaged"),
+        ("routing/heldout-00000003.parquet", None, "is damaged"),
+        ("routing/heldout-00000003.parquet", to_bytes([pa.table({"routing": ["choice"]})]), "has no column"),
+        ("routing/heldout-00000003.row.parquet", to_bytes([pa.table({"token": [1]})]), "has no column"),
+    ],
+)
+def test_a_damaged_file_is_named(ran, tmp_path, file, content, message):
+    """None: the file is cut off in its middle."""
+    where = shutil.copytree(ran.run.dir, tmp_path / "run")
+    whole = (where / file).read_bytes()
+    (where / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(InputError, match=f"{file}: {message}.*; remove it"):
+        read_seen(str(where))
+
+
+def test_a_store_that_was_made_anew_explains_no_ids(seen, ran, monkeypatch):
+    other = {"vocabulary": "another"}
+    monkeypatch.setattr("moma_jax.page.reading.hashes_in", lambda metadata: hashes_in(metadata) | other)
+    anew = read_seen(ran.run.dir)
+    assert seen.store is not None and not seen.unread and anew.store is None and anew.unread
+    content = page("a", [anew]).decode()
+    assert "ids stand for text and pictures" in content and "ids stand for" not in page("a", [seen]).decode()
+    assert re.search(r">#\d+</code>", content)
+
+
+def test_many_experts_have_colours_in_turn(seen):
+    row = [token | {"experts": [1 << 40 | 1, 0]} for token in seen.row]
+    content = page("a", [dataclasses.replace(seen, row=row)]).decode()
+    assert "data-experts='0.40,'" in content and f"background:{experts.MASKS[40 % 8]}'>40</span>" in content
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------

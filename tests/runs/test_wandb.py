@@ -42,7 +42,7 @@ def test_records_go_there_and_training_goes_on_in_the_same_run(tmp_path, told):
     assert any("eval/heldout/threshold/loss" in r for r in logged) and begun[0]["config"]["model"]["ffn"] == "2t2i"
     for name in ("summary.json", "status.json"):
         (tmp_path / name).unlink()
-    sink = WandbSink(RunDir(str(tmp_path)), "studies", {}, 3)
+    sink = WandbSink(RunDir(str(tmp_path)), "studies", {})
     sink.write({"schema": 1, "kind": "event", "step": 3, "time": 0.0, "event": "something"})
     sink.close()
     assert [settings["id"] for settings in begun] == [known["id"]] * 2
@@ -52,7 +52,7 @@ def test_records_go_there_and_training_goes_on_in_the_same_run(tmp_path, told):
 
 def test_what_cannot_be_is_one_line(monkeypatch):
     with pytest.raises(InputError, match="run.wandb: its files want a local run.dir"):
-        WandbSink(RunDir("memory://bucket/run"), "studies", {}, 0)
+        WandbSink(RunDir("memory://bucket/run"), "studies", {})
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(InputError, match='pip install "moma_jax'):
-        WandbSink(RunDir("memory://bucket/run"), "studies", {}, 0)
+        WandbSink(RunDir("memory://bucket/run"), "studies", {})

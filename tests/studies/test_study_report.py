@@ -229,6 +229,21 @@ def test_documents_are_paired_by_routing_and_modality_whatever_their_order(tmp_p
     ]
 
 
+def test_documents_of_unrouted_runs_stand_once_whatever_their_rules_are_called(tmp_path):
+    study = study_of(tmp_path, "plain", seeds=(0, 1))
+    write_study(study, {name: same(power()) for name in ("dense", "plain")}, plain={"routings": ("training",)})
+    for job in jobs(study):
+        routing = "training" if job.variant == "plain" else "choice"
+        write_documents(job.config.run.dir, lambda d, m: d % 5 + 2.0, routings=(routing,))
+    write_report(study, str(tmp_path / "out"), {})
+    page = (tmp_path / "out" / "report.md").read_text().partition("## The same documents")[2].partition("\n## ")[0]
+    assert [line.split("|")[4].strip() for line in page.splitlines() if "heldout" in line] == [
+        "overall",
+        "text",
+        "image",
+    ]
+
+
 def test_an_upcycled_run_is_charged_for_its_seed(tmp_path):
     study = study_of(tmp_path)
     upcycled = Variant("up", {"model.ffn": "1t1i"}, upcycled=Upcycled({"model.ffn": "dense"}, share=0.25))

@@ -105,6 +105,7 @@ def test_the_model_of_that_moment_is_asked(config, tmp_path, monkeypatch):
         ((dataclasses.replace(DRAWN, prompts=("<image>",)),), "1 times <image> in its prompts, and 0 images"),
         ((dataclasses.replace(DRAWN, name="../x"),), "is no name for files"),
         ((dataclasses.replace(DRAWN, routing="choice"),), "routing is one of causal, threshold"),
+        ((dataclasses.replace(DRAWN, routing="causal"),), "causal cannot be, as the run has no auxiliary routers"),
         ((DRAWN, DRAWN), "two have the same name"),
         ((dataclasses.replace(DRAWN, every=0),), "train.samples.0.every"),
     ],
@@ -112,6 +113,20 @@ def test_the_model_of_that_moment_is_asked(config, tmp_path, monkeypatch):
 def test_what_cannot_be_meant_is_refused(config, samples, message):
     with pytest.raises(InputError, match=message):
         asked(config, *samples)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (SampleConfig(("A <image>",), ("nowhere.png",)), "nowhere.png: cannot be read"),
+        (SampleConfig(("A red circle", "\ud800")), "prompt 1, part 0: the tokenizer maps .* to nothing"),
+    ],
+)
+def test_prompts_are_read_before_training_begins(config, tmp_path, samples, message):
+    run = dataclasses.replace(config.run, dir=str(tmp_path / "run"))
+    with pytest.raises(InputError, match=f"train.samples: samples: {message}"):
+        moma_jax.train(asked(dataclasses.replace(config, run=run), samples), quiet=True)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
 def test_random_tokens_are_told_to_draw_nothing(tmp_path, capsys):
