@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jaxprs import product_flops, program_of, step_jaxpr, tiny
 from paths import ROOT
-from tiers import slow_but
+from tiers import long_but
 
 from moma_jax import recipes
 from moma_jax.cost import cost, flops_per_token, format_cost, peak_flops, total_steps
@@ -83,7 +83,7 @@ def test_parameters_are_those_of_the_initialised_model(ffn):
     assert figures["bytes"] == {**figures["bytes"], "parameters": 4 * count, "optimizer": 4 * moments}
 
 
-@pytest.mark.parametrize("ffn", slow_but("1t1i", "2t2i+1x", of=["dense", "8x", "1t1i", "7t1i", "2t2i+1x"]))
+@pytest.mark.parametrize("ffn", long_but("1t1i", "2t2i+1x", of=["dense", "8x", "1t1i", "7t1i", "2t2i+1x"]))
 def test_auxiliary_routers_are_counted_apart(ffn):
     plain, config = cost(tiny(ffn)), tiny(ffn, router=Choice(auxiliary=True))
     figures = cost(config)
@@ -133,7 +133,7 @@ def test_flops_are_those_of_the_steps_jaxpr(ffn, shape):
 
 
 @pytest.mark.parametrize(
-    "ffn", slow_but("8x", "4t4i+1x", "4t4i+1t1i", of=["8x", "1t1i", "4t4i", "4t4i+1x", "4t4i+1t1i"])
+    "ffn", long_but("8x", "4t4i+1x", "4t4i+1t1i", of=["8x", "1t1i", "4t4i", "4t4i+1x", "4t4i+1t1i"])
 )
 def test_executed_flops_count_the_slots_of_generous_quotas(ffn):
     config = tiny(ffn, quotas=(0.75, 0.5), capacity=0.3)
@@ -234,7 +234,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_of_paper_90m_on_one_row_fits_8_gib_on_a_cpu():
     command = [sys.executable, "-c", ONE_STEP, str(CONFIGS / "paper_90m.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -75,7 +75,7 @@ def test_tables_of_what_there_is():
     assert "| 435m | 8x | 900 | 0.900 | 1.0% | 50.0% | 45.0% | 30 | 2.0 | 6 |" in page and "- data: no grain" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_suite_killed_in_the_middle_and_run_again(tmp_path):
     words = [sys.executable, "-m", "moma_jax.bench.suite", "--out", str(tmp_path), "--toy"]
     process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiers import slow_but
+from tiers import long_but
 from tiny import tiny
 
 from moma_jax import load, train
@@ -54,7 +54,7 @@ def plain(loaded, routing, row):
     return -log_SV[np.arange(len(row) - 1), row[1:]], log_SV.argmax(-1) == row[1:]
 
 
-@pytest.mark.parametrize("routing", slow_but("threshold", of=ROUTINGS))
+@pytest.mark.parametrize("routing", long_but("threshold", of=ROUTINGS))
 def test_scores_are_those_of_a_document_by_itself(loaded, routing, monkeypatch):
     monkeypatch.setattr(scoring, "BUCKET", 8)
     rows = documents([17, 3, 9, 12], loaded.vocabulary)
@@ -65,7 +65,7 @@ def test_scores_are_those_of_a_document_by_itself(loaded, routing, monkeypatch):
         assert scored.nats_N.dtype == np.float32 and np.array_equal(scored.greedy_N, greedy_N)
 
 
-@pytest.mark.parametrize("routing", slow_but("threshold", of=ROUTINGS))
+@pytest.mark.parametrize("routing", long_but("threshold", of=ROUTINGS))
 def test_the_likeliest_token_is_greedy(loaded, routing):
     row = documents([6], loaded.vocabulary)[0]
     scorer = Scorer(loaded, routing)

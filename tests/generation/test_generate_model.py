@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiers import slow_but
+from tiers import long_but
 from tiny import tiny
 
 from moma_jax import load
@@ -44,7 +44,7 @@ def whole_logits(loaded, routing, ids):
     return np.asarray(output.hidden_BSD[0] @ loaded.params["unembedding"]["kernel_DV"])
 
 
-@pytest.mark.parametrize("routing", slow_but("threshold", of=["causal", "threshold"]))
+@pytest.mark.parametrize("routing", long_but("threshold", of=["causal", "threshold"]))
 def test_greedy_tokens_are_the_best_of_whole_forward_passes(loaded, routing):
     outputs = generate_ids(loaded, PROMPTS, routing=routing, text=GREEDY, image=GREEDY)
     vocabulary, codes = loaded.vocabulary, 0
@@ -63,7 +63,7 @@ def test_greedy_tokens_are_the_best_of_whole_forward_passes(loaded, routing):
             assert logit_V[token] >= logit_V[rivals].max() - 1e-4
 
 
-@pytest.mark.parametrize("routing", slow_but("threshold", of=["causal", "threshold"]))
+@pytest.mark.parametrize("routing", long_but("threshold", of=["causal", "threshold"]))
 def test_guided_codes_are_the_best_of_three_forward_passes(loaded, routing):
     guidance, image = Guidance(2.0, 1.5), loaded.vocabulary.modalities[1]
     outputs = generate_ids(loaded, PROMPTS, routing=routing, mode="image", image=GREEDY, guidance=guidance)

@@ -50,7 +50,7 @@ def written(model) -> list[list[int]]:
     "deep, meshes",
     [
         (DEEP, MESHES),
-        pytest.param(DEEP, MORE, marks=pytest.mark.slow),
+        pytest.param(DEEP, MORE, marks=pytest.mark.long),
         pytest.param(2, MESHES, marks=pytest.mark.slow),  # so two layers are written by calls from the host
     ],
 )

@@ -1,13 +1,13 @@
-"""Which of a test's parameters run in the fast tier."""
+"""Which of a test's parameters run in the test's own tier."""
 
 import pytest
 
 
-def slow_but(*fast, of):
-    """The parameters `of`, all slow but those in `fast`: pytest.mark.parametrize(names, slow_but(a, b, of=VALUES))."""
-    assert all(value in of for value in fast)
-    return [value if value in fast else _slow(value) for value in of]
+def long_but(*few, of):
+    """The parameters `of`, all but `few` in the long tier: pytest.mark.parametrize(name, long_but(a, b, of=VALUES))."""
+    assert all(value in of for value in few)
+    return [value if value in few else _long(value) for value in of]
 
 
-def _slow(value):
-    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+def _long(value):
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.long)

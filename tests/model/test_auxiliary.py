@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from tiers import slow_but
+from tiers import long_but
 from tiny import tiny
 
 import moma_jax
@@ -114,7 +114,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("routing", slow_but("choice", of=list(MODELS)))
+@pytest.mark.parametrize("routing", long_but("choice", of=list(MODELS)))
 def test_the_model_trains_the_same_with_auxiliary_routers(routing):
     router, fields = MODELS[routing]
     plain, state = updates(tiny(**fields, model_router=router), 4)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from tiers import slow_but
+from tiers import long_but
 from tiny import MODALITIES, tiny
 
 from moma_jax.errors import InputError
@@ -86,8 +86,8 @@ def cached(model, routing, rows, splits, positions=SEQUENCE):
     return [np.concatenate(pieces) for pieces in hidden]
 
 
-@pytest.mark.parametrize("routing", slow_but("threshold", of=["causal", "threshold"]))
-@pytest.mark.parametrize("ffn", slow_but("4t4i+1x", of=VARIANTS))
+@pytest.mark.parametrize("routing", long_but("threshold", of=["causal", "threshold"]))
+@pytest.mark.parametrize("ffn", long_but("4t4i+1x", of=VARIANTS))
 def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
     model = model_of(ffn)
     token_BS = rows_of(1, 4)

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from decoders import KEY, MODALITIES, MODEL, ROWS, SEQUENCE, make, random_params, rows, run
-from tiers import slow_but
+from tiers import long_but
 
 from moma_jax import sharding
 from moma_jax.checks import resolve
@@ -23,7 +23,7 @@ from moma_jax.routers.choice import Choice
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
-@pytest.mark.parametrize("ffn", slow_but("3t2i+1x", of=["3t2i+1x", "dense", "1t1i"]))
+@pytest.mark.parametrize("ffn", long_but("3t2i+1x", of=["3t2i+1x", "dense", "1t1i"]))
 def test_equals_the_layers_written_out_in_numpy(norm, ffn):
     decoder, inputs = make(norm=norm, ffn=ffn), rows()
     params = random_params(decoder)
@@ -132,7 +132,7 @@ def test_jitter_does_not_change_with_the_step_but_with_the_run():
     assert (index[0] != index[2]).any() and (index[0][0] != index[0][1]).any()
 
 
-@pytest.mark.parametrize("norm", slow_but("pre", of=["swin", "pre"]))
+@pytest.mark.parametrize("norm", long_but("pre", of=["swin", "pre"]))
 def test_gradients_are_finite_with_padded_rows_and_equal_under_every_remat(norm):
     inputs = list(rows())
     inputs[1][2:4] = 0  # a routing group of padding

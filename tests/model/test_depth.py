@@ -12,7 +12,7 @@ import pytest
 from decoders import KEY, MODALITIES, ROWS, SEQUENCE, make, random_params, rows, run
 from jaxprs import product_flops, step_jaxpr
 from jaxprs import tiny as sized
-from tiers import slow_but
+from tiers import long_but
 from tiny import tiny
 
 from moma_jax import cost, sharding
@@ -70,7 +70,7 @@ def by_hand(decoder, params, inputs):
     return hidden_BSD, entered
 
 
-@pytest.mark.parametrize("ffn", slow_but("mod+3t2i+1x", of=["mod+3t2i+1x", "mod+dense", "mod+1t1i"]))
+@pytest.mark.parametrize("ffn", long_but("mod+3t2i+1x", of=["mod+3t2i+1x", "mod+dense", "mod+1t1i"]))
 @pytest.mark.parametrize(("norm", "by"), [("swin", AWARE), ("pre", BLIND), ("pre", GROUPS)])
 def test_equals_the_layers_written_out_in_numpy(ffn, norm, by):
     decoder, inputs = decoder_with(ffn, norm, **by), rows()
@@ -87,7 +87,7 @@ def test_equals_the_layers_written_out_in_numpy(ffn, norm, by):
 
 
 @pytest.mark.parametrize(
-    ("norm", "by"), slow_but(("swin", BLIND), of=[("swin", BLIND), ("pre", AWARE), ("swin", GROUPS)])
+    ("norm", "by"), long_but(("swin", BLIND), of=[("swin", BLIND), ("pre", AWARE), ("swin", GROUPS)])
 )
 def test_gradients_equal_those_of_the_loop(norm, by):
     """Along a random direction of each array, against differences of the loop in float64."""

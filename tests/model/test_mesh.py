@@ -1,10 +1,10 @@
 """The mesh changes nothing: every layout of eight devices gives the losses and the choices of one device."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from processes import output, spawn
+from tiers import long_but
 from tiny import tiny
 
 import moma_jax
@@ -99,11 +100,9 @@ def meshes_of(ffn: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """The curves of all layouts by mesh; two processes of eight virtual devices make them."""
+    """The curves of a layout by mesh, made when first asked for."""
     folder = tmp_path_factory.mktemp("curves")
-    with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda ffn: on_eight_devices(folder / f"{ffn}.json", ffn, "one", *meshes_of(ffn)), LAYOUTS)
-        return dict(zip(LAYOUTS, made, strict=True))
+    return functools.cache(lambda ffn: on_eight_devices(folder / f"{ffn}.json", ffn, "one", *meshes_of(ffn)))
 
 
 def on_eight_devices(path: Path, what: str, *meshes: str) -> dict:
@@ -118,10 +117,13 @@ def test_a_mesh_gives_the_curve_of_one_device(tmp_path):
     assert_same_curves(found["one"], found[mesh])
 
 
+EVERY = [(ffn, mesh) for ffn in LAYOUTS for mesh in meshes_of(ffn)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("ffn", "mesh"), [(ffn, mesh) for ffn in LAYOUTS for mesh in meshes_of(ffn)])
+@pytest.mark.parametrize(("ffn", "mesh"), long_but(*((WHOLE, mesh) for mesh in meshes_of(WHOLE)), of=EVERY))
 def test_every_mesh_does(curves, ffn, mesh):
-    assert_same_curves(curves[ffn]["one"], curves[ffn][mesh])
+    assert_same_curves(curves(ffn)["one"], curves(ffn)[mesh])
 
 
 def assert_same_curves(one: dict, many: dict):
@@ -133,11 +135,11 @@ def assert_same_curves(one: dict, many: dict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ffn", LAYOUTS)
+@pytest.mark.parametrize("ffn", long_but(WHOLE, of=LAYOUTS))
 def test_devices_share_the_slots_equally(curves, ffn):
-    one = curves[ffn]["one"]["slots"]
+    one = curves(ffn)["one"]["slots"]
     assert (one > 0) == (ffn != "dense")
-    for name, found in curves[ffn].items():
+    for name, found in curves(ffn).items():
         assert found["slots"] * found["devices"] == one * MESHES[name].get("tensor", 1)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import slow_but
+from tiers import long_but
 from tiny import MODALITIES, tiny
 
 from moma_jax import load, sharding, train
@@ -89,13 +89,13 @@ def changed(ffn, decoder_of, shift=0.0):
     return broken(run, batch, vocabulary), run(batch.token_BS)[1]
 
 
-@pytest.mark.parametrize("ffn", slow_but("2t2i+1x", "mod+2t2i", of=list(MODELS)))
+@pytest.mark.parametrize("ffn", long_but("2t2i+1x", "mod+2t2i", of=list(MODELS)))
 @pytest.mark.parametrize("routing", ["causal", "threshold"])
 def test_no_later_token_changes_an_earlier_logit(ffn, routing):
     assert changed(ffn, lambda program: causal_decoder(program.config, routing))[0] == 0
 
 
-@pytest.mark.parametrize("ffn", slow_but("2t2i+1x", of=list(MODELS)))
+@pytest.mark.parametrize("ffn", long_but("2t2i+1x", of=list(MODELS)))
 @pytest.mark.parametrize(("slack", "drops"), [(1.0, True), (4.0, False)])
 def test_nor_where_slots_run_out(ffn, slack, drops):
     def threshold_training(program):
@@ -107,7 +107,7 @@ def test_nor_where_slots_run_out(ffn, slack, drops):
     assert found == 0 and (dropped > 0) == drops
 
 
-@pytest.mark.parametrize("ffn", slow_but("2t2i+1x", of=list(MODELS)))
+@pytest.mark.parametrize("ffn", long_but("2t2i+1x", of=list(MODELS)))
 def test_expert_choice_fails_the_same_test(ffn):
     assert changed(ffn, lambda program: program.decoder)[0] > 0
 

@@ -65,7 +65,7 @@ def test_what_is_no_suite_is_refused(tmp_path, text):
         plan(recipes.recipe(RECIPE), "v5p-128", measured_file=str(tmp_path / "suite.json"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tpu_step_is_compiled_for_one_chip_of_a_slice(tmp_path):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moma_jax[plan]'")
     file = suite(tmp_path / "suite.json", "TPU v5 lite", toy__dense=(4, 0.01, 1 << 20))

@@ -10,6 +10,7 @@ import pytest
 from paths import ROOT
 from planned import small
 from processes import output, spawn
+from tiers import long_but
 
 from moma_jax.config import MeshConfig
 from moma_jax.cost import cost
@@ -41,22 +42,34 @@ for name, (topology, config) in pickle.loads((here / "programs").read_bytes()).i
 """
 
 
+class Programs(dict):
+    """name -> (config, plan, compiled program), each compiled when first asked for, in a process of its own: what other
+    tests do to JAX stays out."""
+
+    def __init__(self, here):
+        super().__init__()
+        self.here = here
+
+    def __missing__(self, name):
+        topology, mesh = PROGRAMS[name]
+        config = small(name, mesh, batch_rows=ROWS, accumulate=2)
+        (self.here / "programs").write_bytes(pickle.dumps({name: (topology, config)}))
+        subprocess.run([sys.executable, "-c", COMPILE, str(self.here)], check=True, timeout=600)
+        plan, program = ((self.here / f"{name}.{end}").read_text() for end in ("json", "hlo"))
+        self[name] = config, json.loads(plan), hlo.parse(program)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """name -> (config, plan, compiled program), from a process of its own: what other tests do to JAX stays out."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'moma_jax[plan]'")
-    here = tmp_path_factory.mktemp("programs")
-    configs = {name: small(name, mesh, batch_rows=ROWS, accumulate=2) for name, (_, mesh) in PROGRAMS.items()}
-    asked = {name: (topology, configs[name]) for name, (topology, _) in PROGRAMS.items()}
-    (here / "programs").write_bytes(pickle.dumps(asked))
-    subprocess.run([sys.executable, "-c", COMPILE, str(here)], check=True, timeout=600)
-    return {
-        name: (config, json.loads((here / f"{name}.json").read_text()), hlo.parse((here / f"{name}.hlo").read_text()))
-        for name, config in configs.items()
-    }
+    return Programs(tmp_path_factory.mktemp("programs"))
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+each_program = pytest.mark.parametrize("name", long_but("4t4i", of=list(PROGRAMS)))
+
+
+@each_program
 def test_attention_is_by_kernels(programs, name):
     """Forward and backward, on v5e, v5p and v6e."""
     _, result, module = programs[name]
@@ -65,7 +78,7 @@ def test_attention_is_by_kernels(programs, name):
     assert not any("attention" in warning for warning in result["warnings"])
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@each_program
 def test_a_compiled_plan_says_everything(programs, name):
     config, result, _ = programs[name]
     assert result["fits"] and result["method"] == "compiled" and not result["mesh_chosen"]
@@ -79,7 +92,7 @@ def test_a_compiled_plan_says_everything(programs, name):
     assert set(result["unestimated"]) >= ({"sort", "gather", "scatter"} if name != "dense" else set())
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@each_program
 def test_state_bytes_match_cost(programs, name):
     config, result, _ = programs[name]
     expected = memory.state_bytes(config)
@@ -87,7 +100,7 @@ def test_state_bytes_match_cost(programs, name):
         assert result["bytes_per_device"][category] == pytest.approx(expected[category], rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["4t4i", "8x"])
+@pytest.mark.parametrize("name", long_but("4t4i", of=["4t4i", "8x"]))
 def test_all_to_all_bytes_match_a_hand_formula(programs, name):
     """Per layer and microbatch the slots of a device's routing groups go to their experts and come back, and so do
     their gradients: four times slots x D in bfloat16, of which all but one part of `expert` leaves the device."""
@@ -99,7 +112,7 @@ def test_all_to_all_bytes_match_a_hand_formula(programs, name):
     assert result["collective_bytes"]["all-to-all"]["expert"] == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@each_program
 def test_neither_experts_nor_logits_lie_where_they_should_not(programs, name):
     """No stack of experts is moved over the expert axis, and a device holds logits of one chunk of its own tokens, and
     of its own part of the vocabulary."""

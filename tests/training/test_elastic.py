@@ -22,7 +22,7 @@ from moma_jax.runs.directory import RunDir
 from moma_jax.training.loop import whole_cursor
 from moma_jax.training.step import abstract_state, compile_step, make_program, put
 
-pytestmark = pytest.mark.slow  # processes over loopback
+pytestmark = pytest.mark.long  # processes over loopback
 
 SAVED_AT, STEPS = 2, 4
 MESHES = {"one": {"data": 1}, "eight": {"data": 8}, "four_by_two": {"data": 4, "fsdp": 2}}

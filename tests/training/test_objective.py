@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import slow_but
+from tiers import long_but
 
 from moma_jax.training.objective import cross_entropy, token_nats
 
@@ -30,7 +30,7 @@ def arrays():
     return hidden_BSD, kernel_DV, target_BS, weight_BS
 
 
-@pytest.mark.parametrize("chunk", slow_but(7, of=[1, 7, 10, 30, 1000]))
+@pytest.mark.parametrize("chunk", long_but(7, of=[1, 7, 10, 30, 1000]))
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_chunks_change_neither_value_nor_gradient(arrays, chunk, z_loss):
     hidden_BSD, kernel_DV, target_BS, weight_BS = arrays

@@ -51,7 +51,7 @@ def test_killed_once(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(killed.run.dir), parameters(calm.run.dir))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_five_times_at_random(tmp_path):
     draw = random.Random(1)
     cache, calm, killed = tmp_path / "cache", tmp_path / "calm", tmp_path / "killed"

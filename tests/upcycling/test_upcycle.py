@@ -13,7 +13,7 @@ import pytest
 from processes import output, spawn
 from programs import batch_of, logits, program_of
 from runs import changed_batches, parameters, records
-from tiers import slow_but
+from tiers import long_but
 from tiny import MODALITIES, tiny
 
 import moma_jax
@@ -65,7 +65,7 @@ def grown(directory, **fields):
 # The function ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", slow_but("swin", of=NORMS))
+@pytest.mark.parametrize("norm", long_but("swin", of=NORMS))
 def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
     config = grown(tmp_path, model_capacity=1.0, model_norm=norm)
     upcycle(seeds(norm).run.dir, config, quiet=True)
@@ -79,7 +79,7 @@ def test_logits_are_the_seeds_right_after(seeds, tmp_path, norm):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", slow_but("swin", of=NORMS))
+@pytest.mark.parametrize("norm", long_but("swin", of=NORMS))
 def test_the_jump_is_that_of_the_held_out_losses(seeds, tmp_path, norm):
     ancestry = upcycle(seeds(norm).run.dir, grown(tmp_path, model_norm=norm, router_gumbel=True), quiet=True)
     jump = ancestry["jump"]
@@ -202,7 +202,7 @@ def test_training_goes_on_afresh(seed, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", slow_but(3, of=[1, 3]))
+@pytest.mark.parametrize("at", long_but(3, of=[1, 3]))
 def test_a_run_that_is_killed_goes_on(seed, undisturbed, tmp_path, monkeypatch, at):
     """Before its first own checkpoint, and after it."""
     calm, _ = undisturbed
