@@ -38,6 +38,11 @@ def run(words: list[str]) -> Any:
     Raises:
       InputError: there is no such command or option, a value cannot be read, or the command refuses.
     """
+    return parsed(words)()
+
+
+def parsed(words: list[str]) -> Callable[[], Any]:
+    """The call that the words ask for, not yet made; raises InputError where they cannot be read."""
     words = [*ALIASES.get(words[0], words[:1]), *words[1:]] if words else ["--help"]
     program, app = "moma", SubcommandApp()
     for name in COMMANDS:
@@ -45,8 +50,7 @@ def run(words: list[str]) -> Any:
     if words[0] in COMMANDS:
         program, command, words = _command(words)
         app.command(command, name=program.split()[1])
-    call = command_line.read(functools.partial(app.cli, description=""), words, program, prog="moma")
-    return call()
+    return command_line.read(functools.partial(app.cli, description=""), words, program, prog="moma")
 
 
 def _command(words: list[str]) -> tuple[str, Callable[..., Any] | SubcommandApp, list[str]]:

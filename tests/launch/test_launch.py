@@ -142,8 +142,9 @@ def test_a_launcher_works_through_a_link(tmp_path, name, words, tool):
     assert shown.stdout == run(name, "--dry-run", *words).stdout
 
 
-def test_the_example_of_the_readme():
-    (example,) = re.findall(r"^launch/(tpu_pod\.sh .*?)\n```", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_the_example_of_the_page():
+    page = (ROOT / "docs" / "launch.md").read_text()
+    example = re.search(r"^```sh\nlaunch/(tpu_pod\.sh .*?)\n```", page, re.M | re.S)[1]
     name, *words = shlex.split(example.replace("\\\n", ""))
     shown = run(name, *words)
     assert "--dry-run" in words and shown.returncode == 0 and shown.stderr == ""
