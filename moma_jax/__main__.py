@@ -8,8 +8,8 @@ import traceback
 from typing import NoReturn
 
 from moma_jax import commands
-from moma_jax.allocator import keep_freed_memory
 from moma_jax.errors import InputError, RunError
+from moma_jax.process import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> None:

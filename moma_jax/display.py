@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the process in silence."""
+        raise BrokenPipeError
+
+
+def _stop_printing() -> None:
+    """Nobody reads standard output any more, as in `moma train ... | head`; work goes on, and says so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("moma: nobody reads the output any more; going on without it", file=sys.stderr)
 
 
 class Display:
@@ -15,7 +30,7 @@ class Display:
 
     def __init__(self, shown: bool, *, stderr: bool = False):
         """Args: whether to show anything, and whether on stderr."""
-        self._console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+        self._console = _Console(stderr=stderr, highlight=False, soft_wrap=True)
         self._shown = shown
         self.live = shown and self._console.is_terminal
         self._bar = self._task = None
@@ -33,8 +48,13 @@ class Display:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        if self._shown:
+        if not self._shown:
+            return
+        try:
             self._console.print(line, markup=False)
+        except BrokenPipeError:
+            self._shown = self.live = False
+            _stop_printing()
 
     def close(self) -> None:
         """Gives the terminal back."""

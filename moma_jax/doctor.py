@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from moma_jax import shipped
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
+from moma_jax.process import cores
 from moma_jax.recipes import recipe
 from moma_jax.runs.directory import commit, processor
 
@@ -67,10 +68,9 @@ def _machine() -> dict[str, Any]:
     if Path("/proc/meminfo").is_file():
         lines = (line.partition(":") for line in Path("/proc/meminfo").read_text().splitlines())
         memory = {name: int(value.split()[0]) << 10 for name, _, value in lines}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": processor(),
-        "cores": cores,
+        "cores": cores(),
         "memory": memory.get("MemTotal"),
         "memory_free": memory.get("MemAvailable"),
         "system": platform.platform(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from moma_jax.data.options import require_sizes
 from moma_jax.data.store import Codecs, open_store
 from moma_jax.data.text import TextCodec, fit_tokenizer, load_tokenizer
 from moma_jax.errors import InputError
+from moma_jax.process import cores
 from moma_jax.vocab import Vocabulary, contiguous, special_tokens
 
 SAMPLE_UNITS = 2048
@@ -38,7 +38,7 @@ square of a word's length, and DNA or base64 has no words."""
 
 def ordered_map(function: Callable, items: Iterable) -> Iterator:
     """`map` in threads, one for each core, a few items ahead; results in the order of the items."""
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     pool, waiting = ThreadPoolExecutor(threads), deque()  # the items are made in the caller's thread
     try:
         for item in items:

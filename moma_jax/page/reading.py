@@ -21,6 +21,7 @@ from moma_jax.late import pa, pq
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import SHEETS, records_of
 from moma_jax.studies.curves import Run, read_run
+from moma_jax.training.load import with_stores
 
 MOST_SHEETS = 6
 """Of one name of samples, the newest."""
@@ -91,7 +92,7 @@ def read_seen(path: str, name: str | None = None) -> Seen:
     if (written := home.read_json("config.json")) is None:
         raise InputError(f"{path}: no config.json here; give a run directory")
     try:
-        config = from_json(written)
+        config = with_stores(from_json(written), home)
     except InputError:
         config = None
     records = records_of(home) or []

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,16 @@ class Saved:
     meta: dict[str, Any]
 
 
+def require_plain(path: str) -> None:
+    """InputError for a path that Orbax, which looks files up by patterns, could write to and not read from."""
+    whole = path if "://" in path else os.path.abspath(path)
+    if marks := [mark for mark in "[]*?" if mark in whole]:
+        raise InputError(
+            f"run.dir: {whole.removesuffix('/checkpoints')} has {' '.join(marks)} in it, where checkpoints cannot be "
+            "read again; name another directory"
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run. Writing, `restore` and `restore_params` are done by all processes together.
 
@@ -77,6 +88,7 @@ class Checkpoints:
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_GB))
         self.path = run.join("checkpoints")
+        require_plain(self.path)
         self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
 
     def __enter__(self) -> Checkpoints:

@@ -29,6 +29,7 @@ class Status:
         """Writes running, complete, stopped or failed."""
         self.begun = True
         status = {"state": state, "step": self.step, "total": self._total, "pid": os.getpid(), "updated": time.time()}
+        status["folder"] = os.getcwd()  # which relative paths of the config are of
         self._run.write_json("status.json", status)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.experimental.multihost_utils import process_allgather
 from moma_jax import sharding
 from moma_jax.checks import resolve
 from moma_jax.compiling import use_cache
-from moma_jax.config import Config, MeshConfig, with_router
+from moma_jax.config import Config, MeshConfig, StoreConfig, with_router
 from moma_jax.config_json import from_json
 from moma_jax.errors import InputError
 from moma_jax.geometry import rule_of
@@ -109,7 +110,20 @@ def config_of(run: str) -> Config:
     written = RunDir(run).read_json("config.json")
     if written is None:
         raise InputError(f"{run}: no config.json here; give a run directory")
-    return from_json(written)
+    return with_stores(from_json(written), RunDir(run))
+
+
+def with_stores(config: Config, run: RunDir) -> Config:
+    """The config with its stores' paths as they are from here: those of a run are relative to where it was started."""
+    folder = (run.read_json("status.json") or {}).get("folder", ".")
+
+    def found(store: StoreConfig) -> StoreConfig:
+        there = os.path.join(folder, store.path)
+        away = "://" not in store.path and not os.path.exists(store.path) and os.path.exists(there)
+        return dataclasses.replace(store, path=there) if away else store
+
+    stores = tuple(found(store) for store in config.data.stores)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, stores=stores))
 
 
 def load(

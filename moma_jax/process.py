@@ -1,4 +1,4 @@
-"""Settings of the host process that make JAX's CPU backend faster. Results never depend on them."""
+"""This process on its host: the cores it may use, and memory settings that make JAX's CPU backend faster."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import os
 # glibc's <malloc.h>
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+
+
+def cores() -> int:
+    """Cores that this process may use; where the system does not say (macOS, Windows), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
