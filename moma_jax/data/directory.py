@@ -69,6 +69,21 @@ class Directory:
         except ValueError as error:
             raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
 
+    def read_generation(self, name: str) -> tuple[bytes | None, bytes]:
+        """The content of a file, None where there is none, and what the store calls this state of it."""
+        try:
+            result = self._kv.read(name).result()
+        except ValueError as error:
+            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
+        return bytes(result.value) if result.state == "value" else None, result.stamp.generation
+
+    def write_if(self, name: str, content: bytes | None, generation: bytes) -> bytes:
+        """Writes a file (None: deletes it) where its state is still that of `read_generation`; b"" where it is not.
+
+        Raises ValueError where the store cannot be reached, or refuses.
+        """
+        return self._kv.write(name, content, if_equal=generation).result().generation
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file, None where there is no file; raises InputError where it is damaged."""
         content = self.read(name)

@@ -89,6 +89,7 @@ class Checkpoints:
         handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_GB))
         self.path = run.join("checkpoints")
         require_plain(self.path)
+        self._run = run
         self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
 
     def __enter__(self) -> Checkpoints:
@@ -116,7 +117,9 @@ class Checkpoints:
 
         Raises:
           InputError: this one, or the one before, cannot be written.
+          LeaseLost: another process became the directory's writer.
         """
+        self._run.require_writer()
         arrays = _as_dict(state)
         in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
         items = ocp.args.Composite(

@@ -22,6 +22,7 @@ import tensorstore as ts
 from moma_jax import hosts
 from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
+from moma_jax.runs.lease import Lease
 
 PACKAGES = ("moma_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -43,6 +44,13 @@ def _taken(file, wait: float) -> bool:
 class RunDir(Directory):
     """A run's directory: files by relative name, each written whole or not at all."""
 
+    _lease: Lease | None = None
+
+    def require_writer(self) -> None:
+        """Raises LeaseLost where another process became the writer of a directory that this one had `locked`."""
+        if self._lease is not None:
+            self._lease.require()
+
     def join(self, name: str) -> str:
         """The full path or URL of a file."""
         return f"{(self.local or self.path).rstrip('/')}/{name}"
@@ -55,22 +63,29 @@ class RunDir(Directory):
     def write(self, name: str, content: bytes) -> None:
         """Writes a file in one atomic step, on process 0; raises InputError where that is not allowed."""
         if hosts.is_first():
+            self.require_writer()
             super().write(name, content)
 
     def delete(self, name: str) -> None:
         """Removes a file, on process 0."""
         if hosts.is_first():
+            self.require_writer()
             self._kv.write(name, None).result()
 
     @contextlib.contextmanager
     def locked(self):
         """Holds the directory for this run, on process 0; InputError where another run trains in it.
 
-        Only local directories can be locked; the lock ends with the process, however it ends. A directory that is new
-        here is removed again where an InputError shows that no run can begin in it; never one in which a run began.
+        A local lock ends with the process, however it ends; on an object store a lease does, after some seconds
+        (`runs.lease`). A local directory that is new here is removed again where an InputError shows that no run can
+        begin in it; never one in which a run began.
         """
-        if self.local is None or not hosts.is_first():
+        if not hosts.is_first():
             yield self
+            return
+        if self.local is None:
+            with self._leased():
+                yield self
             return
         new = not os.path.exists(self.local)
         try:
@@ -87,6 +102,17 @@ class RunDir(Directory):
                 if new and self.read("status.json") is None:
                     self._remove_if_empty()
                 raise
+
+    @contextlib.contextmanager
+    def _leased(self):
+        lease = Lease(self)
+        lease.take()
+        self._lease = lease
+        try:
+            yield
+        finally:
+            lease.release()
+            self._lease = None
 
     def _remove_if_empty(self) -> None:
         """Removes what is written before a run begins, and the directory if nothing else is in it."""

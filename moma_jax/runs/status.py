@@ -11,6 +11,7 @@ from moma_jax import hosts
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.lease import LeaseLost
 
 
 class Status:
@@ -38,13 +39,14 @@ def watched(run: RunDir, total: int) -> Iterator[Status]:
     """Marks a run that ends by an exception as failed, once it has begun.
 
     Raises:
+      LeaseLost: another process became the directory's writer.
       RunError: for bad input and refused files that show only after the run has begun, and where another process is
         gone before the runtime noticed and ended this one.
     """
     status = Status(run, total)
     try:
         yield status
-    except (SystemExit, BrokenPipeError):
+    except (SystemExit, BrokenPipeError, LeaseLost):
         raise
     except BaseException as error:
         if not status.begun:
