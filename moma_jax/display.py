@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,13 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Where rich would end the process in silence."""
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, "nobody reads")
 
 
-def _stop_printing() -> None:
-    """Nobody reads standard output any more, as in `moma train ... | head`; work goes on, and says so."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print("moma: nobody reads the output any more; going on without it", file=sys.stderr)
+def _silence(stream: Any) -> None:
+    """Sends what is still written to a stream nowhere; one without a file of its own is left alone."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Display:
@@ -39,6 +43,10 @@ class Display:
         """Moves the bar to `done` of `total`, between a label and what else there is to say."""
         if not self.live:
             return
+        with self._unread():
+            self._move_bar(done, total, label, text)
+
+    def _move_bar(self, done: int, total: int, label: str, text: str) -> None:
         if self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
@@ -50,16 +58,30 @@ class Display:
         """Prints a line above the bar."""
         if not self._shown:
             return
-        try:
+        with self._unread():
             self._console.print(line, markup=False)
-        except BrokenPipeError:
-            self._shown = self.live = False
-            _stop_printing()
 
     def close(self) -> None:
         """Gives the terminal back."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._unread():
+                self._bar.stop()
+
+    @contextlib.contextmanager
+    def _unread(self) -> Iterator[None]:
+        """Where nobody reads any more (`moma train ... | head`, a closed terminal), work goes on and says so."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._shown = self.live = False
+            self._bar = None
+            _silence(self._console.file)
+            with contextlib.suppress(OSError):
+                print("moma: nobody reads the output any more; going on without it", file=sys.stderr, flush=True)
+                return
+            _silence(sys.stderr)
 
     def __enter__(self) -> Display:
         return self

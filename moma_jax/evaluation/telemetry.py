@@ -14,6 +14,7 @@ The files' metadata holds the hashes of the stores whose ids they count (`hashes
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -289,7 +290,10 @@ def _bits(taken_LNE: np.ndarray) -> np.ndarray:
 def hashes_in(metadata: dict[bytes, bytes] | None) -> dict[str, str | None] | None:
     """The hashes of the stores that a file was counted on, from its Parquet metadata; None where it does not say."""
     found = (metadata or {}).get(HASHES.encode())
-    return None if found is None else json.loads(found)
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(hashes := json.loads(found or b"null"), dict):
+            return hashes
+    return None
 
 
 def _histogram(cell_K: np.ndarray, value_K: np.ndarray, length: int, shape: tuple[int, int, int]) -> np.ndarray:

@@ -157,11 +157,11 @@ def _picture(home: RunDir, path: str) -> Image.Image:
 
 
 def _store(config: Config | None, hashes: dict[str, str | None] | None) -> Store | None:
-    """The first store, where it is still the one of these hashes."""
+    """The first store, where it is still the one of these hashes; None: of an older run, which does not say."""
     if config is None or config.data.kind != "store":
         return None
     try:
         store = open_store(config.data.stores[0].path)
     except InputError:
         return None
-    return store if hashes is not None and hashes.items() <= store.codecs.hashes.items() else None
+    return store if hashes is None or hashes.items() <= store.codecs.hashes.items() else None

@@ -29,6 +29,7 @@ from moma_jax import hosts
 from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.lease import LeaseLost
 
 FORMAT_VERSION = 1
 SAVE_GB, RESTORE_GB = 32, 8
@@ -96,8 +97,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *error: object) -> None:
-        # One that fails among several must not wait for the others, who may wait for it.
-        if kind in (None, SystemExit) or not hosts.several():
+        # One that fails among several must not wait for the others, who may wait for it; one that lost its lease must
+        # not remove checkpoints of before.
+        if kind in (None, SystemExit) or not (hosts.several() or kind is LeaseLost):
             self.close()
 
     def latest(self) -> int | None:

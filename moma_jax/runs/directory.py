@@ -72,6 +72,11 @@ class RunDir(Directory):
             self.require_writer()
             self._kv.write(name, None).result()
 
+    def clear(self, name: str) -> None:
+        """Deletes a subdirectory with everything in it."""
+        self.require_writer()
+        super().clear(name)
+
     @contextlib.contextmanager
     def locked(self):
         """Holds the directory for this run, on process 0; InputError where another run trains in it.

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from moma_jax.data.directory import Directory
+from moma_jax.data.directory import Directory, first_line
 from moma_jax.errors import InputError
 
 FILE = "lease.json"
@@ -61,7 +61,13 @@ class Lease:
             words = f"{self._directory.path}: {seen.who} has been writing here; waiting {self._stale:.0f} s for a sign"
             print(f"moma: {words} of it", file=sys.stderr)
             seen = self._wait(seen)
-        if not self._put(seen.generation):
+        try:
+            taken = self._put(seen.generation)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{self._directory.path}/{FILE}: cannot be written: {first_line(error)}") from error
+        if not taken:
             raise self._refused(self._look())
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
@@ -83,20 +89,21 @@ class Lease:
     def require(self) -> None:
         """Raises LeaseLost where this process does not have the lease any more."""
         with self._writing:
+            if self._generation and self._is_mine(seen := self._look()):
+                self._generation = seen.generation  # also of a renewal whose answer never came
+                return
+            self._generation = b""
             seen = self._look()
-            if not self._generation or seen.generation != self._generation:
-                self._generation = b""
-                raise LeaseLost(
-                    f"{self._directory.path}: {seen.who} took over, as this process gave no sign of life for "
-                    f"{self._stale:.0f} s; nothing more was written"
-                )
+        happened = f"{seen.who} took over, as this process gave no sign of life for {self._stale:.0f} s"
+        happened = f"its {FILE} is gone" if seen.holder is None else happened
+        raise LeaseLost(f"{self._directory.path}: {happened}; no more records, status or checkpoints are written")
 
     def release(self) -> None:
         """Gives the lease back, if this process still has it."""
         self._stopped.set()
         with self._writing, contextlib.suppress(ValueError):
-            if self._generation:
-                self._directory.write_if(FILE, None, self._generation)
+            if self._generation and self._is_mine(seen := self._look()):
+                self._directory.write_if(FILE, None, seen.generation)
             self._generation = b""
 
     def _renew(self) -> None:
@@ -115,12 +122,15 @@ class Lease:
             holder = {}
         return Seen(generation, holder if isinstance(holder, dict | None) else {})
 
+    def _is_mine(self, seen: Seen) -> bool:
+        return (seen.holder or {}).get("id") == self._me["id"]
+
     def _put(self, generation: bytes) -> bool:
         """Writes the lease where its generation is this one; returns whether it was."""
         self._beats += 1  # so that every renewal is another content, and another generation
         content = json.dumps(self._me | {"beats": self._beats}, sort_keys=True).encode()
         if not (after := self._directory.write_if(FILE, content, generation)):
             seen = self._look()  # an earlier write of ours may have come through although it seemed to fail
-            after = seen.generation if (seen.holder or {}).get("id") == self._me["id"] else b""
+            after = seen.generation if self._is_mine(seen) else b""
         self._generation = after or self._generation
         return bool(after)

@@ -46,7 +46,7 @@ def watched(run: RunDir, total: int) -> Iterator[Status]:
     status = Status(run, total)
     try:
         yield status
-    except (SystemExit, BrokenPipeError, LeaseLost):
+    except (SystemExit, LeaseLost):
         raise
     except BaseException as error:
         if not status.begun:

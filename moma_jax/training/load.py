@@ -115,7 +115,8 @@ def config_of(run: str) -> Config:
 
 def with_stores(config: Config, run: RunDir) -> Config:
     """The config with its stores' paths as they are from here: those of a run are relative to where it was started."""
-    folder = (run.read_json("status.json") or {}).get("folder", ".")
+    folder = (run.read_json("status.json") or {}).get("folder")
+    folder = folder if isinstance(folder, str) else "."
 
     def found(store: StoreConfig) -> StoreConfig:
         there = os.path.join(folder, store.path)

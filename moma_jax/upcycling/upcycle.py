@@ -24,6 +24,7 @@ from moma_jax.evaluation.evaluate import Evaluator
 from moma_jax.fields import differences
 from moma_jax.model.decoder import decoder_of, evaluation_decoder, first_routing_state
 from moma_jax.rules import rule_name
+from moma_jax.runs import lease
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import finite
@@ -232,7 +233,7 @@ def _unfinished(run: RunDir) -> bool:
     ancestry.json is written first and config.json last.
     """
     try:
-        names = {name.partition("/")[0] for name in run.names("")} - {".lock"}
+        names = {name.partition("/")[0] for name in run.names("")} - {".lock", lease.FILE}
     except ValueError as error:  # a file lies there
         raise InputError(f"run.dir: {first_line(error)}; choose a new directory") from error
     begun = ANCESTRY in names and names <= {ANCESTRY, "checkpoints"}
@@ -302,6 +303,8 @@ def _write(run: RunDir, state: TrainState, saved: Saved) -> None:
                 checkpoints.save(state, saved)
                 checkpoints.wait()
             run.write_json("config.json", saved.meta["config"])
+        except lease.LeaseLost:  # what is there is another's now
+            raise
         except InputError:
             if hosts.is_first():
                 _clear(run)

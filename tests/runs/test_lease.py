@@ -1,5 +1,6 @@
 """One writer of a run on an object store: races have one winner, the dead are replaced, losers write nothing."""
 
+import contextlib
 import threading
 import time
 import uuid
@@ -12,6 +13,7 @@ from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.lease import FILE, Lease, LeaseLost
 from moma_jax.runs.status import watched
+from moma_jax.upcycling import upcycle
 
 QUICK = {"beat": 0.02, "stale": 0.3}
 
@@ -96,8 +98,39 @@ def test_a_beat_that_seemed_to_fail_loses_nothing(path, monkeypatch):
         patch.setattr(lease._directory, "write_if", cut)
         with pytest.raises(ValueError):
             lease._put(lease._generation)
-    assert lease._put(lease._generation)
     lease.require()
+    assert lease._put(lease._generation)
+    lease.release()
+    assert Directory(path).read(FILE) is None
+
+
+def test_a_lease_that_is_gone_and_one_that_cannot_be_written_are_told_of(path, monkeypatch):
+    lease = Lease(Directory(path), beat=60, stale=60)
+    lease.take()
+    Directory(path)._kv.write(FILE, None).result()
+    with pytest.raises(LeaseLost, match="its lease.json is gone"):
+        lease.require()
+
+    def refused(*_):
+        raise ValueError("403 Forbidden [source locations]")
+
+    monkeypatch.setattr(Directory, "write_if", refused)
+    with pytest.raises(InputError, match="lease.json: cannot be written: 403 Forbidden$"):
+        Lease(Directory(f"{path}/other")).take()
+
+
+def test_an_upcycle_begins_in_a_bucket_and_clears_nothing_that_is_anothers(path, quick):
+    run = RunDir(path)
+    with contextlib.ExitStack() as held:
+        upcycle._take(run, held)
+        stop(run._lease)
+        thief = Lease(Directory(path), **QUICK)
+        thief.take()
+        Directory(path).write("checkpoints/0/state", b"another's")
+        with pytest.raises(LeaseLost):
+            run.clear("checkpoints")
+    assert Directory(path).read("checkpoints/0/state") == b"another's"
+    thief.release()
 
 
 def test_a_writer_that_lost_its_lease_stops_and_changes_nothing(path, quick):

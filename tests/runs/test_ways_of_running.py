@@ -29,6 +29,19 @@ print("done", file=sys.stderr)
 """
 
 
+@pytest.mark.parametrize("stderr", [False, True])
+def test_where_both_outputs_have_no_reader_work_goes_on(stderr, tmp_path):
+    """`moma train 2>&1 | head`, and progress on stderr."""
+    code = SPEAKER.replace("Display(True)", f"Display(True, stderr={stderr})")
+    code = code.partition('print("an end')[0] + f"open({str(tmp_path / 'done')!r}, 'w')"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    speaker = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    assert speaker.stdout.readline().startswith("0 ")
+    speaker.stdout.close()
+    speaker.wait()
+    assert (tmp_path / "done").exists()
+
+
 def test_where_the_reader_goes_away_work_goes_on_and_says_so():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     speaker = subprocess.Popen([sys.executable, "-c", SPEAKER], **pipes)
