@@ -348,9 +348,8 @@ def _documented_by_docstring(kind: type) -> str:
 
 
 def _title(title: str, module: Any) -> str:
-    """A page's title and its module's docstring, lists of columns as code."""
-    blocks = inspect.getdoc(module).split("\n\n")
-    return f"# {title}\n\n" + "\n\n".join(blocks) + "\n\n"
+    """A page's title and its module's docstring."""
+    return f"# {title}\n\n{inspect.getdoc(module)}\n\n"
 
 
 def _docstring(kind: type) -> str:

@@ -78,10 +78,10 @@ class Display:
             self._shown = self.live = False
             self._bar = None
             _silence(self._console.file)
-            with contextlib.suppress(OSError):
+            try:
                 print("moma: nobody reads the output any more; going on without it", file=sys.stderr, flush=True)
-                return
-            _silence(sys.stderr)
+            except OSError:
+                _silence(sys.stderr)
 
     def __enter__(self) -> Display:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def recipes(
 
 def _copy(name: str, out: str) -> None:
     path = shipped.found(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"--copy: there is no recipe {name}; moma recipes lists them")
     require_new_file("--copy", out)
     write_file(out, path.read_bytes())

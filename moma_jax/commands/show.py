@@ -97,8 +97,9 @@ def run_sheet(path: str, count: int, seed: int) -> Image.Image:
     from moma_jax.data.sheet import batch_sheet, below_each_other
     from moma_jax.data.stream import open_stream
     from moma_jax.runs.checkpoint import Checkpoints
+    from moma_jax.training.load import config_of
 
-    config = resolve(from_json(RunDir(path).read_json("config.json")))
+    config = resolve(config_of(path))
     with contextlib.closing(Checkpoints(RunDir(path))) as checkpoints:
         latest = checkpoints.latest()
         cursor = None if latest is None else checkpoints.saved(latest).cursor

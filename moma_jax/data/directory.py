@@ -56,11 +56,7 @@ class Directory:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none; raises InputError where it cannot be read."""
-        try:
-            result = self._kv.read(name).result()
-        except ValueError as error:
-            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
-        return bytes(result.value) if result.state == "value" else None
+        return self.read_generation(name)[0]
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file in one atomic step; raises InputError where that is not allowed."""
@@ -70,7 +66,7 @@ class Directory:
             raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
 
     def read_generation(self, name: str) -> tuple[bytes | None, bytes]:
-        """The content of a file, None where there is none, and what the store calls this state of it."""
+        """The content of a file, None where there is none, and what the store calls this state of it; as `read`."""
         try:
             result = self._kv.read(name).result()
         except ValueError as error:

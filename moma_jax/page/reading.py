@@ -120,7 +120,7 @@ def _steps(home: RunDir, folder: str, end: str) -> dict[str, dict[int, str]]:
     return found
 
 
-def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[str, Any]]):
+def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[str, Any]]) -> tuple[list, dict | None]:
     """Rows of the newest file of the first evaluation set, of steps that the records know, and its hashes."""
     found, last = _steps(home, FOLDER, end), max((r["step"] for r in records), default=0)
     order = [eval_set.name for eval_set in config.train.eval_sets] if config is not None else []

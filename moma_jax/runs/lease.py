@@ -89,11 +89,10 @@ class Lease:
     def require(self) -> None:
         """Raises LeaseLost where this process does not have the lease any more."""
         with self._writing:
-            if self._generation and self._is_mine(seen := self._look()):
-                self._generation = seen.generation  # also of a renewal whose answer never came
+            seen = self._look()  # which may be of a renewal whose answer never came
+            self._generation = seen.generation if self._generation and self._is_mine(seen) else b""
+            if self._generation:
                 return
-            self._generation = b""
-            seen = self._look()
         happened = f"{seen.who} took over, as this process gave no sign of life for {self._stale:.0f} s"
         happened = f"its {FILE} is gone" if seen.holder is None else happened
         raise LeaseLost(f"{self._directory.path}: {happened}; no more records, status or checkpoints are written")

@@ -25,12 +25,13 @@ class Status:
     def __init__(self, run: RunDir, total: int):
         self.step, self.begun = 0, False
         self._run, self._total = run, total
+        self._folder = os.getcwd()  # which relative paths of the config are of
 
     def write(self, state: str) -> None:
         """Writes running, complete, stopped or failed."""
         self.begun = True
         status = {"state": state, "step": self.step, "total": self._total, "pid": os.getpid(), "updated": time.time()}
-        status["folder"] = os.getcwd()  # which relative paths of the config are of
+        status["folder"] = self._folder
         self._run.write_json("status.json", status)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def load_study(path: str | Path) -> Study:
     """
     path = shipped.found(path)
     require(
-        path.is_file(),
+        os.path.isfile(path),  # False for a name that is too long for files, where Path raises
         f"{path}: no such study; give a .py file with `def study() -> Study`, or a name of `moma recipes`",
     )
     study = called(path, "study", "Study")

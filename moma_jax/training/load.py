@@ -107,10 +107,10 @@ def lacks(config: Config, routing: str, routing_state: Any) -> str | None:
 
 def config_of(run: str) -> Config:
     """The resolved config of a run; InputError where there is no run."""
-    written = RunDir(run).read_json("config.json")
-    if written is None:
+    home = RunDir(run)
+    if (written := home.read_json("config.json")) is None:
         raise InputError(f"{run}: no config.json here; give a run directory")
-    return with_stores(from_json(written), RunDir(run))
+    return with_stores(from_json(written), home)
 
 
 def with_stores(config: Config, run: RunDir) -> Config:

@@ -303,8 +303,6 @@ def _write(run: RunDir, state: TrainState, saved: Saved) -> None:
                 checkpoints.save(state, saved)
                 checkpoints.wait()
             run.write_json("config.json", saved.meta["config"])
-        except lease.LeaseLost:  # what is there is another's now
-            raise
         except InputError:
             if hosts.is_first():
                 _clear(run)

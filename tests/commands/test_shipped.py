@@ -41,6 +41,8 @@ def test_an_existing_path_wins_over_a_name(tmp_path, monkeypatch):
     for outside in ("../quickstart", "/quickstart", "nothing", "long" * 100):
         with pytest.raises(InputError, match="no such recipe; give a .py file, .*a name of `moma recipes`"):
             recipes.load(outside)
+    with pytest.raises(InputError, match="no such study"):
+        load_study("long" * 100)
 
 
 def test_a_copy_works_where_it_is_put(capsys, tmp_path, monkeypatch):
@@ -57,6 +59,7 @@ def test_a_copy_works_where_it_is_put(capsys, tmp_path, monkeypatch):
         (("quickstart", "mine.py"), "is there already"),
         (("quickstart", "no/mine.py"), "there is no folder"),
         (("quickstrat", "yours.py"), "there is no recipe quickstrat"),
+        (("long" * 100, "yours.py"), "there is no recipe long"),
     ):
         code, _, error = run(capsys, "recipes", "--copy", *words)
         assert code == 2 and message in error
