@@ -30,6 +30,7 @@ FLOORS = [
     ["routers"],
     ["router"],
     ["fields", "ffn", "vocab", "hosts"],
+    ["storage"],
     ["errors", "display", "late", "process", "shipped"],
 ]
 MODEL_FLOORS = [

@@ -7,8 +7,8 @@ from typing import Any
 
 from moma_jax.codec import Codec, codec_of
 from moma_jax.codec.interface import description_hash
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
+from moma_jax.storage.directory import Directory
 
 DESCRIPTION, WEIGHTS = "codec.json", "codec.safetensors"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moma_jax.commands import print_result
-from moma_jax.data.directory import require_new_file, write_file
+from moma_jax.storage.directory import require_new_file, write_file
 
 
 def doctor(report: str | None = None, json: bool = False) -> None:

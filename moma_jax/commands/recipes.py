@@ -11,8 +11,8 @@ import tyro
 from moma_jax import shipped
 from moma_jax.command_line import first_line
 from moma_jax.commands import print_list
-from moma_jax.data.directory import require_new_file, write_file
 from moma_jax.errors import InputError
+from moma_jax.storage.directory import require_new_file, write_file
 
 
 def recipes(

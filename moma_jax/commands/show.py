@@ -18,12 +18,12 @@ from moma_jax.commands import print_result
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost
-from moma_jax.data.directory import require_new_file, write_file
 from moma_jax.data.store import Store, open_store
 from moma_jax.errors import InputError
 from moma_jax.rules import Unloaded
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import records_of
+from moma_jax.storage.directory import require_new_file, write_file
 
 MOST_DOCUMENTS = 256
 """Documents of a sheet, at most."""

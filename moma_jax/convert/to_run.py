@@ -47,7 +47,6 @@ from moma_jax.convert.weights import (
     open_weights,
     write_file,
 )
-from moma_jax.data.directory import Directory
 from moma_jax.data.parts import FORMAT_VERSION as STORE_VERSION
 from moma_jax.data.store import Codecs
 from moma_jax.errors import InputError
@@ -57,6 +56,7 @@ from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, command, commit, versions
 from moma_jax.runs.resume import CONFIG, SUMMARY
 from moma_jax.runs.status import Status
+from moma_jax.storage.directory import Directory
 from moma_jax.training.metrics import step_sums, token_meter
 from moma_jax.training.step import TrainState
 from moma_jax.vocab import Vocabulary

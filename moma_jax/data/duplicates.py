@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from moma_jax.data.directory import CONTEXT, Directory
 from moma_jax.data.parts import COLLECTIONS, SPLITS, Column, kept_name, part_name
+from moma_jax.storage.directory import CONTEXT, Directory
 
 COUNTED = ("pictures", "distinct", "on_both_sides", "dropped_duplicates", "dropped_held_out")
 """What `settle` counts: pictures, different ones, codes both trained on and held out, and documents that went."""

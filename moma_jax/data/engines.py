@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from typing import Any, Protocol
 
-from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError, RunError
+from moma_jax.storage.directory import first_line
 
 ANSWER_SECONDS = 10.0
 MOST_DEATHS = 3

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.errors import InputError
+from moma_jax.storage.directory import CONTEXT, Directory, first_line
 from moma_jax.vocab import Vocabulary
 
 FORMAT_VERSION = 2

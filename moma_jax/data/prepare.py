@@ -14,7 +14,6 @@ from typing import Any
 
 from moma_jax.codec.folder import hash_of
 from moma_jax.config import Modality, PrepareConfig
-from moma_jax.data.directory import Directory
 from moma_jax.data.duplicates import settle
 from moma_jax.data.encode import Block, Encoder
 from moma_jax.data.engines import in_processes, on_ray
@@ -25,6 +24,7 @@ from moma_jax.data.sources import Opened, open_source, open_with_rest
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
 from moma_jax.fields import read
+from moma_jax.storage.directory import Directory
 
 MOST_BROKEN = 0.05
 """Share of broken documents above which a source is not used."""

@@ -38,10 +38,10 @@ import tensorstore as ts
 
 from moma_jax.codec import Codec, codec_of
 from moma_jax.codec.interface import description_hash
-from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, kept_name, part_name
 from moma_jax.data.text import TextCodec
 from moma_jax.errors import InputError, RunError
+from moma_jax.storage.directory import CONTEXT, Directory, first_line
 from moma_jax.vocab import Vocabulary
 
 __all__ = ["COLLECTIONS", "KINDS", "SPLITS", "Codecs", "Index", "Store", "View", "open_store", "require_same_codecs"]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from moma_jax.batch import Packed
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
 from moma_jax.late import pa, pq
+from moma_jax.storage.directory import Directory
 
 DOCUMENTS = "documents.parquet"
 """File, in a run's directory, of its last evaluation."""

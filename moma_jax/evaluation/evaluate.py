@@ -23,7 +23,6 @@ from moma_jax import hosts, sharding
 from moma_jax.batch import Batch, Packed
 from moma_jax.config import Config, EvalSet, HostsConfig, MeshConfig
 from moma_jax.cost import total_steps
-from moma_jax.data.directory import Directory
 from moma_jax.data.stream import open_stream, vocabulary_of
 from moma_jax.errors import InputError, RunError
 from moma_jax.evaluation.conditions import Kinds
@@ -33,6 +32,7 @@ from moma_jax.ffn import SHARED
 from moma_jax.geometry import rule_of
 from moma_jax.model.decoder import causal_decoder, evaluation_decoder
 from moma_jax.model.depth import SELECTED
+from moma_jax.storage.directory import Directory
 from moma_jax.training import objective
 from moma_jax.training.load import load
 from moma_jax.training.step import Program, put, replicate, run_decoder

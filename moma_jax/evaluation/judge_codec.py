@@ -11,9 +11,9 @@ from moma_jax.codec import Codec
 from moma_jax.codec.folder import DESCRIPTION, open_codec
 from moma_jax.codec.pictures import load_picture, png_of
 from moma_jax.codec.quality import Quality, sheet_of
-from moma_jax.data.directory import Directory, require_new_file, write_file
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
+from moma_jax.storage.directory import Directory, require_new_file, write_file
 from moma_jax.training.codec.config import PicturesConfig
 from moma_jax.training.codec.pictures import Pictures
 

@@ -14,10 +14,10 @@ import tensorstore as ts
 from PIL import Image
 
 from moma_jax.codec.pictures import png_of
-from moma_jax.data.directory import CONTEXT, Directory, first_line
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
 from moma_jax.generation.output import Output, enlarged
+from moma_jax.storage.directory import CONTEXT, Directory, first_line
 
 RECORD = "generation.json"
 HELD = ".writing"

@@ -26,10 +26,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moma_jax import hosts
-from moma_jax.data.directory import first_line
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.lease import LeaseLost
+from moma_jax.storage.directory import first_line
+from moma_jax.storage.lease import LeaseLost
 
 FORMAT_VERSION = 1
 SAVE_GB, RESTORE_GB = 32, 8

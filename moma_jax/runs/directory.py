@@ -20,9 +20,9 @@ from pathlib import Path
 import tensorstore as ts
 
 from moma_jax import hosts
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
-from moma_jax.runs.lease import Lease
+from moma_jax.storage.directory import Directory
+from moma_jax.storage.lease import Lease
 
 PACKAGES = ("moma_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -82,7 +82,7 @@ class RunDir(Directory):
         """Holds the directory for this run, on process 0; InputError where another run trains in it.
 
         A local lock ends with the process, however it ends; on an object store a lease does, after some seconds
-        (`runs.lease`). A local directory that is new here is removed again where an InputError shows that no run can
+        (`storage.lease`). A local directory that is new here is removed again where an InputError shows that no run can
         begin in it; never one in which a run began.
         """
         if not hosts.is_first():

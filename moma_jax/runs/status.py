@@ -11,7 +11,7 @@ from moma_jax import hosts
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.lease import LeaseLost
+from moma_jax.storage.lease import LeaseLost
 
 
 class Status:

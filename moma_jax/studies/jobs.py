@@ -13,9 +13,9 @@ from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.config_json import as_recorded, from_json
 from moma_jax.cost import total_steps
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, require
 from moma_jax.fields import differences
+from moma_jax.storage.directory import Directory
 from moma_jax.studies.matching import Matched, match_variants
 from moma_jax.studies.study import Study
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moma_jax.config import Config
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
 from moma_jax.evaluation.documents import DOCUMENTS
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS
+from moma_jax.storage.directory import Directory
 from moma_jax.studies.jobs import Job, read_status, require_same_config
 
 FILES = ("config.json", "summary.json", METRICS, "ancestry.json", DOCUMENTS, "status.json")

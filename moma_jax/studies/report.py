@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moma_jax.cost import flops_per_token
-from moma_jax.data.directory import Directory, first_line
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import finite
+from moma_jax.storage.directory import Directory, first_line
 from moma_jax.studies.comparison import (
     Compared,
     Decided,

@@ -15,11 +15,11 @@ import jax
 
 from moma_jax import hosts
 from moma_jax.config import Config
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.progress import RunProgress
 from moma_jax.runs.resume import require_resumable
+from moma_jax.storage.directory import Directory
 from moma_jax.studies.jobs import Job, chosen, jobs, require_same_config, state, trained_elsewhere
 from moma_jax.studies.records import keep, unpack
 from moma_jax.studies.study import Study, load_study

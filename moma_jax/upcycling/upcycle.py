@@ -17,19 +17,19 @@ from moma_jax.checks import resolve
 from moma_jax.config import Config, HostsConfig
 from moma_jax.config_json import as_recorded, from_json, to_json
 from moma_jax.cost import flops_per_token
-from moma_jax.data.directory import first_line
 from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
 from moma_jax.evaluation.evaluate import Evaluator
 from moma_jax.fields import differences
 from moma_jax.model.decoder import decoder_of, evaluation_decoder, first_routing_state
 from moma_jax.rules import rule_name
-from moma_jax.runs import lease
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import finite
 from moma_jax.runs.progress import losses
 from moma_jax.runs.resume import hashes_of, require_same_stores
+from moma_jax.storage import lease
+from moma_jax.storage.directory import first_line
 from moma_jax.training.load import fingerprint
 from moma_jax.training.metrics import step_sums, token_meter
 from moma_jax.training.step import (

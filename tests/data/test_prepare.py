@@ -20,11 +20,11 @@ from moma_jax.codec.folder import write_codec
 from moma_jax.config import IMAGE, TEXT, Modality, PrepareConfig
 from moma_jax.data import fit
 from moma_jax.data import prepare as prepare_lib
-from moma_jax.data.directory import Directory
 from moma_jax.data.parts import Column, PartWriter
 from moma_jax.data.prepare import prepare
 from moma_jax.data.store import KINDS, open_store, require_same_codecs
 from moma_jax.errors import InputError, RunError
+from moma_jax.storage.directory import Directory
 
 
 def documents_of(store, split):

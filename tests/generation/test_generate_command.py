@@ -14,12 +14,12 @@ from scripted import picture
 from moma_jax import commands
 from moma_jax.commands import generate as command
 from moma_jax.commands.generate import Generate
-from moma_jax.data.directory import Directory
 from moma_jax.data.documents import Codes
 from moma_jax.errors import InputError
 from moma_jax.generation.files import held
 from moma_jax.generation.prompts import arranged, language_of
 from moma_jax.generation.terminal import Terminal
+from moma_jax.storage.directory import Directory
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import uuid
 
 import pytest
 
-from moma_jax.data.directory import Directory
 from moma_jax.errors import InputError
 from moma_jax.runs.checkpoint import Checkpoints, Saved
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.lease import FILE, Lease, LeaseLost
 from moma_jax.runs.status import watched
+from moma_jax.storage.directory import Directory
+from moma_jax.storage.lease import FILE, Lease, LeaseLost
 from moma_jax.upcycling import upcycle
 
 QUICK = {"beat": 0.02, "stale": 0.3}

@@ -17,8 +17,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from moma_jax.data.directory import Directory, first_line
 from moma_jax.errors import InputError
+from moma_jax.storage.directory import Directory, first_line
 
 FILE = "lease.json"
 BEAT, STALE = 5.0, 20.0
