@@ -388,6 +388,10 @@ class RunConfig:
     """Run directory; runs/<recipe name> where None. A run there goes on from its last checkpoint."""
     init_from: str | None = None
     """A run directory whose newest weights start this run (step 0, fresh optimizer)."""
+    save_retries: int = setting(3, least=0, unit="saves")
+    """Failed saves in a row that a run puts up with: the next one is begun at the next record, the last one at once."""
+    save_share: float = setting(0.05, above=0)
+    """Share of the time that saving may hold up training before a warning is recorded."""
     tensorboard: bool = True
     """Write tensorboard/ beside metrics.jsonl."""
     wandb: str | None = None

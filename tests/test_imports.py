@@ -13,7 +13,7 @@ PACKAGE = ROOT / "moma_jax"
 FLOORS = [
     ["__main__"],
     ["commands"],
-    ["doctor"],
+    ["doctor", "whole"],
     ["page"],
     ["studies", "bench"],
     ["plan", "convert", "upcycling"],

@@ -21,7 +21,7 @@ from moma_jax.config import MeshConfig
 
 COMMANDS = (
     *("codec", "prepare", "train", "eval", "generate", "routers", "upcycle", "study"),
-    *("convert", "cost", "plan", "bench", "show", "recipes", "doctor"),
+    *("convert", "cost", "plan", "bench", "show", "verify", "recipes", "doctor"),
 )
 """In the order of the help page."""
 ALIASES = {"fit-routers": ["routers", "fit"]}

@@ -12,6 +12,7 @@ import tensorstore as ts
 
 from moma_jax.errors import InputError
 from moma_jax.storage.directory import CONTEXT, Directory, first_line
+from moma_jax.storage.staged import Staged
 from moma_jax.vocab import Vocabulary
 
 FORMAT_VERSION = 2
@@ -109,7 +110,8 @@ class Column:
             spec = {"driver": "zarr3", "kvstore": self._kvstore, "metadata": self._metadata(stop)}
             # Zeros are written too, so that what a reader does not find is lost and never a zero.
             spec["store_data_equal_to_fill_value"] = True
-            self._array = ts.open(spec, context=CONTEXT, create=True).result()
+            # Its place was cleared: what is there already is a write of ours whose answer was cut off.
+            self._array = ts.open(spec, context=CONTEXT, create=True, open=True).result()
         elif stop > self._array.shape[0]:
             self._array = self._array.resize(exclusive_max=[stop, *self._row]).result()
         self._array[self.rows : stop].write(value_N).result()
@@ -188,7 +190,7 @@ class PartWriter:
     def __init__(self, directory: Directory, k: int, n: int, vocabulary: Vocabulary, shard_bytes: int, chunk_rows: int):
         self._directory, self._vocabulary = directory, vocabulary
         self._layout = (vocabulary.token_dtype, shard_bytes, chunk_rows)
-        self._staged = directory.stage(part_name(k, n))
+        self._staged = Staged(directory, part_name(k, n))
         self._columns: dict[tuple[str, str], _Columns] = {}
         self._tokens_M: dict[tuple[str, str], np.ndarray] = {}
         self._sources: dict[str, int] = {}

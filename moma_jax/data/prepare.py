@@ -24,7 +24,11 @@ from moma_jax.data.sources import Opened, open_source, open_with_rest
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
 from moma_jax.fields import read
-from moma_jax.storage.directory import Directory
+from moma_jax.storage.contents import FILE as CONTENTS
+from moma_jax.storage.contents import write_contents
+from moma_jax.storage.directory import Directory, json_bytes
+from moma_jax.storage.probe import require_usable
+from moma_jax.storage.staged import LEASES
 
 MOST_BROKEN = 0.05
 """Share of broken documents above which a source is not used."""
@@ -86,6 +90,7 @@ def prepare(
     if ray_address is not None and engine != "ray":
         raise InputError("--ray-address: only with --engine ray")
     directory = Directory(out)
+    require_usable(out, checkpoints=False)
     if merge:
         _require_version(directory, directory.read_json("settings.json"))
         with PrepareProgress(progress) as bar:
@@ -126,7 +131,9 @@ def _codecs(directory: Directory, config: PrepareConfig, source, content: dict, 
         encoder = _encoder(codecs, config)
         # Nothing is written before the input is known to be sound; another process may have begun meanwhile.
         if not _is_claimed(directory, content):
-            directory.write_json("settings.json", content)
+            found, generation = directory.read_generation("settings.json")
+            if found is not None or not directory.write_if("settings.json", json_bytes(content), generation):
+                _is_claimed(directory, content)
         codecs.write(directory)
     require_modalities(codecs.vocabulary, modalities)
     return codecs, encoder
@@ -369,8 +376,16 @@ def _publish(directory: Directory) -> dict[str, Any]:
         "counts": _counts(list(parts.values()), [m.name for m in codecs.vocabulary.modalities]),
         "parts": list(parts.values()),
     }
-    directory.write_json("manifest.json", manifest)
+    content = json_bytes(manifest)
+    write_contents(directory, coming={"manifest.json": content}, belongs=belongs_to_store)
+    directory.write("manifest.json", content)
     return manifest
+
+
+def belongs_to_store(name: str) -> bool:
+    """Whether a store's own list names a file: of a part its two lists, which name the rest."""
+    outside = not name.startswith(("parts/", f"{LEASES}/", "."))
+    return outside or (name.endswith(("/part.json", f"/{CONTENTS}")) and "/." not in name)
 
 
 def _counts(parts: list[dict], names: list[str]) -> dict[str, dict]:

@@ -4,6 +4,9 @@ A checkpoint is a directory `checkpoints/STEP/` with three items: `state` (array
 `cursor` (where the data stream stands) and `meta` (plain values). It appears under its final name only when all of it
 is written, so one that a kill interrupted is never seen.
 
+Before it appears, what was written is read back and listed by size and CRC-32C in contents.json (`storage.contents`),
+and on an object store the lease is asked for once more. A save that failed is tried again with the state of then.
+
 Several processes write one checkpoint together, each the arrays of its own devices, and read what theirs need: mesh and
 number of processes may be others each time.
 """
@@ -17,8 +20,10 @@ import functools
 import logging
 import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,13 +33,19 @@ from orbax.checkpoint import checkpoint_managers as policies
 from moma_jax import hosts
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
-from moma_jax.storage.directory import first_line
+from moma_jax.storage.contents import FILE as CONTENTS
+from moma_jax.storage.contents import write_contents
+from moma_jax.storage.directory import Directory, first_line
 from moma_jax.storage.lease import LeaseLost
 
 FORMAT_VERSION = 1
 SAVE_GB, RESTORE_GB = 32, 8
 CHUNK_BYTES = 64 << 20
 """Arrays are stored in chunks of at most so much, so that a device reads little beside its own piece."""
+PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before the last save is tried again, doubled each time."""
+AFTER_LIST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files that Orbax writes after the list, and nobody needs to restore."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,14 @@ def require_plain(path: str) -> None:
         )
 
 
+class Written(NamedTuple):
+    """A checkpoint that was written: of which step, bytes, and seconds to its list, mostly beside training."""
+
+    of_step: int
+    bytes: int
+    seconds: float
+
+
 class Checkpoints:
     """The checkpoints of one run. Writing, `restore` and `restore_params` are done by all processes together.
 
@@ -71,10 +90,33 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run: RunDir, *, keep_last: int | None = None, keep_every: int | None = None, write: bool = False
+        self,
+        run: RunDir,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        write: bool = False,
+        retries: int = 0,
+        tell: Callable[[int, str], None] = lambda step, event: None,
     ):
-        """Opens them; with `write`, keeps the newest `keep_last` and every multiple of `keep_every`."""
+        """Opens them.
+
+        Args:
+          write: whether to write, and then keep the newest `keep_last` and every multiple of `keep_every`.
+          retries: failed saves in a row that are put up with. tell: is given the step and cause of each.
+        """
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase; errors are raised here
+        self.path = run.join("checkpoints")
+        require_plain(self.path)
+        self._run, self._retries, self._tell = run, retries, tell
+        self._failed = 0  # saves in a row
+        self._newest: tuple[Any, Saved] | None = None  # what the last save was given
+        self._began, self._lost = 0.0, False
+        self._written: list[Written] = []
+        self._open = functools.partial(self._opened, keep_last, keep_every, write)
+        self._manager = self._open()
+
+    def _opened(self, keep_last: int | None, keep_every: int | None, write: bool) -> ocp.CheckpointManager:
         keep = [policies.LatestN(keep_last)] if keep_last else []
         keep += [policies.EveryNSteps(keep_every)] if keep_every else []
         options = ocp.CheckpointManagerOptions(
@@ -82,16 +124,14 @@ class Checkpoints:
             read_only=not write,
             cleanup_tmp_directories=write,
             preservation_policy=policies.AnyPreservationPolicy(keep) if write and keep_last else None,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
         )
         if not write and hosts.several():  # each process looks for itself
             me = jax.process_index()
             options.multiprocessing_options = ocp.options.MultiprocessingOptions(me, active_processes={me})
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_GB))
-        self.path = run.join("checkpoints")
-        require_plain(self.path)
-        self._run = run
-        self._manager = ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
+        return ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -114,6 +154,12 @@ class Checkpoints:
         """Directory of the checkpoint of `step`."""
         return f"{self.path}/{step}"
 
+    def size(self, step: int) -> str:
+        """What restoring a checkpoint reads at most, in words."""
+        listed = Directory(self.where(step)).read_json(CONTENTS) or {}
+        sizes = [size for size, _ in listed.get("objects", {}).values()]
+        return f"{sum(sizes) / 1e9:.3f} GB in {len(sizes)} files" if sizes else "of unknown size"
+
     def save(self, state: Any, saved: Saved) -> None:
         """Begins to write a checkpoint; the arrays are copied before this returns, so the state may be donated.
 
@@ -122,6 +168,24 @@ class Checkpoints:
           LeaseLost: another process became the directory's writer.
         """
         self._run.require_writer()
+        self._settle()
+        self._newest = state, saved
+        self._begin()
+
+    def failed(self) -> bool:
+        """Whether the newest save came to nothing, so that another should begin; does not wait."""
+        if not self._manager.is_saving_in_progress():
+            self._settle()
+        return self._lost
+
+    def written(self) -> list[Written]:
+        """What process 0 wrote since it was asked last."""
+        written, self._written = self._written, []
+        return written
+
+    def _begin(self) -> None:
+        """Begins to write the newest state; a failure is counted."""
+        state, saved = self._newest
         arrays = _as_dict(state)
         in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
         items = ocp.args.Composite(
@@ -129,8 +193,47 @@ class Checkpoints:
             cursor=ocp.args.JsonSave(pack_arrays(saved.cursor)),
             meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **saved.meta}),
         )
-        with self._writing():
+        with self._counting():
+            if self._lost:
+                self._reopen()
+            self._began = time.monotonic()
             self._manager.save(saved.step, args=items)
+            self._lost = False
+
+    def _settle(self) -> None:
+        """Waits for what was begun; a failure is counted."""
+        with self._counting():
+            self._manager.wait_until_finished()
+
+    def _reopen(self) -> None:
+        """Leaves a manager that failed, with what it left behind."""
+        with contextlib.suppress(Exception):  # it says again what it said before
+            self._manager.close()
+        self._manager = self._open()
+
+    def _before_commit(self) -> None:
+        """Lists what was written; called by the thread of process 0 that then lets the checkpoint appear."""
+        self._run.require_writer()
+        step = self._newest[1].step
+        names = {name.partition("/")[0] for name in Directory(self.path).names(str(step))}
+        unfinished = max((name for name in names if name.startswith(f"{step}.")), default=str(step))  # a disk's is "7."
+        size = write_contents(Directory(f"{self.path}/{unfinished}"), belongs=lambda name: name not in AFTER_LIST)
+        self._written.append(Written(step, size, time.monotonic() - self._began))
+        self._failed = 0
+
+    @contextlib.contextmanager
+    def _counting(self):
+        """Counts a failed save and tells of it; InputError where there were more in a row than are put up with."""
+        try:
+            yield
+        except LeaseLost:
+            raise
+        except Exception as error:  # whatever the disk, the store and the libraries between make of it
+            self._failed, self._lost = self._failed + 1, True
+            if self._failed > self._retries:
+                raise InputError(f"{self.path}: cannot be written: {cause_of(error)}") from error
+            step = self._newest[1].step if self._newest else 0
+            self._tell(step, f"checkpoint of step {step} not written, to be tried again: {cause_of(error)}")
 
     def restore(self, step: int, target: Any) -> Any:
         """The state of a checkpoint, with the shapes, types and shardings of `target`, a dataclass of arrays.
@@ -179,22 +282,22 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything begun is written; InputError where it cannot be."""
-        with self._writing():
-            self._manager.wait_until_finished()
+        self._settle()
+        while self._lost and self._newest_is_there():
+            time.sleep(min(PAUSE * 2**self._failed, LONGEST_PAUSE))
+            self._begin()
+            self._settle()
 
     def close(self) -> None:
         """Waits and lets go of threads; InputError where something cannot be written."""
-        with self._writing():
+        self.wait()
+        with self._counting():
             self._manager.close()
 
-    @contextlib.contextmanager
-    def _writing(self):
-        """What the disk refuses, as one line."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            cause = first_line(error).rpartition(": ")[2]  # TensorStore says first where, then why
-            raise InputError(f"{self.path}: cannot be written: {cause}") from error
+    def _newest_is_there(self) -> bool:
+        """Whether no later step took over the arrays of the newest save."""
+        arrays = jax.tree.leaves(_as_dict(self._newest[0])) if self._newest else []
+        return bool(arrays) and not any(isinstance(x, jax.Array) and x.is_deleted() for x in arrays)
 
     def _restore(self, step: int, item: str, args: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
@@ -242,6 +345,15 @@ class Checkpoints:
                 f"run.init_from: {self.where(step)} has {have.get(path)} at {path}, this model {want.get(path)}; "
                 "give both runs the same model section"
             )
+
+
+def cause_of(error: BaseException) -> str:
+    """What lies under an error of a save, in one line: its own kind and words, not only an address."""
+    while (cause := error.__cause__ or error.__context__) is not None and not isinstance(error, OSError):
+        error = cause
+    words = first_line(error).rpartition(": ")[2] if isinstance(error, ValueError) else first_line(error)
+    plain = isinstance(error, InputError | OSError | ValueError) and not words.startswith("http")
+    return words if plain else f"{type(error).__name__} {words}".strip()
 
 
 def _in_flight_gb(target: Any) -> int:

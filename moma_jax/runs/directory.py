@@ -17,8 +17,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import tensorstore as ts
-
 from moma_jax import hosts
 from moma_jax.errors import InputError
 from moma_jax.storage.directory import Directory
@@ -51,15 +49,6 @@ class RunDir(Directory):
         if self._lease is not None:
             self._lease.require()
 
-    def join(self, name: str) -> str:
-        """The full path or URL of a file."""
-        return f"{(self.local or self.path).rstrip('/')}/{name}"
-
-    def names(self, prefix: str) -> list[str]:
-        """Names of the files that begin with `prefix`, sorted."""
-        keys = self._kv.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")).result()
-        return sorted(key.decode() for key in keys)
-
     def write(self, name: str, content: bytes) -> None:
         """Writes a file in one atomic step, on process 0; raises InputError where that is not allowed."""
         if hosts.is_first():
@@ -70,7 +59,7 @@ class RunDir(Directory):
         """Removes a file, on process 0."""
         if hosts.is_first():
             self.require_writer()
-            self._kv.write(name, None).result()
+            super().delete(name)
 
     def clear(self, name: str) -> None:
         """Deletes a subdirectory with everything in it."""

@@ -1,7 +1,8 @@
 """The run's records: flat dictionaries that go to a metrics file, TensorBoard and the terminal through one `write`.
 
 Kinds of records: `train` (every `train.log_every` steps; losses and norms are means over the steps since the last such
-record), `eval` (one per evaluation set and routing; `eval_set`, `routing`) and `event` (`event` says what). Losses are
+record), `eval` (one per evaluation set and routing; `eval_set`, `routing`), `checkpoint` (one that was written: of
+`of_step`, in `seconds`, `bytes`) and `event` (`event` says what). Losses are
 in nats, token-weighted, without z-loss; `tokens` and `flops` are cumulative and leave padding out; all are those of all
 processes but `epoch_<store>`, passes over a store, which are those of the lanes that process 0 reads. The journal of
 `moma routers fit`, RUN/routers, has `routers` in place of `train` and `routers_eval` of `eval` (router_step.py); that

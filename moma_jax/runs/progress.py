@@ -34,6 +34,8 @@ class RunProgress(Display):
                 self.say(f"step {step}  {record['eval_set']}  {predictions(record)}")
             case "codec_eval":
                 self.say(f"step {step}  {record['eval_set']}  {quality(record)}")
+            case "checkpoint":
+                pass  # it needs no line
             case _:
                 self.say(f"step {step}  {record['event']}")
 

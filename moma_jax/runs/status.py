@@ -13,6 +13,9 @@ from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.storage.lease import LeaseLost
 
+EVERY = 10.0
+"""Seconds between two writes of status.json to an object store, which allows one a second."""
+
 
 class Status:
     """status.json, for whoever watches a run.
@@ -25,11 +28,15 @@ class Status:
     def __init__(self, run: RunDir, total: int):
         self.step, self.begun = 0, False
         self._run, self._total = run, total
+        self._state, self._written = "", 0.0
         self._folder = os.getcwd()  # which relative paths of the config are of
 
     def write(self, state: str) -> None:
-        """Writes running, complete, stopped or failed."""
-        self.begun = True
+        """Writes running, complete, stopped or failed; "running" not too often for a store that limits writes."""
+        now = time.monotonic()
+        if state == self._state == "running" and self._run.local is None and now < self._written + EVERY:
+            return
+        self.begun, self._state, self._written = True, state, now
         status = {"state": state, "step": self.step, "total": self._total, "pid": os.getpid(), "updated": time.time()}
         status["folder"] = self._folder
         self._run.write_json("status.json", status)

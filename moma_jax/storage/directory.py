@@ -2,14 +2,18 @@
 
 Paths are local, `gs://bucket/...`, `s3://bucket/...` or `memory://...` (this process only; for tests). Writes of one
 file are atomic on all of them. Local disks can rename a directory as well, object stores cannot.
+
+This is the one place that says which library reads what: TensorStore all files but those of checkpoints, which Orbax
+writes, to local disks and `gs://` alone (runs/checkpoint.py).
 """
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import tensorstore as ts
@@ -18,6 +22,10 @@ from moma_jax.errors import InputError
 
 # Contexts of readers inherit from this one, so that every part of a process sees the same memory:// files.
 CONTEXT = ts.Context({"memory_key_value_store": {}})
+ANSWER_SECONDS = 120
+"""How long an object store may say nothing about one file. TensorStore tries again meanwhile."""
+PIECE = 64 << 20
+"""Bytes of a large file that are held at a time."""
 
 
 class Directory:
@@ -26,6 +34,7 @@ class Directory:
     Attributes:
       path: as the user wrote it.
       local: the absolute path on a local disk, None elsewhere.
+      endpoint: the address of the object store, in words.
     """
 
     def __init__(self, path: str):
@@ -39,12 +48,12 @@ class Directory:
         elif scheme in ("gs", "s3"):
             bucket, _, prefix = rest.partition("/")
             prefix = prefix.strip("/")
-            driver = {"gs": "gcs", "s3": "s3"}[scheme]
-            self._base = {"driver": driver, "bucket": bucket, "path": prefix + "/" if prefix else ""}
+            self._base = {"bucket": bucket, "path": prefix + "/" if prefix else "", **_driver(scheme)}
         elif scheme == "memory":
             self._base = {"driver": "memory", "path": rest.strip("/") + "/"}
         else:
             raise InputError(f"{path}: unknown scheme {scheme}://; use a local path, gs:// or s3://")
+        self.endpoint = self._base.get("endpoint") or os.environ.get("TENSORSTORE_GCS_HTTP_URL") or f"{scheme}://"
         try:
             self._kv = ts.KvStore.open(self._base, context=CONTEXT).result()
         except ValueError as error:
@@ -54,31 +63,73 @@ class Directory:
         """TensorStore's JSON for the subdirectory `name`."""
         return {**self._base, "path": f"{self._base['path']}{name}/"}
 
+    def join(self, name: str) -> str:
+        """The full path or URL of a file."""
+        return f"{(self.local or self.path).rstrip('/')}/{name}"
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the files that begin with `prefix`, sorted; raises InputError where they cannot be listed."""
+        keys = self._answer(prefix, self._kv.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")))
+        return sorted(key.decode() for key in keys)
+
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none; raises InputError where it cannot be read."""
         return self.read_generation(name)[0]
 
-    def write(self, name: str, content: bytes) -> None:
-        """Writes a file in one atomic step; raises InputError where that is not allowed."""
-        try:
-            self._kv.write(name, content).result()
-        except ValueError as error:
-            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
-
     def read_generation(self, name: str) -> tuple[bytes | None, bytes]:
         """The content of a file, None where there is none, and what the store calls this state of it; as `read`."""
-        try:
-            result = self._kv.read(name).result()
-        except ValueError as error:
-            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
+        result = self._answer(name, self._kv.read(name))
         return bytes(result.value) if result.state == "value" else None, result.stamp.generation
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The content of a file, PIECE bytes at a time; nothing where there is none; raises InputError as `read`."""
+        if self.local is not None:
+            try:
+                with open(self.join(name), "rb") as file:
+                    yield from iter(functools.partial(file.read, PIECE), b"")
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise InputError(f"{self.path}/{name}: cannot be read: {error.strerror}") from error
+            return
+        start, piece = 0, b"?" * PIECE
+        while len(piece) == PIECE:
+            try:
+                result = self._answer(name, self._kv.read(name, byte_range=slice(start, start + PIECE)))
+            except InputError as error:
+                if "OUT_OF_RANGE" not in str(error.__cause__):
+                    raise
+                result = self._answer(name, self._kv.read(name, byte_range=slice(start, None)))  # less than a piece
+            piece = bytes(result.value)
+            start += len(piece)
+            yield piece
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file in one atomic step; raises InputError where that is not allowed."""
+        self._answer(name, self._kv.write(name, content))
 
     def write_if(self, name: str, content: bytes | None, generation: bytes) -> bytes:
         """Writes a file (None: deletes it) where its state is still that of `read_generation`; b"" where it is not.
 
-        Raises ValueError where the store cannot be reached, or refuses.
+        Raises InputError where the store cannot be reached, or refuses.
         """
-        return self._kv.write(name, content, if_equal=generation).result().generation
+        return self._answer(name, self._kv.write(name, content, if_equal=generation)).generation
+
+    def delete(self, name: str) -> None:
+        """Removes a file, if there is one; raises InputError where that is not allowed."""
+        self._answer(name, self._kv.write(name, None))
+
+    def _answer(self, name: str, future: ts.Future) -> Any:
+        """What the store says about a file; InputError where it refuses, or says nothing for ANSWER_SECONDS."""
+        try:
+            return future.result(timeout=None if self.local is not None else ANSWER_SECONDS)
+        except ValueError as error:
+            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
+        except TimeoutError as error:
+            raise InputError(
+                f"{self.path}/{name}: no answer from {self.endpoint} in {ANSWER_SECONDS} s; is the address right, and "
+                "are there credentials? moma doctor"
+            ) from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file, None where there is no file; raises InputError where it is damaged."""
@@ -95,73 +146,27 @@ class Directory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file in one atomic step, keys sorted, so that equal values are equal bytes."""
-        self.write(name, (json.dumps(value, sort_keys=True, indent=1) + "\n").encode())
+        self.write(name, json_bytes(value))
 
     def clear(self, name: str) -> None:
         """Deletes the subdirectory `name` and everything in it."""
         if self.local is not None:
             shutil.rmtree(os.path.join(self.local, name), ignore_errors=True)
         else:
-            self._kv.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()  # "0" follows "/"
-
-    def stage(self, name: str) -> Staged:
-        """Begins the subdirectory `name`, which does not exist yet; it shows when `Staged.publish` is called."""
-        return Staged(self, name)
+            self._answer(name, self._kv.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")))  # "0" follows "/"
 
 
-class Staged:
-    """A subdirectory that is being written.
+def _driver(scheme: str) -> dict[str, str]:
+    """TensorStore's driver of an object store, at the address that the cloud's own tools would take.
 
-    On a local disk it has a temporary name until it is published by a rename. In an object store it is written in
-    place and counts as published by its last file, which is therefore written last. What an earlier attempt left is
-    deleted first.
-
-    Attributes:
-      name: where to write, a subdirectory of the directory.
+    Google's is set by TensorStore from TENSORSTORE_GCS_HTTP_URL. Amazon's AWS_ENDPOINT_URL it does not know.
     """
-
-    def __init__(self, directory: Directory, name: str):
-        self._directory, self._final, self._lock = directory, name, None
-        if directory.local is None:
-            self.name = name
-            directory.clear(name)
-            return
-        parent, _, last = name.rpartition("/")
-        self.name = f"{parent}/.writing-{last}".lstrip("/")
-        path = self._local(self.name)
-        try:
-            os.makedirs(path, exist_ok=True)
-            self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-        try:  # two processes writing the same part would mix their files
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise InputError(f"{self._local(name)}: another process is writing it; wait for it or stop it") from error
-        for entry in os.scandir(path):
-            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-
-    def publish(self, last_name: str, value: Any) -> None:
-        """Writes the last file, JSON, and makes the whole appear under its name in one step."""
-        self._directory.write_json(f"{self.name}/{last_name}", value)
-        if self._directory.local is not None:
-            try:
-                os.rename(self._local(self.name), self._local(self._final))
-            except OSError:
-                if not os.path.exists(self._local(f"{self._final}/{last_name}")):
-                    raise
-                self._directory.clear(self.name)  # another process published the same bytes meanwhile
-        self.close()
-
-    def close(self) -> None:
-        """Lets go of an unfinished subdirectory; the next attempt deletes its files."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _local(self, name: str) -> str:
-        return os.path.join(self._directory.local, name)
+    if scheme == "gs":
+        return {"driver": "gcs"}
+    if (url := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")) is None:
+        return {"driver": "s3"}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"driver": "s3", "endpoint": url.rstrip("/"), "aws_region": region}
 
 
 def require_new_file(option: str, path: str) -> None:
@@ -176,6 +181,11 @@ def write_file(path: str, content: bytes) -> None:
     """Writes a local file in one atomic step; raises InputError where that is not allowed."""
     folder, name = os.path.split(os.path.abspath(path))
     Directory(folder).write(name, content)
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
 def first_line(error: Exception) -> str:

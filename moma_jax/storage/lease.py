@@ -18,7 +18,7 @@ import time
 from typing import Any, NamedTuple
 
 from moma_jax.errors import InputError
-from moma_jax.storage.directory import Directory, first_line
+from moma_jax.storage.directory import Directory
 
 FILE = "lease.json"
 BEAT, STALE = 5.0, 20.0
@@ -61,13 +61,7 @@ class Lease:
             words = f"{self._directory.path}: {seen.who} has been writing here; waiting {self._stale:.0f} s for a sign"
             print(f"moma: {words} of it", file=sys.stderr)
             seen = self._wait(seen)
-        try:
-            taken = self._put(seen.generation)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"{self._directory.path}/{FILE}: cannot be written: {first_line(error)}") from error
-        if not taken:
+        if not self._put(seen.generation):
             raise self._refused(self._look())
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 

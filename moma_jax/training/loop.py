@@ -30,6 +30,7 @@ from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_pro
 from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
 from moma_jax.runs.status import Status, last_good, watched
+from moma_jax.storage.probe import require_usable
 from moma_jax.training.metrics import Meter
 from moma_jax.training.step import put
 
@@ -126,6 +127,7 @@ def run_stage(
 
         def take_directory() -> dict[str, Any] | None:
             check()
+            require_usable(run.path, checkpoints=True)
             lock.enter_context(run.locked())
             return finished(run, steps)
 
@@ -155,10 +157,18 @@ class Loop:
 
         `cleanup` closes what is opened. Call it under `sharding.use_mesh`.
         """
-        self.run, self.stage, self.status = run, stage, status
+        self.run, self.stage, self.status, self.warned = run, stage, status, False
         self.config = config = stage.config
-        keep = {"keep_last": config.train.keep_last, "keep_every": config.train.keep_every}
-        self.checkpoints = cleanup.enter_context(Checkpoints(run, **keep, write=True))
+        self.checkpoints = cleanup.enter_context(
+            Checkpoints(
+                run,
+                keep_last=config.train.keep_last,
+                keep_every=config.train.keep_every,
+                write=True,
+                retries=config.run.save_retries,
+                tell=self._event,
+            )
+        )
         latest = hosts.by_first(self.checkpoints.latest)
         saved = Saved(0, stage.cursor, {}) if latest is None else self.checkpoints.saved(latest)
         self.step, self.total = saved.step, stage.steps
@@ -166,14 +176,15 @@ class Loop:
         if latest is not None:
             stage.require_same_data(saved.meta["hashes"], self.checkpoints.where(latest))
         self.data = cleanup.enter_context(contextlib.closing(stage.open_data(saved.cursor)))
+        self.progress = RunProgress(self.total, self.step, quiet=quiet)
         if latest is None:
             self.state = stage.create_state()
         else:
+            self.progress.say(f"reads {self.checkpoints.where(latest)}, {self.checkpoints.size(latest)}")
             self.state = self.checkpoints.restore(latest, stage.abstract_state())
         run.write_json("config.json", stage.meta["config"])
         status.step = self.step
         status.write("running")
-        self.progress = RunProgress(self.total, self.step, quiet=quiet)
         begins = "goes on from" if self.step else "starts at"
         self.progress.say(f"{run.path}: {stage.doing}{begins} step {self.step}")
         for line in (*stage.warnings, *profile_warnings(config.train.profile_steps, self.step, self.total)):
@@ -208,7 +219,7 @@ class Loop:
             last = self.step == self.total
             stop, log = stops(received[0] if received else 0), last or self.step % config.log_every == 0
             sets = [s for s in self.stage.eval_sets if last or self.step % (s.every or config.eval_every) == 0]
-            save = last or stop or self.step % config.checkpoint_every == 0
+            save = last or stop or self.step % config.checkpoint_every == 0 or (log and self._save_failed())
             # One step behind, unless somebody is about to read: the device never waits for the host.
             self._check_finite(self.meter.settle(leave=int(ahead and not (log or sets or save))))
             if log:
@@ -226,6 +237,7 @@ class Loop:
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint; writes and prints the summary."""
         self.checkpoints.wait()
+        self._tell_of_saves()
         self.stage.export(self.run, self.state)
         self.journal.close()
         summary = hosts.by_first(lambda: finite(self._summary()))
@@ -246,11 +258,31 @@ class Loop:
                 raise RunError(
                     f"step {step}: {what} is not finite; last good checkpoint: {last_good(self.run)}; {remedy}"
                 )
-            self.journal.write({"kind": "event", "step": step, "event": SKIPPED})
+            self._event(step, SKIPPED)
+
+    def _event(self, step: int, event: str) -> None:
+        """Records what happened."""
+        self.journal.write({"kind": "event", "step": step, "event": event})
 
     def _log(self, epochs: dict[str, float]) -> None:
         self.journal.write(self.stage.record(self.meter, self.state, self.step, epochs))
+        self._tell_of_saves()
         self.status.write("running")
+
+    def _save_failed(self) -> bool:
+        """Whether some process's newest save came to nothing; all of them have to ask."""
+        return any(hosts.gathered(self.checkpoints.failed()))
+
+    def _tell_of_saves(self) -> None:
+        """Records what was written since it was told last, and once where saving takes more than its share."""
+        for written in self.checkpoints.written():
+            self.journal.write({"kind": "checkpoint", "step": self.step, **written._asdict()})
+        time, most = self._time(), self.config.run.save_share
+        share = time.get("checkpoint", 0.0) / max(time["wall_seconds"], 1e-9)
+        if share > most and not self.warned and self.step > 0:
+            self.warned = True
+            remedy = "raise train.checkpoint_every, or run.save_share if that is well"
+            self._event(self.step, f"saving took {share:.0%} of the time, more than {most:.0%}; {remedy}")
 
     def _evaluate(self, eval_set: EvalSet) -> None:
         for record in self.meter.timed("evaluation", lambda: self.stage.evaluate(self.state, eval_set)):
@@ -269,10 +301,9 @@ class Loop:
                 self.journal.draw(name, self.step, sheet)
                 self.run.write_json(sheet_file(name, self.step, ".json"), written)
                 where = self.run.join(sheet_file(name, self.step))
-                self.journal.write({"kind": "event", "step": self.step, "event": f"{name}: {where}"})
+                self._event(self.step, f"{name}: {where}")
         except (InputError, RunError) as error:
-            event = f"train.samples: nothing was drawn: {error}"
-            self.journal.write({"kind": "event", "step": self.step, "event": event})
+            self._event(self.step, f"train.samples: nothing was drawn: {error}")
 
     def _save(self, cursor: Any) -> None:
         """Begins a checkpoint; what the journal says so far belongs to it."""

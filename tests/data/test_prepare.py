@@ -25,6 +25,7 @@ from moma_jax.data.prepare import prepare
 from moma_jax.data.store import KINDS, open_store, require_same_codecs
 from moma_jax.errors import InputError, RunError
 from moma_jax.storage.directory import Directory
+from moma_jax.storage.staged import Staged
 
 
 def documents_of(store, split):
@@ -202,7 +203,7 @@ def test_a_part_being_written_is_not_written_twice(source, tmp_path):
     out = str(tmp_path / "store")
     prepare(settings(source), out, part=(1, 3), progress=False)
     directory = Directory(out)
-    staged = directory.stage("parts/00002-of-00003")
+    staged = Staged(directory, "parts/00002-of-00003")
     with pytest.raises(InputError, match="another process"):
         prepare(settings(source), out, part=(2, 3), progress=False)
     staged.close()

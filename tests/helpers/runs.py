@@ -12,9 +12,11 @@ TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second
 
 
 def records(run):
-    """A run's records without what clocks say."""
+    """A run's records without what clocks say, and without those of saves, which stand where the clock has them."""
     timed = lambda name: name in TIMINGS or name.startswith("spent_")  # noqa: E731
-    return [{k: v for k, v in r.items() if not timed(k)} for r in moma_jax.read_metrics(run)]
+    return [
+        {k: v for k, v in r.items() if not timed(k)} for r in moma_jax.read_metrics(run) if r["kind"] != "checkpoint"
+    ]
 
 
 def parameters(run):

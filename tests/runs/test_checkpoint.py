@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +156,58 @@ def test_arrays_are_stored_in_small_chunks_and_read_a_bounded_part_at_a_time(ope
     place = target.params["kernel_DV"].sharding
     target.params["kernel_DV"] = jax.ShapeDtypeStruct((1 << 20, 5000), jnp.float32, sharding=place)
     assert checkpoint._in_flight_gb(target) == 42  # twice 21 GB
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """The next saves fail so many times, just before they would appear; the count can be set."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.01)
+    left, write = [0], checkpoint.write_contents
+
+    def failing(*arguments, **options):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "write_contents", failing)
+    return left
+
+
+def test_the_last_save_is_tried_again_at_once(opened, faults):
+    told = []
+    checkpoints = opened(keep_last=2, write=True, retries=3, tell=lambda *each: told.append(each))
+    faults[0] = 2
+    checkpoints.save(state_at(1), saved_at(1))
+    checkpoints.wait()
+    assert opened().steps() == [1] and [step for step, _ in told] == [1, 1]
+    assert all("No space left on device" in event for _, event in told)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, target_of(state_at(1))), state_at(1))
+    ((step, size, seconds),) = checkpoints.written()
+    assert step == 1 and size > 1000 and seconds > 0 and not checkpoints.written()
+
+
+def test_a_save_that_failed_is_noticed_and_the_next_one_counts(opened, faults):
+    checkpoints = opened(keep_last=2, write=True, retries=3)
+    faults[0] = 1
+    checkpoints.save(state := state_at(1), saved_at(1))
+    end = time.monotonic() + 30
+    while not checkpoints.failed() and time.monotonic() < end:
+        time.sleep(0.01)
+    jax.tree.map(lambda x: x.delete(), state)  # training went on and donated it
+    checkpoints.wait()
+    assert opened().steps() == []
+    checkpoints.save(state_at(2), saved_at(2))
+    checkpoints.wait()
+    assert opened().steps() == [2] and not checkpoints.failed()
+
+
+def test_too_many_failed_saves_in_a_row_end_it(opened, faults):
+    checkpoints = opened(keep_last=2, write=True, retries=1)
+    faults[0] = 2
+    checkpoints.save(state_at(1), saved_at(1))
+    with pytest.raises(InputError, match="checkpoints: cannot be written: .*No space left"):
+        checkpoints.wait()
+    checkpoints.save(state_at(2), saved_at(2))
+    checkpoints.wait()
+    assert opened().steps() == [2]

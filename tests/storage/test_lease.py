@@ -93,10 +93,10 @@ def test_a_beat_that_seemed_to_fail_loses_nothing(path, monkeypatch):
 
         def cut(*arguments):
             write_if(*arguments)
-            raise ValueError("the answer was cut off")
+            raise InputError("the answer was cut off")
 
         patch.setattr(lease._directory, "write_if", cut)
-        with pytest.raises(ValueError):
+        with pytest.raises(InputError):
             lease._put(lease._generation)
     lease.require()
     assert lease._put(lease._generation)
@@ -104,19 +104,12 @@ def test_a_beat_that_seemed_to_fail_loses_nothing(path, monkeypatch):
     assert Directory(path).read(FILE) is None
 
 
-def test_a_lease_that_is_gone_and_one_that_cannot_be_written_are_told_of(path, monkeypatch):
+def test_a_lease_that_is_gone_is_told_of(path):
     lease = Lease(Directory(path), beat=60, stale=60)
     lease.take()
     Directory(path)._kv.write(FILE, None).result()
     with pytest.raises(LeaseLost, match="its lease.json is gone"):
         lease.require()
-
-    def refused(*_):
-        raise ValueError("403 Forbidden [source locations]")
-
-    monkeypatch.setattr(Directory, "write_if", refused)
-    with pytest.raises(InputError, match="lease.json: cannot be written: 403 Forbidden$"):
-        Lease(Directory(f"{path}/other")).take()
 
 
 def test_an_upcycle_begins_in_a_bucket_and_clears_nothing_that_is_anothers(path, quick):
@@ -145,7 +138,7 @@ def test_a_writer_that_lost_its_lease_stops_and_changes_nothing(path, quick):
         with pytest.raises(LeaseLost):
             run.delete("status.json")
         with pytest.raises(LeaseLost):
-            status.write("running")
+            status.write("stopped")
         run.write("metrics/0-4.jsonl", b"{}")
     assert contents() == before and "status.json" in before
     thief.require()

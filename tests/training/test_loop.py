@@ -199,7 +199,9 @@ def test_a_sink_receives_every_record(tmp_path):
     collected, listed = Collected(), []
     moma_jax.train(tiny(tmp_path / "a", train_steps=2), sink=collected, quiet=True)
     moma_jax.train(tiny(tmp_path / "b", train_steps=2), sink=listed.append, quiet=True)
-    assert collected.records == moma_jax.read_metrics(tmp_path / "a") and len(collected.records) == 3
+    assert collected.records == moma_jax.read_metrics(tmp_path / "a")
+    assert [record["kind"] for record in collected.records] == ["train", "eval", "eval", "checkpoint"]
+    assert collected.records[-1]["of_step"] == 2 and collected.records[-1]["bytes"] > 10_000
     assert listed == moma_jax.read_metrics(tmp_path / "b")
     with pytest.raises(InputError, match="sink: 3 takes no records; give an object with write"):
         moma_jax.train(tiny(tmp_path / "c"), sink=3, quiet=True)

@@ -1,0 +1,130 @@
+"""Lists of what lies in a directory: every flipped byte is found and named, and nothing in what is whole."""
+
+import json
+import os
+import shutil
+
+import pytest
+from command_line import run as command
+from small_stores import make_source, settings
+from tiny import tiny
+
+import moma_jax
+from moma_jax.data.prepare import prepare
+from moma_jax.errors import InputError
+from moma_jax.runs.checkpoint import AFTER_LIST
+from moma_jax.storage import directory as directory_module
+from moma_jax.storage.contents import FILE, Damage, verify, write_contents
+from moma_jax.storage.directory import Directory
+from moma_jax.whole import verified
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    prepare(settings(make_source(folder / "source", documents=12), parts=1), str(folder / "store"), progress=False)
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verify") / "run"
+    moma_jax.train(tiny(path, train_steps=2, train_checkpoint_every=2), quiet=True)
+    return path
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+
+
+def flipped(path):
+    """Flips the middle byte's lowest bit; returns what undoes it."""
+    before = path.read_bytes()
+    middle = len(before) // 2
+    path.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
+    return lambda: path.write_bytes(before)
+
+
+def damaged(path):
+    return [piece.about for piece in verified(str(path)) if not piece.whole]
+
+
+def test_a_flipped_byte_in_any_file_of_a_store_is_found(store):
+    assert not damaged(store)
+    for path in files_of(store):
+        if not path.stat().st_size:
+            continue
+        undo = flipped(path)
+        (about,) = (
+            damaged(store) if "parts" not in path.parts or path.name not in ("part.json", FILE) else damaged(store)[:1]
+        )
+        assert str(path.name) in about, path
+        undo()
+    assert not damaged(store)
+
+
+def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_found(trained):
+    assert not damaged(trained)
+    for path in files_of(trained / "checkpoints"):
+        if path.stat().st_size and not (path.name in AFTER_LIST and path.parent.name == "2"):
+            undo = flipped(path)
+            (about,) = damaged(trained)
+            assert path.name in about
+            undo()
+    assert not damaged(trained)
+
+
+def test_a_file_that_is_gone_cut_off_or_new_is_named(tmp_path):
+    home = Directory(str(tmp_path))
+    for name, content in {"a": b"one", "b/c": b"two", "empty": b""}.items():
+        home.write(name, content)
+    assert write_contents(home, coming={"last": b"four"}) == 10
+    assert verify(home).damages == [Damage("last", "is gone")]
+    home.write("last", b"four")
+    assert verify(home) == (4, 10, [], [])
+    home.write("a", b"on")
+    os.remove(tmp_path / "b" / "c")
+    home.write("d", b"")
+    found = verify(home)
+    assert dict(found.damages) == {"a": "has 2 bytes in place of 3", "b/c": "is gone"} and found.unlisted == ["d"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"objects": {"a": 3}, "crc32c": 1}', b"\xff", b'{"objects": []}'])
+def test_a_damaged_list_is_damage(tmp_path, content):
+    home = Directory(str(tmp_path))
+    home.write(FILE, content)
+    assert [damage.name for damage in verify(home).damages] == [FILE]
+
+
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_large_files_are_read_in_pieces(where, tmp_path, monkeypatch):
+    monkeypatch.setattr(directory_module, "PIECE", 4)
+    home = Directory(str(tmp_path) if where == "disk" else f"memory://{tmp_path}")
+    for size in (0, 3, 4, 5, 8, 11):
+        home.write("file", content := bytes(range(size)))
+        pieces = list(home.pieces("file"))
+        assert b"".join(pieces) == content and all(len(piece) <= 4 for piece in pieces)
+
+
+def test_the_command_names_what_is_damaged(store, trained, capsys):
+    code, out, _ = command(capsys, "verify", str(store), str(trained))
+    assert code == 0 and out.count("whole: ") == 3
+    undo = flipped(store / "manifest.json")
+    code, out, err = command(capsys, "verify", str(store), "--json")
+    undo()
+    assert code == 1 and "manifest.json its CRC-32C is another" in err and "\n" not in err.strip()
+    assert [row["whole"] for row in json.loads(out)] == [False, True]
+    code, _, err = command(capsys, "verify", str(store / "parts"))
+    assert code == 2 and "neither a store nor a run" in err
+
+
+def test_a_store_without_lists_is_held_against_its_manifest(store, tmp_path):
+    shutil.copytree(store, older := tmp_path / "older")
+    for path in older.rglob(FILE):
+        path.unlink()
+    assert [piece.whole for piece in verified(str(older))] == [True]
+    (path,) = (older / "parts" / "00001-of-00001" / "text-train" / "tokens" / "c").iterdir()
+    flipped(path)
+    assert damaged(older)
+    with pytest.raises(InputError, match="neither"):
+        list(verified(str(tmp_path / "nowhere")))
