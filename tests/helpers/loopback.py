@@ -31,6 +31,13 @@ def config_of(folder, name, **fields):
     return tiny(folder / name, **(settings | train | fields))
 
 
+def free_port():
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Processes:
     """The processes of one run, each with `devices` devices; `blow` (process, batch, signal) hits one of them.
 
@@ -38,9 +45,7 @@ class Processes:
     """
 
     def __init__(self, config, count, *, devices=1, blow=None, script=__file__):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        coordinator = f"127.0.0.1:{free_port()}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),

@@ -1,0 +1,135 @@
+"""Stores and runs in buckets, by servers that speak the real protocols: equal to those on a disk, also under faults."""
+
+import contextlib
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from loopback import config_of, free_port
+from processes import output, spawn
+
+from moma_jax.config_json import to_json
+from moma_jax.storage.directory import Directory
+
+pytestmark = pytest.mark.slow
+HELPERS = Path(__file__).parents[1] / "helpers"
+DIGEST = """
+import hashlib, json, sys
+import jax, moma_jax
+from moma_jax.storage.directory import Directory
+from runs import records
+run, store = sys.argv[1:]
+parameters = jax.tree.leaves(jax.device_get(moma_jax.load(run).params))
+home = Directory(store)
+contents = {name: hashlib.sha256(home.read(name)).hexdigest() for name in home.names("") if name != "settings.json"}
+drop = ("contents.json", "manifest.json")  # which name settings.json, and that the source
+print(json.dumps([hashlib.sha256(b"".join(p.tobytes() for p in parameters)).hexdigest(), records(run),
+                  {name: digest for name, digest in contents.items() if name not in drop}]))
+"""
+
+
+@contextlib.contextmanager
+def serving(*words, ready):
+    """A server in a process of its own, once it has printed `ready`."""
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        for line in process.stdout:
+            if ready in line:
+                break
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def google(*faults):
+    """The environment in which gs:// is a server here."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving(HELPERS / "gcs_server.py", port, *faults, ready=b"ready"):
+        yield {
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "STORAGE_EMULATOR_HOST": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+            "GOOGLE_CLOUD_PROJECT": "p",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}",
+        }
+
+
+def begin(place, folder, environment):
+    """Starts `moma train` of a small run with all paths at `place`."""
+    config = to_json(config_of(Path("/"), "run"))
+    config["run"]["dir"], config["data"]["stores"][0]["path"] = f"{place}/run", f"{place}/store"
+    recipe = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:8]}.json"
+    recipe.write_text(json.dumps(config))
+    return spawn("-m", "moma_jax", "train", recipe, **environment)
+
+
+def digest(place, environment):
+    """Parameters, records and the store's files."""
+    return json.loads(output(spawn("-c", DIGEST, f"{place}/run", f"{place}/store", **environment)).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("disk")
+    environment = {"PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}"}
+    output(begin(str(folder), folder, environment))
+    return digest(str(folder), environment)
+
+
+@pytest.mark.parametrize("faults", [(), ("--unavailable", 0.05, "--cut", 0.02), ("--hidden", 5)], ids=str)
+def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path):
+    with google(*faults) as environment:
+        output(begin("gs://bucket/a", tmp_path, environment))
+        assert digest("gs://bucket/a", environment) == on_disk
+        if not faults:
+            told = output(spawn("-m", "moma_jax", "verify", "gs://bucket/a/run", "gs://bucket/a/store", **environment))
+            assert told.count("whole: ") == 4 and "not in the list" not in told
+
+
+def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_disk, tmp_path):
+    with google() as environment:
+        first = begin("gs://bucket/a", tmp_path, environment)
+        for line in first.stdout:
+            if line.startswith("step 8/"):  # a checkpoint of step 5 is there or being written
+                break
+        second = begin("gs://bucket/a", tmp_path, environment)
+        first.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+        time.sleep(1)
+        first.send_signal(signal.SIGCONT)
+        _, err = second.communicate(timeout=300)
+        if first.poll() is None:
+            assert second.returncode == 2 and "is writing here" in err, err
+        first.kill()
+        first.wait()
+        output(begin("gs://bucket/a", tmp_path, environment))
+        assert digest("gs://bucket/a", environment) == on_disk
+
+
+def test_a_store_on_s3_is_that_of_a_disk(tmp_path, monkeypatch):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = ("prepare", "scenes", "--documents", 40, "--text-size", 300, "--parts", 2, "--out")
+    secrets = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_ENDPOINT_URL": url}
+    with serving("-m", "moto.server", "-p", port, ready=b"Running on"):
+        for name, value in (secrets | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
+            monkeypatch.setenv(name, value)
+        import boto3
+
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        for out in ("s3://bucket/store", tmp_path / "store"):
+            output(spawn("-m", "moma_jax", *words, out))
+        there, here = Directory("s3://bucket/store"), Directory(str(tmp_path / "store"))
+        assert there.names("") == here.names("") != []
+        assert all(there.read(name) == here.read(name) for name in here.names(""))
+        refused = spawn("-m", "moma_jax", "train", "quickstart", "--run.dir", "s3://bucket/run")
+        _, err = refused.communicate(timeout=300)
+        assert refused.returncode == 2 and "checkpoints cannot be written to s3://" in err
