@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from loopback import config_of, free_port
 from processes import output, spawn
+from tiers import long_but
 
 from moma_jax.config_json import to_json
 from moma_jax.storage.directory import Directory
@@ -28,8 +30,8 @@ parameters = jax.tree.leaves(jax.device_get(moma_jax.load(run).params))
 home = Directory(store)
 contents = {name: hashlib.sha256(home.read(name)).hexdigest() for name in home.names("") if name != "settings.json"}
 drop = ("contents.json", "manifest.json")  # which name settings.json, and that the source
-print(json.dumps([hashlib.sha256(b"".join(p.tobytes() for p in parameters)).hexdigest(), records(run),
-                  {name: digest for name, digest in contents.items() if name not in drop}]))
+print(json.dumps({"parameters": [p.ravel().tolist() for p in parameters], "records": records(run),
+                  "store": {name: digest for name, digest in contents.items() if name not in drop}}))
 """
 
 
@@ -63,13 +65,13 @@ def google(*faults):
         }
 
 
-def begin(place, folder, environment):
-    """Starts `moma train` of a small run with all paths at `place`."""
+def begin(place, folder, environment, *hosts):
+    """Starts `moma train` of a small run with all paths at `place`; `hosts`: options of one process of several."""
     config = to_json(config_of(Path("/"), "run"))
     config["run"]["dir"], config["data"]["stores"][0]["path"] = f"{place}/run", f"{place}/store"
     recipe = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:8]}.json"
     recipe.write_text(json.dumps(config))
-    return spawn("-m", "moma_jax", "train", recipe, **environment)
+    return spawn("-m", "moma_jax", "train", recipe, *hosts, **environment)
 
 
 def digest(place, environment):
@@ -85,9 +87,12 @@ def on_disk(tmp_path_factory):
     return digest(str(folder), environment)
 
 
-@pytest.mark.parametrize("faults", [(), ("--unavailable", 0.05, "--cut", 0.02), ("--hidden", 5)], ids=str)
+FAULTS = [f"--unavailable 0.05 --cut 0.02 --seed {seed}" for seed in range(10)] + ["--hidden 5"]
+
+
+@pytest.mark.parametrize("faults", long_but("", of=["", *FAULTS]))
 def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path):
-    with google(*faults) as environment:
+    with google(*faults.split()) as environment:
         output(begin("gs://bucket/a", tmp_path, environment))
         assert digest("gs://bucket/a", environment) == on_disk
         if not faults:
@@ -112,6 +117,27 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_
         first.wait()
         output(begin("gs://bucket/a", tmp_path, environment))
         assert digest("gs://bucket/a", environment) == on_disk
+
+
+@pytest.mark.long
+def test_two_processes_in_a_bucket_and_one_that_goes_on(on_disk, tmp_path):
+    """The store is the same, the parameters but for the order of sums."""
+    with google() as environment:
+        options = ("--hosts.start", "on", "--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", 2)
+        both = [begin("gs://bucket/a", tmp_path, environment, *options, "--hosts.index", n) for n in range(2)]
+        for line in both[0].stdout:
+            if line.startswith("step 8/"):
+                break
+        for process in both:
+            process.kill()
+            process.wait()
+        out = output(begin("gs://bucket/a", tmp_path, environment))
+        assert "goes on from step 5" in out
+        found = digest("gs://bucket/a", environment)
+    assert found["store"] == on_disk["store"]
+    assert [r["tokens"] for r in found["records"]] == [r["tokens"] for r in on_disk["records"]]
+    for mine, other in zip(found["parameters"], on_disk["parameters"], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5)
 
 
 def test_a_store_on_s3_is_that_of_a_disk(tmp_path, monkeypatch):
