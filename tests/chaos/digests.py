@@ -11,8 +11,8 @@ from typing import Any
 import tensorstore as ts
 from runs import TIMINGS
 
-TIMED = {"updated", "pid", "folder", "command", "processor", "mfu"} | TIMINGS
-"""Values that clocks, process numbers and directories decide."""
+TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu"} | TIMINGS
+"""Values that clocks, process numbers, directories and the commit decide."""
 APART = ("metrics.jsonl", "status.json", "summary.json", ".lock", "generation.json")
 """Files that are compared by what they say."""
 
