@@ -150,7 +150,7 @@ def main() -> None:
         print(f"{number + 1}/{options.faults} {where}: {found['outcome']} {found.get('why', '')}", flush=True)
         if found["outcome"] == verdicts.LOST and not options.forget:
             _keep(options.out, number)
-    write_report(options.out, options.seed)
+    write_report(options.out, options.seed, DEADLINE)
 
 
 def _keep(out: Path, number: int) -> None:
