@@ -50,7 +50,7 @@ WEIGHTS: dict[str, tuple[int, dict[str, int]]] = {
                    "memory limit": 2, "NaN": 1, "restart on 8 devices": 1, "restart on 2 process(es)": 1}),
     "train, routed": (4, {**ANYWHERE, "disk full": 2, **DAMAGE}),
     "train, 2 processes": (7, {**ANYWHERE, "disk full": 2, "restart on 1 process(es)": 1}),
-    "launch/local.sh": (3, {"SIGKILL": 1, "SIGTERM": 1, "SIGSTOP": 1}),
+    "launcher": (3, {"SIGKILL": 1, "SIGTERM": 1, "SIGSTOP": 1}),
     "routers fit": (5, {**ANYWHERE, "disk full": 2, **DAMAGE}),
     "study": (4, {**ANYWHERE, "disk full": 2}),
     "codec train": (8, {**ANYWHERE, **DISKS, **DAMAGE, "clock": 1}),

@@ -17,23 +17,23 @@ Record = dict[str, Any]
 
 PAGE = """# Reliability: {count} faults
 
-Commands were killed, stopped, starved of disk and memory, restarted on other devices, given damaged files and wrong clocks,
-at random moments, and run again until they were done. Then everything they had left was compared with an undisturbed run:
-arrays and cursor of every checkpoint, every record, every file of a store, bit for bit (wall-clock figures apart; after a
-restart on other devices cursors and steps exactly, losses within 0.2%).
+Commands were killed, stopped, starved of disk and memory, restarted on other devices, given damaged files and wrong
+clocks, at random moments, and run again until they were done. Then everything they had left was compared with an
+undisturbed run: arrays and cursor of every checkpoint, every record, every file of a store, bit for bit (what clocks say
+apart; after a restart on other devices cursors and steps exactly, losses within 0.2%).
 
 ```sh title="as root, who may mount small disks; an hour on one core"
 {command}
 ```
 
 Seed {seed}; each fault's command, kind and moment follow from the seed and its number. All outcomes are lines of
-[faults.jsonl](reliability/faults.jsonl). {machine}; {seconds:,.0f} seconds beside other programs; {versions}; package of commit
-{commit}.
+[faults.jsonl](reliability/faults.jsonl). {machine}; {seconds:,.0f} seconds on one core beside other programs;
+{versions}; package of commit {commit}.
 
 - *equal*: the fault went by unnoticed, or the same command, run again, ended as the undisturbed one.
-- *refused, then equal*: the command ended with one line that says what happened; after its remedy (or once the disk had
-  room again) the same command ended as the undisturbed one.
-- *lost*: a traceback, no end within {deadline:.0f} seconds, a refusal without a remedy, or another result without a word.
+- *refused, then equal*: the command ended with one line that says what happened; after its remedy (or once the disk
+  had room again) the same command ended as the undisturbed one.
+- *lost*: a traceback, no end within {deadline:.0f} seconds, a refusal without a remedy, or silently another result.
 
 {by_command}
 

@@ -176,7 +176,7 @@ _all = (
         processes=2, halfway=(6,),
     ),
     Subject(
-        "launch/local.sh", ("train.json",), "run", digests.of_run, _training("run"), ("train.json", "store"),
+        "launcher", ("train.json",), "run", digests.of_run, _training("run"), ("train.json", "store"),
         launcher="launch/local.sh",
     ),
     Subject(
@@ -248,6 +248,8 @@ def reference(subject: Subject, home: Path) -> dict[str, Any]:
     """The digest of an undisturbed run, which is made where it is missing."""
     place, known = home / "reference" / subject.name, home / f"reference-{subject.name}.json"
     if not known.exists():
+        if subject.ran is not None:
+            reference(SUBJECTS[subject.ran], home)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         subject.furnish(place, home)
