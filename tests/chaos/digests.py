@@ -11,6 +11,8 @@ from typing import Any
 import tensorstore as ts
 from runs import TIMINGS
 
+SAVED_EVERY = 3
+"""Steps between the checkpoints of all runs here."""
 TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu"} | TIMINGS
 """Values that clocks, process numbers, directories and the commit decide."""
 APART = ("metrics.jsonl", "status.json", "summary.json", ".lock", "generation.json")
@@ -50,7 +52,7 @@ def of_run(folder: Path) -> dict[str, str]:
     for number, record in enumerate(map(json.loads, lines)):
         told = json.dumps(plain(record), sort_keys=True)
         found[f"record {number}: {record['kind']} of step {record['step']}"] = _hash(told)
-    for checkpoint in (folder / "checkpoints").iterdir():
+    for checkpoint in _checkpoints(folder):
         found |= _of_checkpoint(checkpoint)
     for name in ("status.json", "summary.json"):
         found[name] = _json(folder / name) if (folder / name).exists() else "missing"
@@ -59,6 +61,12 @@ def of_run(folder: Path) -> dict[str, str]:
         if not inner.startswith(("checkpoints/", "tensorboard/", "routers/")) and Path(inner).name not in APART:
             found[name] = value
     return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that the undisturbed run has, too: SIGTERM saves one more, at its own step."""
+    every = (folder / "checkpoints").iterdir()
+    return [path for path in every if not path.name.isdigit() or int(path.name) % SAVED_EVERY == 0]
 
 
 def _of_checkpoint(folder: Path) -> dict[str, str]:
@@ -84,7 +92,7 @@ def loosely(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, record in enumerate(records):
         found[f"record {number}: {record['kind']} of step {record['step']}"] = record.get("loss")
-    for checkpoint in (folder / "checkpoints").iterdir():
+    for checkpoint in _checkpoints(folder):
         found[f"checkpoint {checkpoint.name}, cursor"] = _hash((checkpoint / "cursor" / "metadata").read_bytes())
     return found
 

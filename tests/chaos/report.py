@@ -19,8 +19,8 @@ PAGE = """# Reliability: {count} faults
 
 Commands were killed, stopped, starved of disk and memory, restarted on other devices, given damaged files and wrong
 clocks, at random moments, and run again until they were done. Then everything they had left was compared with an
-undisturbed run: arrays and cursor of every checkpoint, every record, every file of a store, bit for bit (what clocks say
-apart; after a restart on other devices cursors and steps exactly, losses within 0.2%).
+undisturbed run: arrays and cursor of every checkpoint, every record, every file of a store, bit for bit (what clocks
+say apart; after a restart on other devices cursors and steps exactly, losses within 0.2%).
 
 ```sh title="as root, who may mount small disks; an hour on one core"
 {command}

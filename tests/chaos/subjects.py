@@ -29,7 +29,7 @@ from moma_jax.training.codec.config import to_json as codec_to_json
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 150.0
 """Seconds in which a command that takes a few, on a busy core, must end."""
-STEPS, SAVED_EVERY = 12, 3
+STEPS = 12
 
 
 Digest = Callable[[Path], dict[str, Any]]
@@ -216,7 +216,7 @@ from moma_jax.studies import Study, Variant
 
 
 def study():
-    variants = (Variant("dense", {"model.ffn": "dense"}), Variant("wide", {"model.ffn": "dense", "model.width": 24}))
+    variants = (Variant("dense", {"model.ffn": "dense"}), Variant("second", {"model.ffn": "dense", "model.norm": "pre"}))
     base = tiny(train_checkpoint_every=3, train_keep_last=100, train_eval_sets=(), model_layers=1)
     return Study(base, variants, tokens=1280, dir="runs")
 '''
@@ -231,7 +231,12 @@ def make_inputs(home: Path) -> None:
     make_source(inputs / "source", documents=90)
     write_pictures(inputs / "pictures")
     modalities = (Modality("text", "t", size=300, quota=1.0), Modality("image", "i", size=8, span=16, quota=1.0))
-    train = {"train_steps": STEPS, "train_checkpoint_every": SAVED_EVERY, "train_keep_last": 100, "train_eval_every": 6}
+    train = {
+        "train_steps": STEPS,
+        "train_checkpoint_every": digests.SAVED_EVERY,
+        "train_keep_last": 100,
+        "train_eval_every": 6,
+    }
     data = {"kind": "store", "modalities": modalities, "stores": (StoreConfig("scenes", "store"),), "sequence": 32}
     data |= {"lanes": 8, "group_rows": 1}
     routed = tiny("run", train_eval_routings=("choice",), **train)
