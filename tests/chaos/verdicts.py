@@ -126,6 +126,8 @@ def _move(line: str, scene: Scene) -> bool:
     paths = [path for word in line.split() if (path := _path(word, scene)) is not None]
     for path in paths[:1]:
         shutil.move(path, scene.home / "moved" / f"{time.monotonic_ns()}")
+        if scene.subject.ran is not None:  # an older checkpoint would be another model; there is a copy of this one
+            shutil.copytree(scene.home / "reference" / scene.subject.ran / path.relative_to(scene.place), path)
     return bool(paths)
 
 
