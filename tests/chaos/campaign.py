@@ -1,6 +1,6 @@
 """A campaign of faults: kills, full and failing disks, damaged files, wrong clocks, at random moments of real commands.
 
-    python tests/chaos/campaign.py --seed 0 --faults 200 --out docs/results/reliability
+    python tests/chaos/campaign.py --seed 1 --faults 210 --out docs/results/reliability
 
 Each fault's kind, command and moment come from the seed and the fault's number. Its outcome is a line of
 OUT/faults.jsonl; run again, the campaign goes on after the last line. OUT.md is written at the end. Best as root, who
@@ -45,16 +45,16 @@ ANYWHERE = {"SIGKILL": 5, "SIGTERM": 3, "SIGSTOP": 2}
 DISKS = {"disk full": 4, "disk read-only": 2, "size limit": 2}
 DAMAGE = {"flipped byte: checkpoint": 3}
 WEIGHTS: dict[str, tuple[int, dict[str, int]]] = {
-    "prepare": (28, {**ANYWHERE, **DISKS, "clock": 1, "memory limit": 2}),
-    "train": (34, {**ANYWHERE, **DISKS, **DAMAGE, "flipped byte: records": 1, "flipped byte: store": 2, "clock": 2,
+    "prepare": (42, {**ANYWHERE, **DISKS, "clock": 1, "memory limit": 2}),
+    "train": (32, {**ANYWHERE, **DISKS, **DAMAGE, "flipped byte: records": 1, "flipped byte: store": 2, "clock": 2,
                    "memory limit": 2, "NaN": 1, "restart on 8 devices": 1, "restart on 2 process(es)": 1}),
-    "train, routed": (4, {**ANYWHERE, "disk full": 2, **DAMAGE}),
-    "train, 2 processes": (7, {**ANYWHERE, "disk full": 2, "restart on 1 process(es)": 1}),
-    "launcher": (3, {"SIGKILL": 1, "SIGTERM": 1, "SIGSTOP": 1}),
-    "routers fit": (5, {**ANYWHERE, "disk full": 2, **DAMAGE}),
-    "study": (4, {**ANYWHERE, "disk full": 2}),
+    "train, routed": (3, {**ANYWHERE, "disk full": 2, **DAMAGE}),
+    "train, 2 processes": (4, {**ANYWHERE, "disk full": 2, "restart on 1 process(es)": 1}),
+    "launcher": (1, {"SIGKILL": 1, "SIGTERM": 1, "SIGSTOP": 1}),
+    "routers fit": (4, {**ANYWHERE, "disk full": 2, **DAMAGE}),
+    "study": (2, {**ANYWHERE, "disk full": 2}),
     "codec train": (8, {**ANYWHERE, **DISKS, **DAMAGE, "clock": 1}),
-    "generate": (7, {**ANYWHERE, "disk full": 3, "disk read-only": 1, "flipped byte: checkpoint": 3}),
+    "generate": (6, {**ANYWHERE, "disk full": 3, "disk read-only": 1, "flipped byte: checkpoint": 3}),
 }  # fmt: skip
 """How often each command is disturbed, and by what."""
 
@@ -160,8 +160,8 @@ def _keep(out: Path, number: int) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", type=int, default=210)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "reliability")
     parser.add_argument("--only", help="these commands alone, joined by /, such as prepare/train")
     parser.add_argument("--forget", action="store_true", help="do not keep the output of lost commands")

@@ -13,7 +13,7 @@ CAMPAIGN = Path(__file__).with_name("campaign.py")
 
 @pytest.mark.slow
 def test_three_faults_are_survived_recorded_and_not_injected_twice(tmp_path):
-    words = [sys.executable, CAMPAIGN, "--seed", "2492", "--faults", "3"]
+    words = [sys.executable, CAMPAIGN, "--seed", "1092", "--faults", "3"]
     words = [*map(str, words), "--out", str(tmp_path / "found")]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     for _ in range(2):
