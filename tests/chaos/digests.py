@@ -13,7 +13,7 @@ from runs import TIMINGS
 
 SAVED_EVERY = 3
 """Steps between the checkpoints of all runs here."""
-TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu"} | TIMINGS
+TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu", "pictures_per_second"} | TIMINGS
 """Values that clocks, process numbers, directories and the commit decide."""
 APART = ("metrics.jsonl", "status.json", "summary.json", ".lock", "generation.json")
 """Files that are compared by what they say."""

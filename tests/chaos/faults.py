@@ -23,6 +23,12 @@ from victims import Victim
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 DISK = "32M"
+SLEEPS_BY_SELECT = """
+import select, time
+time.sleep = lambda seconds: select.select([], [], [], seconds)  # faketime 0.9.10 refuses the deadline of time.sleep
+from moma_jax.__main__ import main
+main()
+"""
 
 
 @dataclass
@@ -221,7 +227,7 @@ class Clock(Fault):
         self._file.write_text("+0\n")
         environment = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(self._file)}
         environment |= {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-        scene.settings |= {"environment": environment, "fresh": True}
+        scene.settings |= {"environment": environment, "fresh": ("-c", SLEEPS_BY_SELECT)}
 
     def strike(self, scene: Scene) -> None:
         scene.told["off"] = scene.draw.choice(("+1d", "-1d"))

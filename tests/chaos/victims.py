@@ -84,11 +84,12 @@ class Victim:
 
 
 def start(
-    words: Sequence[str], place: Path, log: Path, environment: Mapping[str, str] = {}, *, fresh: bool = False
+    words: Sequence[str], place: Path, log: Path, environment: Mapping[str, str] = {}, fresh: Sequence[str] = ()
 ) -> Victim:
-    """`moma WORDS` in the directory `place`; output goes to LOG.out and LOG.err. `fresh`: in a new interpreter."""
+    """`moma WORDS` in the directory `place`; output goes to LOG.out and LOG.err. `fresh`: options of a new Python, such
+    as ("-m", "moma_jax"), in place of a fork."""
     if fresh:
-        return spawn([sys.executable, "-m", "moma_jax", *words], place, log, environment)
+        return spawn([sys.executable, *fresh, *words], place, log, environment)
 
     def work() -> None:
         from moma_jax.__main__ import main
