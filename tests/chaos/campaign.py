@@ -1,6 +1,6 @@
 """A campaign of faults: kills, full and failing disks, damaged files, wrong clocks, at random moments of real commands.
 
-    python tests/chaos/campaign.py --seed 1 --faults 210 --out docs/results/reliability
+    python tests/chaos/campaign.py --seed 1 --faults 200 --out docs/results/reliability
 
 Each fault's kind, command and moment come from the seed and the fault's number. Its outcome is a line of
 OUT/faults.jsonl; run again, the campaign goes on after the last line. OUT.md is written at the end. Best as root, who
@@ -161,7 +161,7 @@ def _keep(out: Path, number: int) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--faults", type=int, default=210)
+    parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "reliability")
     parser.add_argument("--only", help="these commands alone, joined by /, such as prepare/train")
     parser.add_argument("--forget", action="store_true", help="do not keep the output of lost commands")

@@ -216,8 +216,8 @@ from moma_jax.studies import Study, Variant
 
 
 def study():
-    variants = (Variant("swin", {"model.norm": "swin"}), Variant("pre", {"model.norm": "pre"}))
-    base = tiny(train_checkpoint_every=3, train_keep_last=100, train_eval_sets=(), model_layers=1, model_ffn='dense')
+    variants = (Variant("dense", {"model.norm": "swin"}), Variant("pre", {"model.norm": "pre"}))
+    base = tiny(train_checkpoint_every=3, train_keep_last=100, train_eval_sets=(), model_layers=1, model_ffn="dense")
     return Study(base, variants, tokens=1280, dir="runs")
 '''
 SCENES = ("prepare", "scenes", "--out", "store", "--documents", "80", "--text-size", "300", "--image-side", "4",
