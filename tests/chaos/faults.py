@@ -5,6 +5,7 @@ A further kind is a further class and a line in KINDS: what serves an object sto
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -161,9 +162,12 @@ class FullDisk(Fault):
         left = scene.draw.choice((0, 4096, 16384, 65536))
         scene.told["left"] = left
         found = os.statvfs(scene.place)
-        if (size := found.f_bavail * found.f_frsize - left) > 0:
-            with open(scene.place / ".ballast", "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+        size = found.f_bavail * found.f_frsize - left
+        with open(scene.place / ".ballast", "wb") as file:
+            for less in range(0, size, 4096):  # the file system may want some blocks for itself, and the command writes
+                with contextlib.suppress(OSError):
+                    os.posix_fallocate(file.fileno(), 0, size - less)
+                    return
 
     def mend(self, scene: Scene) -> None:
         (scene.place / ".ballast").unlink(missing_ok=True)
