@@ -40,8 +40,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def _unraisable(unraisable) -> None:
-    """As usual, but for what TensorStore's threads say of writes that Orbax stopped waiting for when one failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """As usual, but for what reads and writes say that Orbax stopped waiting for when one of them failed."""
+    if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
         sys.__unraisablehook__(unraisable)
 
 

@@ -239,18 +239,13 @@ class Checkpoints:
         """The state of a checkpoint, with the shapes, types and shardings of `target`, a dataclass of arrays.
 
         Raises:
-          InputError: the checkpoint holds other arrays than `target`.
+          InputError: the checkpoint holds other arrays than `target`, or is damaged.
         """
+        self._require_same_arrays(step, _as_dict(target))
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=_in_flight_gb(target))
-        try:
-            with ocp.Checkpointer(handler) as reader:
-                args = ocp.args.StandardRestore(_as_dict(target))
-                restored = reader.restore(f"{self.where(step)}/state", args=args)
-        except ValueError as error:  # Orbax prints both trees
-            raise InputError(
-                f"{self.where(step)}: its arrays are not those of this run: another version of moma_jax, or "
-                "another routing rule, made it; begin a new run with run.init_from"
-            ) from error
+        with self._reading(step), ocp.Checkpointer(handler) as reader:
+            args = ocp.args.StandardRestore(_as_dict(target))
+            restored = reader.restore(f"{self.where(step)}/state", args=args)
         return type(target)(**restored)
 
     def restore_params(self, step: int, target: Any) -> Any:
@@ -335,9 +330,7 @@ class Checkpoints:
 
     def _compare(self, step: int, target: Any) -> None:
         """InputError where the checkpoint's parameters are not those of `target`."""
-        tree = self._shapes(step)["params"]
-        have = {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        want = {jax.tree_util.keystr(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(target)}
+        have, want = (_shapes_by_path(tree) for tree in (self._shapes(step)["params"], target))
         wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
         if wrong:
             path = wrong[0]
@@ -345,6 +338,19 @@ class Checkpoints:
                 f"run.init_from: {self.where(step)} has {have.get(path)} at {path}, this model {want.get(path)}; "
                 "give both runs the same model section"
             )
+
+    def _require_same_arrays(self, step: int, target: Any) -> None:
+        """InputError where the checkpoint's arrays are not those of `target`; what Orbax raises later is damage."""
+        simple = {"simple": True, "separator": "/"}  # optax's states have fields, which are saved as keys
+        if _shapes_by_path(self._shapes(step), **simple) != _shapes_by_path(target, **simple):
+            raise InputError(
+                f"{self.where(step)}: its arrays are not those of this run: another version of moma_jax, or "
+                "another routing rule, made it; begin a new run with run.init_from"
+            )
+
+
+def _shapes_by_path(tree: Any, **how: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path, **how): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def cause_of(error: BaseException) -> str:

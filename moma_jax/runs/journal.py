@@ -71,15 +71,21 @@ def records_of(run: RunDir) -> list[dict[str, Any]] | None:
 
 
 def _parse(content: bytes, where: str) -> list[dict[str, Any]]:
-    """Records of a file; a last line that a kill cut short is left out."""
+    """Records of a file; a last line that a kill cut short is left out. InputError for any other that cannot be read:
+    a run that goes on writes its file anew, and records behind a damaged line would be lost without a word."""
     records = []
-    for line in content.decode(errors="replace").splitlines():
+    lines = content.decode(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(
+                f"{where}: line {number} is damaged; restore the file from a copy, or delete that line"
+            ) from error
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise InputError(f"{where}: line {len(records) + 1} is no record of moma; move the file away")
+            raise InputError(f"{where}: line {number} is no record of moma; move the file away")
         records.append(record)
     return records
 

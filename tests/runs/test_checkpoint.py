@@ -1,6 +1,7 @@
 """What a checkpoint holds, which ones are kept, and what is refused."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -129,6 +130,31 @@ def test_files_that_are_cut_off_are_said_in_a_line(opened, tmp_path):
     with pytest.raises(InputError, match=r"checkpoints/1: damaged \(.*\); move it away") as error:
         opened().restore_params(1, target_of(state_at(1).params))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "array_metadatas/process_0", "manifest.ocdbt", "d"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "byte"])
+def test_a_state_that_is_damaged_is_not_called_another_models(opened, tmp_path, name, damage):
+    checkpoints = opened(write=True)
+    checkpoints.save(state_at(1), saved_at(1))
+    checkpoints.wait()
+    path = tmp_path / "checkpoints" / "1" / "state" / name
+    path = max(path.iterdir(), key=lambda each: each.stat().st_size) if path.is_dir() else path
+    content = path.read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 128]) + content[half + 1 :]
+    path.write_bytes({"cut": content[:half], "empty": b"", "byte": flipped}[damage])
+    with pytest.raises(InputError, match=r"checkpoints/1: damaged \(.*\); move it away"):
+        opened().restore(1, target_of(state_at(1)))
+
+
+def test_arrays_of_another_model_are_no_damage(opened):
+    checkpoints = opened(write=True)
+    checkpoints.save(state_at(1), saved_at(1))
+    checkpoints.wait()
+    other = dataclasses.replace(state_at(1), params={"kernel_DV": jnp.zeros((4, 9)), "scale_D": jnp.zeros(4)})
+    with pytest.raises(InputError, match="its arrays are not those of this run"):
+        opened().restore(1, target_of(other))
 
 
 def test_restores_onto_another_sharding(opened):

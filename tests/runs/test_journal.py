@@ -58,6 +58,21 @@ def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint(tmp_path):
     assert steps(tmp_path) == []
 
 
+def test_a_damaged_line_is_named_and_costs_no_other(tmp_path):
+    journal = journal_of(tmp_path)
+    for step in (1, 2, 3):
+        journal.write(record(step))
+    journal.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    damaged = lines[0] + lines[1].replace("{", "z", 1) + lines[2]
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(InputError, match="metrics.jsonl: line 2 is damaged; restore the file from a copy, or delete"):
+        journal_of(tmp_path, step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[2])
+    assert steps(tmp_path) == [1, 3]
+
+
 def test_object_stores_get_immutable_segments():
     run = f"memory://{uuid.uuid4()}/run"
     journal = journal_of(run)

@@ -1,0 +1,108 @@
+"""What a command left behind, as a flat dictionary: a name for everything that must be equal, and its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+from runs import TIMINGS
+
+SAVED_EVERY = 3
+"""Steps between the checkpoints of all runs here."""
+TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu", "pictures_per_second"} | TIMINGS
+"""Values that clocks, process numbers, directories and the commit decide."""
+APART = ("metrics.jsonl", "status.json", "summary.json", ".lock", "generation.json")
+"""Files that are compared by what they say."""
+
+
+def plain(value: Any) -> Any:
+    """A JSON value without what clocks say."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in TIMED and not k.startswith("spent_")}
+    return [plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _hash(content: bytes | str) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
+def _json(path: Path) -> str:
+    return _hash(json.dumps(plain(json.loads(path.read_text())), sort_keys=True))
+
+
+def of_files(folder: Path) -> dict[str, str]:
+    """Every file, byte for byte."""
+    found = {}
+    for base, _, names in os.walk(folder):
+        for name in names:
+            path = Path(base, name)
+            said = name in APART and path.suffix == ".json"
+            found[f"file {path.relative_to(folder)}"] = _json(path) if said else _hash(path.read_bytes())
+    return found
+
+
+def of_run(folder: Path) -> dict[str, str]:
+    """A run: records, every checkpoint's arrays and cursor, and all other files but TensorBoard's and the lock."""
+    found: dict[str, str] = {}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for number, record in enumerate(map(json.loads, lines)):
+        told = json.dumps(plain(record), sort_keys=True)
+        found[f"record {number}: {record['kind']} of step {record['step']}"] = _hash(told)
+    for checkpoint in _checkpoints(folder):
+        found |= _of_checkpoint(checkpoint)
+    for name in ("status.json", "summary.json"):
+        found[name] = _json(folder / name) if (folder / name).exists() else "missing"
+    for name, value in of_files(folder).items():
+        inner = name.removeprefix("file ")
+        if not inner.startswith(("checkpoints/", "tensorboard/", "routers/")) and Path(inner).name not in APART:
+            found[name] = value
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that the undisturbed run has, too: SIGTERM saves one more, at its own step."""
+    every = (folder / "checkpoints").iterdir()
+    return [path for path in every if not path.name.isdigit() or int(path.name) % SAVED_EVERY == 0]
+
+
+def _of_checkpoint(folder: Path) -> dict[str, str]:
+    name = f"checkpoint {folder.name}"
+    if not folder.name.isdigit():
+        return {f"{name} is left over": "there"}
+    base = {"driver": "file", "path": f"{folder}/state/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = sorted(store.list().result())
+    found = {f"{name}, {key.decode()}": _hash(bytes(store.read(key).result().value)) for key in keys}
+    return found | {f"{name}, cursor": _hash((folder / "cursor" / "metadata").read_bytes())}
+
+
+def of_runs(folder: Path) -> dict[str, str]:
+    """The runs of a study."""
+    runs = sorted(path.parent for path in folder.glob("*/config.json"))
+    return {f"{run.name}: {name}": value for run in runs for name, value in of_run(run).items()}
+
+
+def loosely(folder: Path) -> dict[str, Any]:
+    """What a run on other devices must share with the reference: steps of its records, cursors, and losses nearly."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {}
+    for number, record in enumerate(records):
+        found[f"record {number}: {record['kind']} of step {record['step']}"] = record.get("loss")
+    for checkpoint in _checkpoints(folder):
+        found[f"checkpoint {checkpoint.name}, cursor"] = _hash((checkpoint / "cursor" / "metadata").read_bytes())
+    return found
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], near: float = 0.0) -> list[str]:
+    """Names of what differs; numbers may by the share `near`."""
+
+    def same(a: Any, b: Any) -> bool:
+        numbers = isinstance(a, float) and isinstance(b, float)
+        return abs(a - b) <= near * abs(b) if numbers else a == b
+
+    missing = object()
+    return [n for n in sorted(found.keys() | wanted.keys()) if not same(found.get(n, missing), wanted.get(n, missing))]
