@@ -48,8 +48,7 @@ def of_files(folder: Path) -> dict[str, str]:
 def of_run(folder: Path) -> dict[str, str]:
     """A run: records, every checkpoint's arrays and cursor, and all other files but TensorBoard's and the lock."""
     found: dict[str, str] = {}
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    for number, record in enumerate(map(json.loads, lines)):
+    for number, record in enumerate(_records(folder)):
         told = json.dumps(plain(record), sort_keys=True)
         found[f"record {number}: {record['kind']} of step {record['step']}"] = _hash(told)
     for checkpoint in _checkpoints(folder):
@@ -80,6 +79,12 @@ def _of_checkpoint(folder: Path) -> dict[str, str]:
     return found | {f"{name}, cursor": _hash((folder / "cursor" / "metadata").read_bytes())}
 
 
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """A run's records but those of saves, which stand where the clock has them."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] != "checkpoint"]
+
+
 def of_runs(folder: Path) -> dict[str, str]:
     """The runs of a study."""
     runs = sorted(path.parent for path in folder.glob("*/config.json"))
@@ -88,9 +93,8 @@ def of_runs(folder: Path) -> dict[str, str]:
 
 def loosely(folder: Path) -> dict[str, Any]:
     """What a run on other devices must share with the reference: steps of its records, cursors, and losses nearly."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {}
-    for number, record in enumerate(records):
+    for number, record in enumerate(_records(folder)):
         found[f"record {number}: {record['kind']} of step {record['step']}"] = record.get("loss")
     for checkpoint in _checkpoints(folder):
         found[f"checkpoint {checkpoint.name}, cursor"] = _hash((checkpoint / "cursor" / "metadata").read_bytes())
