@@ -397,7 +397,8 @@ class RunConfig:
     wandb: str | None = None
     """Project of Weights & Biases that records go to as well (extra: wandb); WANDB_MODE=offline keeps them here."""
     compilation_cache: str | None = None
-    """Directory in which compiled programs are kept; None: in the user's cache folder; off: nowhere."""
+    """Directory in which compiled programs are kept; None: in the user's cache folder; off: nowhere. They are code: a
+    folder is taken from a recipe, the command line or Python, never from a config.json."""
     compiler_options: dict[str, str] = setting(factory=dict)
     """Options of the XLA compiler for the step, besides those of moma_jax/compiling.py; "" takes one of these out."""
 

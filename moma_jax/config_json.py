@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from moma_jax import rules
-from moma_jax.config import Config, with_router
+from moma_jax.config import Config, RunConfig, with_router
 from moma_jax.errors import require
 from moma_jax.fields import read
 
@@ -48,6 +48,13 @@ def from_json(data: dict[str, Any]) -> Config:
         router = rules.from_json(router, lambda rule, options: read(rule, options, "model.router"))
         fields["model"] = model | {"router": router}
     return read(Config, fields)
+
+
+def of_record(run: RunConfig) -> RunConfig:
+    """A recorded section `run` for who uses the record. Compiled programs are code, and a config.json is data: no
+    folder of them is taken from there, but that there shall be none is."""
+    kept = run.compilation_cache if run.compilation_cache == "off" else None
+    return dataclasses.replace(run, compilation_cache=kept)
 
 
 def of_this_format(data: dict[str, Any]) -> dict[str, Any]:

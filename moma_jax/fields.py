@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moma_jax.addresses import require_no_credentials
 from moma_jax.errors import InputError
 
 # What is true of a field ----------------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ def read(kind: Any, value: Any, where: str = "", facts: Facts = Facts()) -> Any:
       facts: of the field.
 
     Raises:
-      InputError: the first field of a wrong type, out of range, unknown or missing, by its dotted path.
+      InputError: the first field of a wrong type, out of range, unknown, missing, or an address with credentials, by
+        its dotted path.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     value = value.item() if isinstance(value, np.generic) else value
@@ -115,6 +117,8 @@ def read(kind: Any, value: Any, where: str = "", facts: Facts = Facts()) -> Any:
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is kind and (kind not in (int, float) or facts.holds(value)):
+        if kind is str:
+            require_no_credentials(value, where)
         return value
     raise InputError(f"{where}: {_refusal(kind, value, facts)}")
 

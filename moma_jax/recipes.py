@@ -20,7 +20,7 @@ import tyro
 from moma_jax import command_line, rules, shipped
 from moma_jax.checks import read_config, resolve
 from moma_jax.config import Config
-from moma_jax.config_json import from_json
+from moma_jax.config_json import from_json, of_record
 from moma_jax.errors import InputError
 from moma_jax.fields import read
 from moma_jax.router import Router
@@ -106,6 +106,7 @@ def load_as(path: str | Path, kind: type, from_json: Callable[[Any], Any], read_
         )
     if path.suffix == ".json":
         config = from_json(_json(path, "the config.json of a run"))
+        config = dataclasses.replace(config, run=of_record(config.run))
     elif not isinstance(config := called(path, "config", kind.__name__), kind):
         raise InputError(
             f"{path}: config() returned {type(config).__name__}; return a {kind.__module__}.{kind.__name__}"
@@ -116,6 +117,12 @@ def load_as(path: str | Path, kind: type, from_json: Callable[[Any], Any], read_
         where = str(path.parent) if run else f"runs/{path.stem}"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=where))
     return config
+
+
+def is_record(path: str | Path) -> bool:
+    """Whether what `load_as` reads at a path is data, a config.json or a run's, and no recipe, which is code."""
+    path = shipped.found(path)
+    return os.path.isdir(path) or path.suffix == ".json"
 
 
 def _json(path: str | Path, wanted: str) -> Any:

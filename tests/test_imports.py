@@ -31,6 +31,7 @@ FLOORS = [
     ["router"],
     ["fields", "ffn", "vocab", "hosts"],
     ["storage"],
+    ["addresses"],
     ["errors", "display", "late", "process", "shipped"],
 ]
 MODEL_FLOORS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,7 +29,16 @@ class CodecRecipe:
     @classmethod
     def named(cls, path: str | None) -> CodecRecipe:
         """The recipe at `path`; without one, for the help page, the defaults of every field."""
-        return cls(load(path), recipe=path) if path else cls(CodecConfig())
+        return cls(recipe=path or "", config=CodecConfig())
+
+    def reading(self, words: list[str]) -> tuple[CodecRecipe, list[str]]:
+        """The recipe's values, and the words that are left for tyro: all of them."""
+        if not self.recipe:
+            return self, words
+        flag = "--loss.perceptual"
+        given = [w.partition("=")[2] for w in words if w.startswith(f"{flag}=")]
+        given += [value for word, value in itertools.pairwise(words) if word == flag]
+        return dataclasses.replace(self, config=load(self.recipe, *given[-1:])), words
 
 
 def train(recipe: Annotated[CodecRecipe, tyro.conf.arg(name="", help="")]) -> None:

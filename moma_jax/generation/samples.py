@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from moma_jax.codec.pictures import FORMATS
 from moma_jax.config import Config, SampleConfig
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError
@@ -84,7 +85,7 @@ def _cell(prompt: list[str | Path], output: Output) -> Image.Image:
 
 
 def _shown(part: str | Path) -> str | Image.Image:
-    return part if isinstance(part, str) else Image.open(part)
+    return part if isinstance(part, str) else Image.open(part, formats=FORMATS)
 
 
 def _sheet(cells: list[Image.Image]) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from moma_jax.codec import Codec
+from moma_jax.codec.pictures import MAX_PIXELS
 from moma_jax.config import Config
 from moma_jax.config_json import from_json
 from moma_jax.data.store import Store, open_store
@@ -26,6 +27,8 @@ from moma_jax.training.load import with_stores
 MOST_SHEETS = 6
 """Of one name of samples, the newest."""
 COLUMNS_OF = {TABLE: COLUMNS.keys(), ROW: {"routing", "token", "document", "modality", "place", "experts"}}
+NAMES = ("routing", "group")
+"""Their columns of words; the others hold numbers."""
 FILE = re.compile(r"(?P<name>.+)-(?P<step>\d+)\.(?:row\.)?(?:parquet|png)")
 
 
@@ -136,8 +139,19 @@ def _newest(home: RunDir, end: str, config: Config | None, records: list[dict[st
             raise InputError(f"{home.path}/{path}: is damaged ({error}); remove it") from error
         if rows and (lacks := COLUMNS_OF[end] - rows[0].keys()):
             raise InputError(f"{home.path}/{path}: has no column {min(lacks)}; remove it, another version wrote it")
+        for field in table.schema:  # which the page shows as they are
+            if field.name not in NAMES and not _of_numbers(field.type):
+                raise InputError(f"{home.path}/{path}: {field.name} holds {field.type}, no numbers; remove the file")
         return [row | {"step": max(steps)} for row in rows], hashes_in(table.schema.metadata)
     return [], None
+
+
+def _of_numbers(kind: pa.DataType) -> bool:
+    """Whether a column holds numbers, or lists of them, or nothing."""
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return any(test(kind) for test in number)
 
 
 def _sheets(home: RunDir) -> dict[str, dict[int, Image.Image]]:
@@ -149,7 +163,9 @@ def _sheets(home: RunDir) -> dict[str, dict[int, Image.Image]]:
 
 def _picture(home: RunDir, path: str) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(home.read(path)))
+        picture = Image.open(io.BytesIO(home.read(path)), formats=("PNG",))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
         picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on damage
         raise InputError(f"{home.path}/{path}: is damaged ({error}); remove it") from error

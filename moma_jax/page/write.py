@@ -75,7 +75,7 @@ def plot(name: str, figure: go.Figure | None) -> str:
     """A place for a plot, and its data."""
     if figure is None:
         return ""
-    data = figure.to_json().replace("</", "<\\/")
+    data = figure.to_json().replace("<", "\\u003c")  # a name in it may end the script, or begin a comment
     return (
         f"<div class='plot' id='{name}' role='img' aria-label='plot: {name}'></div>"
         f"<script type='application/json' id='data-{name}'>{data}</script>"

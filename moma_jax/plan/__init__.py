@@ -2,8 +2,8 @@
 
 For TPUs the real training step is compiled, by the compiler that would compile it there (`compile`), and its text is
 read (`hlo`, `network`, `estimate`, `memory_use`). For GPUs the real step is compiled too, and its memory is known;
-without their compiler there is arithmetic alone (`memory`). Nothing here is imported by any other part of the package,
-and compilers only when they are needed.
+without their compiler there is arithmetic alone (`memory`). Nothing here is imported by any other part of the package
+but commands, and compilers only when they are needed.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from moma_jax import hosts
+from moma_jax.addresses import without_credentials
 from moma_jax.errors import InputError
 from moma_jax.storage.directory import Directory
 from moma_jax.storage.lease import Lease
@@ -140,10 +141,10 @@ def processor() -> str:
 
 
 def command() -> str:
-    """The command line of this process; `moma` for this package's own, wherever it is installed."""
+    """The command line of this process; `moma` for this package's own, wherever it is installed; no credentials."""
     program = Path(sys.argv[0])
     own = program.name == "moma" or program.parts[-2:] == ("moma_jax", "__main__.py")
-    return shlex.join(["moma" if own else sys.argv[0], *sys.argv[1:]])
+    return without_credentials(shlex.join(["moma" if own else sys.argv[0], *sys.argv[1:]]))
 
 
 @functools.cache

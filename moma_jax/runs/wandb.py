@@ -41,7 +41,8 @@ class WandbSink:
         known = before or {"id": secrets.token_hex(8), "project": project}
         run.write_json(FILE, known)
         where = {"project": known["project"], "id": known["id"], "dir": os.path.abspath(run.local)}
-        where["settings"] = wandb.Settings(quiet=True)
+        # By itself it would send the command line, the host, the user's name and the repository's address.
+        where["settings"] = wandb.Settings(quiet=True, x_disable_meta=True)
         name = run.local.rstrip("/").rpartition("/")[2]
         try:
             self._run = wandb.init(**where, name=name, config=config, resume="allow" if before else None)

@@ -18,6 +18,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from moma_jax.addresses import require_no_credentials
 from moma_jax.errors import InputError
 
 # Contexts of readers inherit from this one, so that every part of a process sees the same memory:// files.
@@ -38,8 +39,9 @@ class Directory:
     """
 
     def __init__(self, path: str):
-        """Names a directory; raises InputError for an unknown scheme or a bad bucket. Touches nothing."""
+        """Names a directory; raises InputError for an unknown scheme, a bad bucket or credentials. Touches nothing."""
         self.path = str(path)
+        require_no_credentials(self.path)
         scheme, separator, rest = self.path.partition("://")
         self.local = None
         if not separator or scheme == "file":

@@ -8,6 +8,7 @@ directory is missing its record is unpacked there, so that a study begun on one 
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,6 +26,8 @@ FILES = ("config.json", "summary.json", METRICS, "ancestry.json", DOCUMENTS, "st
 """What a record may hold, in the order in which it is unpacked: a run is known by its status, so that comes last."""
 MOST_BYTES = 64 << 20
 """Of one file, unpacked; metrics of a study's run have a few hundred thousand."""
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those of which unpacking takes little memory; an LZMA file says itself how much it wants."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The date of everything in a record: equal runs have equal records."""
 
@@ -87,11 +90,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
             for entry in record.infolist():
                 if entry.filename not in FILES:
                     raise InputError(f"{path}: holds {entry.filename!r}, which is no part of a run's record")
+                if entry.filename in content or entry.compress_type not in PACKINGS:
+                    raise InputError(f"{path}: {entry.filename} is doubled or packed as no record is; restore it")
                 if entry.file_size > MOST_BYTES:
                     raise InputError(f"{path}: {entry.filename} has {entry.file_size:,} bytes; no record is so large")
                 with record.open(entry) as file:
                     content[entry.filename] = file.read(MOST_BYTES)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
         raise InputError(f"{path}: is damaged or no record ({error}); restore it") from error
     if missing := next((name for name in ("config.json", METRICS, "status.json") if name not in content), None):
         raise InputError(f"{path}: has no {missing}; restore it, or remove it and train the run again")

@@ -18,7 +18,7 @@ from moma_jax import sharding
 from moma_jax.checks import resolve
 from moma_jax.compiling import use_cache
 from moma_jax.config import Config, MeshConfig, StoreConfig, with_router
-from moma_jax.config_json import from_json
+from moma_jax.config_json import from_json, of_record
 from moma_jax.errors import InputError
 from moma_jax.geometry import rule_of
 from moma_jax.model.auxiliary import SUFFIX
@@ -110,7 +110,8 @@ def config_of(run: str) -> Config:
     home = RunDir(run)
     if (written := home.read_json("config.json")) is None:
         raise InputError(f"{run}: no config.json here; give a run directory")
-    return with_stores(from_json(written), home)
+    config = from_json(written)
+    return with_stores(dataclasses.replace(config, run=of_record(config.run)), home)
 
 
 def with_stores(config: Config, run: RunDir) -> Config:

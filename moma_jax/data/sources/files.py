@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 from pyarrow import fs
 
+from moma_jax.addresses import require_no_credentials
 from moma_jax.errors import InputError
 
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
@@ -124,6 +125,7 @@ def is_packed(name: str) -> bool:
 
 def locate(path: str, option: str = "prepare.source") -> tuple[Folder, str | None]:
     """The folder at `path`, or the folder of the file at `path` and the file's name; raises InputError."""
+    require_no_credentials(path, option)
     path = path.removeprefix("file://")
     try:
         local = "://" not in path

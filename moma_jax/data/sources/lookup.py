@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import posixpath
-import tarfile
 import threading
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from moma_jax.data.sources.columns import ADDRESSES, PICTURES
 from moma_jax.data.sources.files import MAX_FILE_BYTES, fingerprint, first_line, locate, text_rows
 from moma_jax.data.sources.rows import Missing
-from moma_jax.data.sources.tars import TARS, members_of
+from moma_jax.data.sources.tars import DAMAGES, TARS, members_of
 from moma_jax.errors import InputError
 
 MAP_FILES = (".parquet", ".csv", ".jsonl")
@@ -95,7 +94,7 @@ class Lookup:
                     for member in members_of(io.BufferedReader(file)):
                         if member.isreg() and member.name.lower().endswith(PICTURES):
                             _remember(places, member.name, _Place(tar, member.offset_data, member.size))
-            except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+            except DAMAGES as error:
                 raise InputError(f"prepare.images: {tar} is damaged: {first_line(error)}") from error
         keys = {}
         for folder, name in self._maps:

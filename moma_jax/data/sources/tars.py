@@ -34,6 +34,8 @@ from moma_jax.errors import InputError
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 NO_CONTENT = (".cls", ".__key__", ".__url__")
 """Suffixes of members that are about a sample and not of it."""
+DAMAGES = (OSError, EOFError, ValueError, OverflowError, RecursionError, tarfile.TarError, pa.ArrowException)
+"""What a tar that is damaged, or made to do harm, makes tarfile and unpacking raise."""
 LOOKED_AT = 100
 """Samples of the first tar among which one must be sound."""
 
@@ -105,7 +107,7 @@ class TarSource:
 
     def _samples(self, path: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
         """(key, content by suffix) of each sample; None for the content of a member that is too large or doubled."""
-        key, members, number = None, {}, 0
+        key, members, number, held = None, {}, 0, 0
         with self.folder.open(path) as file:
             try:
                 packed = is_packed(path)
@@ -116,15 +118,17 @@ class TarSource:
                     name = member.name
                     if member.isdir() or posixpath.basename(name).startswith("._"):  # of macOS, beside each file
                         continue
-                    sound = member.isreg() and not member.sparse and member.size <= MAX_FILE_BYTES
-                    content = _content(whole, member) if sound else None
                     own, suffix = _parts(name)
                     if own != key and key is not None:
                         yield key, members
-                        members, number = {}, number + 1
+                        members, number, held = {}, number + 1, 0
+                    # All members of a sample together: a packed tar of a few KiB can hold many large ones.
+                    sound = member.isreg() and not member.sparse and held + member.size <= MAX_FILE_BYTES
+                    content = _content(whole, member) if sound else None
+                    held += member.size if sound else 0
                     key = own
                     members[suffix] = None if suffix in members else content
-            except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError, pa.ArrowException) as error:
+            except DAMAGES as error:
                 # Nothing behind can be found. As many samples count as broken as the rest of a whole tar would hold, so
                 # that the 5% limit sees what was lost; the one that was being read may lack members.
                 share = 0.5 if packed else whole.tell() / max(file.size(), 1)
@@ -142,7 +146,8 @@ class TarSource:
             raise Refused(members["damaged"].decode())
         for suffix, content in members.items():
             if content is None:
-                raise Refused(f"{suffix} is doubled, a link, or larger than {MAX_FILE_BYTES >> 20} MiB")
+                most = f"{MAX_FILE_BYTES >> 20} MiB"
+                raise Refused(f"{suffix} is doubled, a link, or larger than {most} with the sample's other members")
         about = json.loads(members[".json"]) if ".json" in members else {}
         if not isinstance(about, dict):
             raise Refused("its .json is not an object")

@@ -154,10 +154,22 @@ def from_json(data: Any) -> CodecConfig:
     return read(CodecConfig, {name: value for name, value in data.items() if name != "kind"})
 
 
-def load(path: str | Path) -> CodecConfig:
+def load(path: str | Path, perceptual: str | None = None) -> CodecConfig:
     """The config of a recipe, `configs/codec/NAME.py`, of a config.json or of a run directory, as it is written there.
 
+    Args:
+      perceptual: takes the place of loss.perceptual. A config.json is data: the code that it names is run where whoever
+        uses it names it, too.
+
     Raises:
-      InputError: there is none, or it is of something else.
+      InputError: there is none, it is of something else, or a config.json names code that was not named.
     """
-    return recipes.load_as(path, CodecConfig, from_json, lambda config: read(CodecConfig, config))
+    config = recipes.load_as(path, CodecConfig, from_json, lambda config: read(CodecConfig, config))
+    if perceptual is not None:
+        return dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual=perceptual))
+    named = config.loss.perceptual
+    require(
+        named is None or not recipes.is_record(path),
+        f"loss.perceptual: {path} names {named}, whose code is not run for that; name it: --loss.perceptual {named}",
+    )
+    return config
