@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_pro
 from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
 from moma_jax.runs.status import Status, last_good, watched
-from moma_jax.training.metrics import Meter
+from moma_jax.training.metrics import Meter, Stragglers
 from moma_jax.training.step import put
 
 KEPT = ("ancestry",)
@@ -183,7 +184,7 @@ class Loop:
         journal = open_journal(run, step=self.step, tensorboard=tensorboard, **told)
         self.journal = cleanup.enter_context(contextlib.closing(journal))
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
-        self.meter = stage.meter(saved.meta.get("counters"))
+        self.meter, self._stragglers = stage.meter(saved.meta.get("counters")), Stragglers()
         self.progress.say("compiling the step")
         before = time.monotonic()
         self.train_step = self.meter.timed("compile", lambda: stage.compile_step(self.state))
@@ -250,6 +251,8 @@ class Loop:
 
     def _log(self, epochs: dict[str, float]) -> None:
         self.journal.write(self.stage.record(self.meter, self.state, self.step, epochs))
+        if line := self._stragglers.told(hosts.gathered([socket.gethostname(), *self.meter.data_wait])):
+            self.journal.write({"kind": "event", "step": self.step, "event": line})
         self.status.write("running")
 
     def _evaluate(self, eval_set: EvalSet) -> None:
