@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -30,8 +31,12 @@ from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_pro
 from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
 from moma_jax.runs.status import Status, last_good, watched
+<<<<<<< HEAD
 from moma_jax.storage.probe import require_usable
 from moma_jax.training.metrics import Meter
+=======
+from moma_jax.training.metrics import Meter, Stragglers
+>>>>>>> 79bb7e7bcc3ba29d530c7158944e99d73ebc4c45
 from moma_jax.training.step import put
 
 KEPT = ("ancestry",)
@@ -194,7 +199,7 @@ class Loop:
         journal = open_journal(run, step=self.step, tensorboard=tensorboard, **told)
         self.journal = cleanup.enter_context(contextlib.closing(journal))
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
-        self.meter = stage.meter(saved.meta.get("counters"))
+        self.meter, self._stragglers = stage.meter(saved.meta.get("counters")), Stragglers()
         self.progress.say("compiling the step")
         before = time.monotonic()
         self.train_step = self.meter.timed("compile", lambda: stage.compile_step(self.state))
@@ -266,7 +271,12 @@ class Loop:
 
     def _log(self, epochs: dict[str, float]) -> None:
         self.journal.write(self.stage.record(self.meter, self.state, self.step, epochs))
+<<<<<<< HEAD
         self._tell_of_saves()
+=======
+        if line := self._stragglers.told(hosts.gathered([socket.gethostname(), *self.meter.data_wait])):
+            self.journal.write({"kind": "event", "step": self.step, "event": line})
+>>>>>>> 79bb7e7bcc3ba29d530c7158944e99d73ebc4c45
         self.status.write("running")
 
     def _save_failed(self) -> bool:

@@ -51,11 +51,21 @@ def mean(value: float, count: float) -> float | None:
     return float(value / count) if count else None
 
 
+class Wait(NamedTuple):
+    """Seconds that a process waited for data, of so many in all."""
+
+    seconds: float
+    of: float
+
+
 class Meter:
     """Counts of a run, kept on the host, saved with every checkpoint.
 
     Reports stay on the device until `settle`, which the loop calls one step behind, so that the device never waits
     for the host. Numbers are added in the order of steps in float64: a resumed run adds the same numbers.
+
+    Attributes:
+      data_wait: how long this process waited for data between its last two records.
     """
 
     def __init__(
@@ -83,6 +93,7 @@ class Meter:
         self._pending: list[tuple[int, Any]] = []
         self._started = self._last_record = time.perf_counter()
         self._steps_timed = 0
+        self._data_before, self.data_wait = self._total["spent"].get("data", 0.0), Wait(0.0, 0.0)
 
     def add(self, step: int, report: Any) -> None:
         """Takes the report of update `step`, without waiting for it."""
@@ -125,9 +136,11 @@ class Meter:
         now = time.perf_counter()
         seconds, self._last_record = now - self._last_record, now
         steps, self._steps_timed = max(self._steps_timed, 1), 0
-        per_step = seconds / steps
+        per_step, data = seconds / steps, self._total["spent"].get("data", 0.0)
+        self.data_wait, self._data_before = Wait(data - self._data_before, seconds), data
         return {
             "step_seconds": per_step,
+            "data_wait_seconds": self.data_wait.seconds,
             f"{self._counted}_per_second": float(np.sum(seen[f"{self._counted}_M"]) / seen["steps"] / per_step),
         }
 
@@ -152,6 +165,38 @@ class Meter:
         """Plain values that continue this meter exactly; call after `settle`."""
         total = self._total | {"wall_seconds": self.wall_seconds()}
         return {"total": total, "interval": {name: value.tolist() for name, value in self._interval.items()}}
+
+
+MOST_OF_OTHERS, LEAST_SHARE, LEAST_SECONDS = 3.0, 0.05, 1.0
+"""A host holds the others up where it waits for data for more than so many times what the median of the others does,
+for a larger share of its time, and for longer."""
+
+
+class Stragglers:
+    """Who of several hosts waits for data while the others wait for it; told when it is another one than before."""
+
+    def __init__(self):
+        self._told: list[int] = []
+
+    def told(self, waits: Sequence[tuple[str, float, float]]) -> str | None:
+        """The line, or None where there is nothing new.
+
+        Args:
+          waits: of every host, in the order of their numbers: its name, the seconds that it waited, of so many.
+        """
+        share_P = [seconds / max(of, 1e-9) for _, seconds, of in waits]
+        others_P = [float(np.median([*share_P[:p], *share_P[p + 1 :]] or [np.inf])) for p in range(len(waits))]
+        found = [
+            p
+            for p, (_, seconds, _) in enumerate(waits)
+            if share_P[p] > max(LEAST_SHARE, MOST_OF_OTHERS * others_P[p]) and seconds >= LEAST_SECONDS
+        ]
+        told, self._told = self._told, found
+        if not found or found == told:
+            return None
+        worst = sorted(found, key=lambda p: -share_P[p])
+        lines = [f"host {p} ({waits[p][0]}) waits for data: {share_P[p]:.0%} of its time" for p in worst]
+        return f"{'; '.join(lines)}; others {others_P[worst[0]]:.0%}"
 
 
 def token_meter(config: Config, sums_of: Callable[[Any], dict[str, Any]], saved: dict | None = None) -> Meter:

@@ -8,7 +8,7 @@ import moma_jax
 from moma_jax.routers.choice import best_of
 from moma_jax.training import token_stage
 
-TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "tokens_per_second", "mfu"}
+TIMINGS = {"time", "wall_seconds", "seconds", "step_seconds", "data_wait_seconds", "tokens_per_second", "mfu"}
 
 
 def records(run):
