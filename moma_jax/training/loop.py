@@ -31,12 +31,8 @@ from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_pro
 from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
 from moma_jax.runs.status import Status, last_good, watched
-<<<<<<< HEAD
 from moma_jax.storage.probe import require_usable
-from moma_jax.training.metrics import Meter
-=======
 from moma_jax.training.metrics import Meter, Stragglers
->>>>>>> 79bb7e7bcc3ba29d530c7158944e99d73ebc4c45
 from moma_jax.training.step import put
 
 KEPT = ("ancestry",)
@@ -271,12 +267,9 @@ class Loop:
 
     def _log(self, epochs: dict[str, float]) -> None:
         self.journal.write(self.stage.record(self.meter, self.state, self.step, epochs))
-<<<<<<< HEAD
         self._tell_of_saves()
-=======
         if line := self._stragglers.told(hosts.gathered([socket.gethostname(), *self.meter.data_wait])):
-            self.journal.write({"kind": "event", "step": self.step, "event": line})
->>>>>>> 79bb7e7bcc3ba29d530c7158944e99d73ebc4c45
+            self._event(self.step, line)
         self.status.write("running")
 
     def _save_failed(self) -> bool:
