@@ -145,16 +145,22 @@ def read_file(kind: Any, content: Any, where: str) -> Any:
 
 def _read_object(kind: type, value: dict[str, Any], where: str) -> dict[str, Any]:
     """A dictionary that has at least the fields of a TypedDict; the others stay as they are."""
-    for name in sorted(kind.__required_keys__ - value.keys()):
-        raise InputError(f"{_path(where, name)}: is missing")
-    known = typing.get_type_hints(kind, include_extras=True)
-    told = {name: read(_unwrapped(known[name]), value[name], _path(where, name)) for name in value.keys() & known}
+    told = {}
+    for name, (annotation, needed) in _fields_of(kind).items():
+        if name in value:
+            told[name] = read(annotation, value[name], _path(where, name))
+        elif needed:
+            raise InputError(f"{_path(where, name)}: is missing")
     return value | told
 
 
-def _unwrapped(hint: Any) -> Any:
-    """What NotRequired[...] holds; any other annotation itself."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) in (typing.NotRequired, typing.Required) else hint
+@functools.cache
+def _fields_of(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Annotation of every field of a TypedDict, and whether it must be there; from the hints, as a TypedDict's own
+    answer is wrong where annotations are strings."""
+    hints = typing.get_type_hints(kind, include_extras=True).items()
+    optional = {name: typing.get_args(hint)[0] for name, hint in hints if typing.get_origin(hint) is typing.NotRequired}
+    return {name: (optional.get(name, hint), name not in optional) for name, hint in hints}
 
 
 def _read_section(kind: type, value: Any, where: str) -> Any:
