@@ -66,7 +66,7 @@ class Facts:
         if len(wanted) < 2 and not -math.inf < value < math.inf:
             wanted.append("finite")
         example = "" if self.example is None else f", such as {self.example}"
-        return f"must be {' and '.join(wanted)}{example}; is {_shown(value)} {self.unit}".rstrip()
+        return f"must be {' and '.join(wanted)}{example}; is {shown(value)} {self.unit}".rstrip()
 
 
 def setting(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **facts: Any) -> Any:
@@ -169,7 +169,7 @@ def _read_section(kind: type, value: Any, where: str) -> Any:
     elif isinstance(value, dict):
         given = value
     else:
-        raise InputError(f"{where or 'config'}: expected an object, {kind.__name__}; found {_shown(value)}")
+        raise InputError(f"{where or 'config'}: expected an object, {kind.__name__}; found {shown(value)}")
     known = schema(kind)
     for name in given:
         if name not in known:
@@ -200,16 +200,16 @@ def _refusal(kind: Any, value: Any, facts: Facts) -> str:
         case _ if type(value) is kind:
             return facts.refusal(value)
         case typing.Literal:
-            return f"{_shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
+            return f"{shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
         case origin:
             of = typing.get_args(kind)
             names = {list: "a list", dict: "an object, values by name"}
             names[tuple] = "a list" if ... in of else f"a list of {len(of)}"
-            return f"expected {names.get(origin) or getattr(kind, '__name__', kind)}, found {_shown(value)}"
+            return f"expected {names.get(origin) or getattr(kind, '__name__', kind)}, found {shown(value)}"
 
 
 def _path(where: str, name: Any) -> str:
-    name = name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else _shown(name)
+    name = name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
     return f"{where}.{name}" if where else name
 
 
@@ -219,7 +219,8 @@ _BEGIN.maxlist = _BEGIN.maxtuple = _BEGIN.maxdict = 30
 _BEGIN.maxstring = _BEGIN.maxlong = _BEGIN.maxother = 200
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: one short line, whatever it is."""
     text = " ".join(_BEGIN.repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -261,6 +262,6 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
         fixed = [name for name, (_, facts) in schema(type(before)).items() if not facts.may_change]
         pairs = [(name, getattr(before, name), getattr(after, name)) for name in fixed]
     else:
-        shown = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (before, after)]
-        return [f"{where}: {shown[0]} -> {shown[1]}"]
+        both = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (before, after)]
+        return [f"{where}: {both[0]} -> {both[1]}"]
     return [line for name, *values in pairs for line in differences(*values, _path(where, name))]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moma_jax.errors import require
-from moma_jax.fields import read, setting
+from moma_jax.fields import read, setting, shown
 
 FORMAT_VERSION = 1
 MOST_IDS = 1 << 24
@@ -114,7 +114,7 @@ class Vocabulary:
     def from_json(cls, data: dict) -> Vocabulary:
         """Reads `to_json`'s dictionary; InputError on another format version, or where it is none of ours."""
         version = data.get("format_version")
-        require(version == FORMAT_VERSION, f"vocabulary: format version {str(version)[:40]}, this version reads 1")
+        require(version == FORMAT_VERSION, f"vocabulary: format version {shown(version)}, this version reads 1")
         return read(cls, {k: v for k, v in data.items() if k != "format_version"}, "vocabulary")
 
     @property

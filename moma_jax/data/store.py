@@ -122,12 +122,21 @@ def text_codec(codecs: Codecs) -> TextCodec:
     """The tokenizer, ready to use; InputError where there is none."""
     if not codecs.tokenizer:
         raise InputError("tokenizer.json: this vocabulary came without one; convert again from a folder that has it")
-    return TextCodec.from_json(codecs.tokenizer.decode())
+    return TextCodec.from_json(codecs.tokenizer)
 
 
 def image_codec(codecs: Codecs) -> Codec | None:
-    """The image codec, ready to use; None where there is none."""
-    return None if codecs.image is None else codec_of(codecs.image, codecs.weights)
+    """The image codec, ready to use; None where there is none, InputError where its codes are not the vocabulary's."""
+    if codecs.image is None:
+        return None
+    codec = codec_of(codecs.image, codecs.weights)
+    for own in codecs.vocabulary.modalities:
+        if own.name == "image" and (own.span, own.size) != (codec.codes_per_image, codec.codebook):
+            raise InputError(
+                f"codec-image.json: {codec.codes_per_image} codes of {codec.codebook} a picture, by vocabulary.json "
+                f"{own.span} of {own.size}; restore both files"
+            )
+    return codec
 
 
 def require_same_codecs(first: Store, second: Store) -> None:
@@ -204,7 +213,8 @@ class Store:
     def codecs(self) -> Codecs:
         """Vocabulary, tokenizer and image codec, checked against the manifest."""
         codecs = read_codecs(self.directory)
-        if codecs is None or codecs.hashes != self.manifest["hashes"]:
+        names = [] if codecs is None else [m.name for m in codecs.vocabulary.modalities]
+        if codecs is None or (codecs.hashes, names) != (self.manifest["hashes"], self.manifest["modalities"]):
             raise InputError(f"{self.path}: vocabulary.json is not the one of manifest.json; restore the store's files")
         return codecs
 

@@ -27,10 +27,11 @@ NASTY = (
     None, True, False, 0, 1, -1, 2, 7, 255, 256, 2**31 - 1, 2**31, -(2**31), 2**53 + 1, 2**63 - 1, 2**63, -(2**63),
     2**64, 10**12, HUGE, ENDLESS, DEEP, 0.0, -0.0, 0.5, 1.0, -1.5, 1e308, -1e308, 5e-324, float("nan"), float("inf"),
     float("-inf"), "", " ", "x", "0", "1", "None", "null", "nan", "\0", "\n", "\ud800", "\ufeff", "\u202e",
-    "\U0001f389", "../../../etc/passwd", "/dev/zero", "a" * 100_000, "%s%n{0}", "[red]", "[/]", "<script>", "memory://x", "gs://",
+    "\U0001f389", "../../../etc/passwd", "/dev/zero", "a" * 100_000, "%s%n{0}", "[red]", "[/]", "<script>", "gs://",
     [], {}, [[]], [None], [0], [1, 2], [-1], ["x"], [{}], [1e308, "x"], [[1, 2], [3]], [10**12], [0] * 10_000,
-    {"": None}, {"x": 1}, {"format_version": 1}, {"__array__": ["<i8", [10**12], ""]},
-    {"__array__": ["O", [1], "AAAA"]}, {"__array__": ["<i8", [], "AAAAAAAAAAA="]}, {"__array__": ["<f8", [1], "AAAAAAAA+H8="]}, {"__array__": []},
+    {"": None}, {"x": 1}, {"format_version": 1}, {"__array__": ["<i8", [10**12], ""]}, {"__array__": []},
+    {"__array__": ["O", [1], "AAAA"]}, {"__array__": ["<i8", [], "AAAAAAAAAAA="]},
+    {"__array__": ["<f8", [1], "AAAAAAAA+H8="]},
 )  # fmt: skip
 
 
