@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -17,6 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     sys.unraisablehook = _unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a file holds must not end the command that shows it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         commands.run(words)
     except InputError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from moma_jax import rules
 from moma_jax.config import Config, RunConfig, with_router
 from moma_jax.errors import require
-from moma_jax.fields import read
+from moma_jax.fields import read, shown
 
 FORMAT_VERSION = 2
 
@@ -42,7 +42,7 @@ def from_json(data: dict[str, Any]) -> Config:
     require(isinstance(data, dict), f"config.json: expected an object, found {str(data)[:40]}")
     version = data.get("format_version")
     known = version in (1, FORMAT_VERSION)
-    require(known, f"config.json: format_version {version!r}; this moma_jax reads {FORMAT_VERSION} and 1")
+    require(known, f"config.json: format_version {shown(version)}; this moma_jax reads {FORMAT_VERSION} and 1")
     fields = {name: value for name, value in of_this_format(data).items() if name != "format_version"}
     if isinstance(model := fields.get("model"), dict) and isinstance(router := model.get("router"), dict):
         router = rules.from_json(router, lambda rule, options: read(rule, options, "model.router"))

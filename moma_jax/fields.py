@@ -1,7 +1,8 @@
 """The fields of a config: what is true of each, declared where the field is, and the reader that checks them all.
 
 Both work on any dataclass whose fields are numbers, strings, truth values, Literals, tuples, dictionaries by name,
-other such dataclasses, or one of these or None. No JAX.
+other such dataclasses, or one of these or None. What a JSON file that this package wrote must hold is said by a
+TypedDict of the same (and lists), and read by `read_file`: more than it says may be in the file. No JAX.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import dataclasses
 import difflib
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -46,8 +48,8 @@ class Facts:
     """Whether a run may go on with another value; of a section, with anything else in it."""
 
     def holds(self, value: float) -> bool:
-        """Whether a number is finite and within the bounds."""
-        return math.isfinite(value) and not (
+        """Whether a number is finite and within the bounds; an integer may be beyond the floats."""
+        return -math.inf < value < math.inf and not (
             (self.above is not None and value <= self.above)
             or (self.least is not None and value < self.least)
             or (self.below is not None and value >= self.below)
@@ -62,10 +64,10 @@ class Facts:
             wanted = [f"{self.least:.12g} or more"]
         if wanted == ["above 0"]:
             wanted = ["positive"]
-        if len(wanted) < 2 and not math.isfinite(value):
+        if len(wanted) < 2 and not -math.inf < value < math.inf:
             wanted.append("finite")
         example = "" if self.example is None else f", such as {self.example}"
-        return f"must be {' and '.join(wanted)}{example}; is {value} {self.unit}".rstrip()
+        return f"must be {' and '.join(wanted)}{example}; is {shown(value)} {self.unit}".rstrip()
 
 
 def setting(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING, **facts: Any) -> Any:
@@ -74,6 +76,10 @@ def setting(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MI
     if isinstance(default, (int, float)) and known.holds(default):
         known = dataclasses.replace(known, example=default)
     return dataclasses.field(default=default, default_factory=factory, metadata={"facts": known})
+
+
+Count = Annotated[int, Facts(least=0, most=2**53)]
+"""A number of things in a JSON file; floats hold it exactly."""
 
 
 @functools.cache
@@ -92,7 +98,7 @@ def read(kind: Any, value: Any, where: str = "", facts: Facts = Facts()) -> Any:
     Integers in the place of floats, lists in the place of tuples and NumPy scalars are converted; nothing else is.
 
     Args:
-      kind: a dataclass, or the annotation of a field.
+      kind: a dataclass, a TypedDict, or the annotation of a field.
       value: an instance or plain values; a dataclass may also come as a dictionary of its fields, or as an instance of
         a subclass, whose own fields are then checked.
       where: dotted path of the value, for messages; "" for a whole config.
@@ -106,21 +112,59 @@ def read(kind: Any, value: Any, where: str = "", facts: Facts = Facts()) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if dataclasses.is_dataclass(kind):
         return _read_section(kind, value, where)
+    if typing.is_typeddict(kind) and isinstance(value, dict):
+        return _read_object(kind, value, where)
+    if origin is Annotated:
+        return read(arguments[0], value, where, arguments[1])
     if origin in (typing.Union, types.UnionType):
         return _read_union(arguments, value, where, facts)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(read(arguments[0], item, f"{where}.{i}", facts) for i, item in enumerate(value))
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        kinds = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
+        if len(kinds) == len(value):
+            items = (
+                read(k, item, _path(where, i), facts) for i, (k, item) in enumerate(zip(kinds, value, strict=True))
+            )
+            return origin(items)
     if origin is dict and isinstance(value, dict) and all(type(name) is str for name in value):
-        return {name: read(arguments[1], item, f"{where}.{name}", facts) for name, item in value.items()}
+        names = (read(arguments[0], name, where) for name in value)
+        return {name: read(arguments[1], value[name], _path(where, name), facts) for name in names}
     if origin is Literal and any(type(value) is type(each) and value == each for each in arguments):
         return value
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1023 else math.inf
-    if type(value) is kind and (kind not in (int, float) or facts.holds(value)):
+    if kind is Any or (type(value) is kind and (kind not in (int, float) or facts.holds(value))):
         if kind is str:
             require_no_credentials(value, where)
         return value
     raise InputError(f"{where}: {_refusal(kind, value, facts)}")
+
+
+def read_file(kind: Any, content: Any, where: str) -> Any:
+    """`read` of what a JSON file or a part of it holds; `where` names that, and the refusal tells to restore it."""
+    try:
+        return read(kind, content)
+    except InputError as error:
+        raise InputError(f"{where}: {str(error).lstrip(': ')}; restore the file, it is damaged") from error
+
+
+def _read_object(kind: type, value: dict[str, Any], where: str) -> dict[str, Any]:
+    """A dictionary that has at least the fields of a TypedDict; the others stay as they are."""
+    told = {}
+    for name, (annotation, needed) in _fields_of(kind).items():
+        if name in value:
+            told[name] = read(annotation, value[name], _path(where, name))
+        elif needed:
+            raise InputError(f"{_path(where, name)}: is missing")
+    return value | told
+
+
+@functools.cache
+def _fields_of(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Annotation of every field of a TypedDict, and whether it must be there; from the hints, as a TypedDict's own
+    answer is wrong where annotations are strings."""
+    hints = typing.get_type_hints(kind, include_extras=True).items()
+    optional = {name: typing.get_args(hint)[0] for name, hint in hints if typing.get_origin(hint) is typing.NotRequired}
+    return {name: (optional.get(name, hint), name not in optional) for name, hint in hints}
 
 
 def _read_section(kind: type, value: Any, where: str) -> Any:
@@ -129,7 +173,7 @@ def _read_section(kind: type, value: Any, where: str) -> Any:
     elif isinstance(value, dict):
         given = value
     else:
-        raise InputError(f"{where or 'config'}: expected an object, {kind.__name__}; found {_shown(value)}")
+        raise InputError(f"{where or 'config'}: expected an object, {kind.__name__}; found {shown(value)}")
     known = schema(kind)
     for name in given:
         if name not in known:
@@ -160,18 +204,28 @@ def _refusal(kind: Any, value: Any, facts: Facts) -> str:
         case _ if type(value) is kind:
             return facts.refusal(value)
         case typing.Literal:
-            return f"{_shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
+            return f"{shown(value)} is not one of {', '.join(map(str, typing.get_args(kind)))}"
         case origin:
-            names = {tuple: "a list", dict: "an object, values by name"}
-            return f"expected {names.get(origin) or getattr(kind, '__name__', kind)}, found {_shown(value)}"
+            of = typing.get_args(kind)
+            names = {list: "a list", dict: "an object, values by name"}
+            names[tuple] = "a list" if ... in of else f"a list of {len(of)}"
+            return f"expected {names.get(origin) or getattr(kind, '__name__', kind)}, found {shown(value)}"
 
 
 def _path(where: str, name: Any) -> str:
-    return f"{where}.{name}" if where else str(name)
+    name = name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
+    return f"{where}.{name}" if where else name
 
 
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
+_BEGIN = reprlib.Repr()
+"""Writes the begin of a value, however large and nested it is."""
+_BEGIN.maxlist = _BEGIN.maxtuple = _BEGIN.maxdict = 30
+_BEGIN.maxstring = _BEGIN.maxlong = _BEGIN.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """A value in a message: one short line, whatever it is."""
+    text = " ".join(_BEGIN.repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -212,6 +266,6 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
         fixed = [name for name, (_, facts) in schema(type(before)).items() if not facts.may_change]
         pairs = [(name, getattr(before, name), getattr(after, name)) for name in fixed]
     else:
-        shown = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (before, after)]
-        return [f"{where}: {shown[0]} -> {shown[1]}"]
+        both = [[getattr(i, "name", i) for i in v] if isinstance(v, tuple) else v for v in (before, after)]
+        return [f"{where}: {both[0]} -> {both[1]}"]
     return [line for name, *values in pairs for line in differences(*values, _path(where, name))]

@@ -22,7 +22,7 @@ from typing import Any
 
 from moma_jax import routers
 from moma_jax.errors import InputError
-from moma_jax.fields import setting
+from moma_jax.fields import setting, shown
 from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS, THRESHOLD, Function, Router, name_of
 
 NAME = "rule"
@@ -190,7 +190,9 @@ def from_json(data: Mapping[str, Any], read: Callable[[type, dict[str, Any]], Ro
     """
     name, options = data.get(NAME), {key: value for key, value in data.items() if key != NAME}
     if not isinstance(name, str):
-        raise InputError(f"model.router: {data!r} does not name its rule; give {{{NAME!r}: NAME, OPTION: VALUE, ...}}")
+        raise InputError(
+            f"model.router: {shown(data)} does not name its rule; give {{{NAME!r}: NAME, OPTION: VALUE, ...}}"
+        )
     if name not in built_in():
         return Unloaded(name, options)
     rule = built_in()[name]

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moma_jax.errors import InputError
+from moma_jax.errors import require
+from moma_jax.fields import read, setting, shown
 
 FORMAT_VERSION = 1
+MOST_IDS = 1 << 24
+"""Of a vocabulary: tables of all ids stay small."""
 BEGIN_DOCUMENT, PAD, END_DOCUMENT, UNKNOWN = 0, 1, 2, 3
 SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>")
 
@@ -36,7 +39,7 @@ class ModalityIds:
     name: str
     letter: str
     ranges: tuple[tuple[int, int], ...]
-    span: int = 0
+    span: int = setting(0, least=0)
     begin: int | None = None
     end: int | None = None
 
@@ -67,9 +70,15 @@ class Vocabulary:
     unknown: int = UNKNOWN
 
     def __post_init__(self):
-        seen = np.concatenate([m.code_ids for m in self.modalities])
-        if len(seen) != self.size or not np.array_equal(np.sort(seen), np.arange(len(seen))):
-            raise InputError("vocabulary: the id ranges of its modalities must cover 0..size-1 once each")
+        end = 0
+        for start, stop in sorted(ids for m in self.modalities for ids in m.ranges if ids[0] != ids[1]):
+            covered = start == end < stop
+            require(covered, "vocabulary: the id ranges of its modalities must cover 0..size-1 once each")
+            end = stop
+        require(end <= MOST_IDS, f"vocabulary: {end} ids, more than {MOST_IDS}")
+        marks = [mark for m in self.modalities for mark in (m.begin, m.end) if mark is not None]
+        for special in (self.begin_document, self.end_document, self.pad, self.unknown, *marks):
+            require(0 <= special < end, f"vocabulary: the special id {special} is none of its {end} ids")
 
     @property
     def size(self) -> int:
@@ -103,14 +112,10 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, data: dict) -> Vocabulary:
-        """Reads `to_json`'s dictionary; raises InputError on another format version."""
-        if data.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"vocabulary: format version {data.get('format_version')}, this version reads 1")
-        modalities = tuple(
-            ModalityIds(**{**m, "ranges": tuple((int(a), int(b)) for a, b in m["ranges"])}) for m in data["modalities"]
-        )
-        rest = {k: v for k, v in data.items() if k not in ("format_version", "modalities")}
-        return cls(modalities=modalities, **rest)
+        """Reads `to_json`'s dictionary; InputError on another format version, or where it is none of ours."""
+        version = data.get("format_version")
+        require(version == FORMAT_VERSION, f"vocabulary: format version {shown(version)}, this version reads 1")
+        return read(cls, {k: v for k, v in data.items() if k != "format_version"}, "vocabulary")
 
     @property
     def hash(self) -> str:

@@ -28,7 +28,7 @@ from moma_jax.config import (
 )
 from moma_jax.config_json import from_json, to_json
 from moma_jax.errors import InputError
-from moma_jax.fields import Facts, differences, read, schema, setting
+from moma_jax.fields import Count, Facts, differences, read, read_file, schema, setting
 
 
 def whole() -> Config:
@@ -184,3 +184,54 @@ def test_a_subclass_is_checked_by_its_own_fields():
     with pytest.raises(InputError, match="^rule: expected an object, Rule; found 3$"):
         read(Ruled, Ruled(rule=3))
     assert differences(Ruled(other=Noisy()), Ruled()) == ["other: Noisy(noise=0.5, by='row') -> Rule()"]
+
+
+# Files of JSON --------------------------------------------------------------------------------------------------------
+
+
+class Piece(typing.TypedDict):
+    name: str
+    count: Count
+    pair: typing.NotRequired[tuple[int, float]]
+    kinds: typing.NotRequired[dict[Literal["a", "b"], list[Count]]]
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        ({"name": 1}, "name: expected str, found 1"),
+        ({"count": -1}, "count: must be at least 0 and at most 9.*; is -1"),
+        ({"count": 10**400}, "count: must be at least 0 and at most 9.*; is 1000000"),
+        ({"count": True}, "count: expected int, found True"),
+        ({"pair": [1]}, r"pair: expected a list of 2, found \[1\]"),
+        ({"pair": [1, math.nan]}, "pair.1: must be finite; is nan"),
+        ({"kinds": {"c": []}}, "'c' is not one of a, b"),
+        ({"kinds": {"a": [0, None]}}, "kinds.a.1: expected int, found None"),
+        ({"kinds": []}, r"kinds: expected an object, values by name, found \[\]"),
+    ],
+)
+def test_what_a_file_holds_is_refused_in_one_line(change, refusal):
+    content = {"name": "x", "count": 3} | change
+    with pytest.raises(InputError, match=f"^a.json: .*{refusal}.*; restore the file, it is damaged$") as caught:
+        read_file(Piece, content, "a.json")
+    assert len(str(caught.value)) < 250
+
+
+def test_what_a_file_holds_is_kept():
+    content = {"name": "x", "count": 2**53, "pair": [1, 2], "kinds": {"b": [1]}, "more": {"of": ["it"]}}
+    assert read_file(Piece, content, "a.json") == content | {"pair": (1, 2.0)}
+    with pytest.raises(InputError, match=r"a.json: count: is missing"):
+        read_file(Piece, {"name": "x"}, "a.json")
+    with pytest.raises(InputError, match=r"a.json: expected Piece, found \[\]"):
+        read_file(Piece, [], "a.json")
+
+
+def test_a_nest_of_any_depth_and_names_of_any_length_make_one_short_line():
+    deep = functools.reduce(lambda inner, _: [inner], range(900), [])
+    for content in ({"name": deep}, {"name": "x", "kinds": {"\n" * 10_000: 0}}, {"name": {"x" * 10_000: deep}}):
+        with pytest.raises(InputError) as caught:
+            read_file(Piece, {"count": 1} | content, "a.json")
+        assert len(str(caught.value)) < 250 and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no such field") as caught:
+        from_json({"format_version": 2, "\ud800" * 10_000: 0})
+    assert len(str(caught.value)) < 250

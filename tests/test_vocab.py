@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -48,3 +49,22 @@ def test_token_dtype_is_the_smallest_that_holds_the_ids():
     assert contiguous(MODALITIES).token_dtype == "uint16"
     assert contiguous((Modality("text", "t", 65536),)).token_dtype == "uint16"
     assert contiguous((Modality("text", "t", 65537),)).token_dtype == "uint32"
+
+
+def test_a_damaged_layout():
+    """Refused before any table of its ids is made: a range may name more than there is memory for."""
+    good = contiguous((Modality("text", "t", 20, quota=1.0), Modality("image", "i", 8, span=4, quota=1.0))).to_json()
+    text, image = good["modalities"]
+    for change, refusal in [
+        ({"modalities": []}, "special id 0 is none of its 0 ids"),
+        ({"modalities": [text | {"ranges": [[0, 10**12]]}]}, "more than 16777216"),
+        ({"modalities": [text | {"ranges": [[0, 20, 40]]}]}, "ranges.0: expected a list of 2"),
+        ({"modalities": [text, image | {"ranges": [[21, 29]]}]}, "must cover 0..size-1 once each"),
+        ({"modalities": [text, image | {"begin": 28}]}, "special id 28"),
+        ({"modalities": [text, image | {"span": -1}]}, "modalities.1.span: must be 0 or more"),
+        ({"pad": None}, "pad: expected int"),
+        ({"format_version": [1] * 1000}, "format version"),
+    ]:
+        with pytest.raises(InputError, match=f"^vocabulary.*{refusal}") as caught:
+            Vocabulary.from_json(json.loads(json.dumps(good | change)))
+        assert len(str(caught.value)) < 200

@@ -16,6 +16,7 @@ from typing import Any
 from moma_jax.codec.interface import Codec
 from moma_jax.codec.palette import PaletteCodec
 from moma_jax.errors import InputError
+from moma_jax.fields import shown
 
 __all__ = ["Codec", "codec_of"]
 
@@ -38,4 +39,4 @@ def codec_of(data: Mapping[str, Any], weights: Callable[[], bytes | None]) -> Co
             if (content := weights()) is None:
                 raise InputError("image codec: its weights are missing; restore them, or import it again")
             return VqganCodec.from_json(data, content)
-    raise InputError(f"image codec: kind {data.get('kind')!r} is unknown; known: palette, vqgan")
+    raise InputError(f"image codec: kind {shown(data.get('kind'))} is unknown; known: palette, vqgan")

@@ -7,7 +7,7 @@ from typing import Any
 
 from moma_jax.codec import Codec, codec_of
 from moma_jax.codec.interface import description_hash
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, naming
 from moma_jax.storage.directory import Directory
 
 DESCRIPTION, WEIGHTS = "codec.json", "codec.safetensors"
@@ -21,10 +21,8 @@ def open_codec(path: str) -> Codec:
     """
     folder = Directory(path)
     description = _description(folder)
-    try:
+    with naming(path):
         return codec_of(description, partial(folder.read, WEIGHTS))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def hash_of(path: str) -> str:

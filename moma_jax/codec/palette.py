@@ -11,6 +11,7 @@ from scipy.spatial import cKDTree
 from moma_jax.codec.interface import description_hash
 from moma_jax.codec.pictures import checked_codes, load_picture
 from moma_jax.errors import InputError
+from moma_jax.fields import shown
 
 FORMAT_VERSION = 1
 SAMPLE_PIXELS = 1 << 19
@@ -98,7 +99,7 @@ class PaletteCodec:
         version, kind = data.get("format_version"), data.get("kind")
         if version != FORMAT_VERSION or kind != cls.kind:
             raise InputError(
-                f"image codec: {kind!r} of format version {version!r}; this reads palette, {FORMAT_VERSION}"
+                f"image codec: {shown(kind)} of format version {shown(version)}; this reads palette, {FORMAT_VERSION}"
             )
         side, palette = data.get("side"), data.get("palette")
         try:
@@ -106,7 +107,7 @@ class PaletteCodec:
         except ValueError as error:  # rows of several lengths
             raise InputError("image codec: its palette is damaged; restore it") from error
         if type(side) is not int or not 1 <= side <= MOST_SIDE or palette_K3.dtype.kind not in "iu":
-            raise InputError(f"image codec: side {str(side)[:40]}, or its palette, is damaged; restore it")
+            raise InputError(f"image codec: side {shown(side)}, or its palette, is damaged; restore it")
         return cls(side, palette_K3)
 
 

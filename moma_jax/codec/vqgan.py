@@ -23,7 +23,7 @@ from moma_jax.codec.layouts import abstract_parameters
 from moma_jax.codec.network import Vqgan, VqganConfig
 from moma_jax.codec.pictures import checked_codes, load_picture
 from moma_jax.errors import InputError
-from moma_jax.fields import read
+from moma_jax.fields import read, shown
 
 FORMAT_VERSION = 1
 UNSAID = (("patch", 1),)
@@ -148,7 +148,7 @@ class VqganCodec:
         """Reads `to_json`'s dictionary and `weights`; InputError where they do not belong together."""
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise InputError(f"image codec: format version {version!r}; this reads {FORMAT_VERSION}")
+            raise InputError(f"image codec: format version {shown(version)}; this reads {FORMAT_VERSION}")
         config = read(VqganConfig, data.get("network"), "codec").check()
         if hashlib.sha256(weights).hexdigest() != data.get("weights"):
             raise InputError("image codec: its weights are not those of its description; restore or import it again")

@@ -38,17 +38,20 @@ import tensorstore as ts
 
 from moma_jax.codec import Codec, codec_of
 from moma_jax.codec.interface import description_hash
-from moma_jax.data.parts import COLLECTIONS, FORMAT_VERSION, KINDS, SPLITS, kept_name, part_name
+from moma_jax.data.manifest import Described, read_manifest
+from moma_jax.data.parts import COLLECTIONS, KINDS, SPLITS, kept_name, part_name
 from moma_jax.data.text import TextCodec
-from moma_jax.errors import InputError, RunError
+from moma_jax.errors import InputError, RunError, naming
+from moma_jax.fields import read_file
 from moma_jax.storage.directory import CONTEXT, Directory, first_line
 from moma_jax.vocab import Vocabulary
 
 __all__ = ["COLLECTIONS", "KINDS", "SPLITS", "Codecs", "Index", "Store", "View", "open_store", "require_same_codecs"]
 
-READABLE = range(1, FORMAT_VERSION + 1)
 WEIGHTS = "codec-image.safetensors"
 """Weights of the image codec, where it has some."""
+PER_DOCUMENT = ("bounds", "kind", "source", "hash")
+"""Arrays with a row for each document (bounds: and one at the end)."""
 
 # Vocabulary, tokenizer and codec --------------------------------------------------------------------------------------
 
@@ -102,15 +105,15 @@ def read_codecs(directory: Directory) -> Codecs | None:
     description = directory.read_json("vocabulary.json")
     if description is None:
         return None
-    hashes = description.get("hashes")
-    if not isinstance(hashes, dict) or not isinstance(description.get("layout"), dict):
-        raise InputError(f"{directory.path}/vocabulary.json: has no hashes or layout; restore the file, it is damaged")
+    where = f"{directory.path}/vocabulary.json"
+    hashes = read_file(Described, description, where)["hashes"]
     tokenizer = directory.read("tokenizer.json")
-    image = directory.read_json("codec-image.json") if hashes.get("image_codec") else None
-    layout = Vocabulary.from_json(description["layout"])
+    image = directory.read_json("codec-image.json") if hashes["image_codec"] else None
+    with naming(where):
+        layout = Vocabulary.from_json(description["layout"])
     codecs = Codecs(layout, tokenizer or b"", image, partial(directory.read, WEIGHTS))
     for name, value in codecs.hashes.items():
-        if value != hashes.get(name):
+        if value != hashes[name]:
             raise InputError(f"{directory.path}: the {name} was changed after the store was made; restore the file")
     return codecs
 
@@ -119,12 +122,21 @@ def text_codec(codecs: Codecs) -> TextCodec:
     """The tokenizer, ready to use; InputError where there is none."""
     if not codecs.tokenizer:
         raise InputError("tokenizer.json: this vocabulary came without one; convert again from a folder that has it")
-    return TextCodec.from_json(codecs.tokenizer.decode())
+    return TextCodec.from_json(codecs.tokenizer)
 
 
 def image_codec(codecs: Codecs) -> Codec | None:
-    """The image codec, ready to use; None where there is none."""
-    return None if codecs.image is None else codec_of(codecs.image, codecs.weights)
+    """The image codec, ready to use; None where there is none, InputError where its codes are not the vocabulary's."""
+    if codecs.image is None:
+        return None
+    codec = codec_of(codecs.image, codecs.weights)
+    for own in codecs.vocabulary.modalities:
+        if own.name == "image" and (own.span, own.size) != (codec.codes_per_image, codec.codebook):
+            raise InputError(
+                f"codec-image.json: {codec.codes_per_image} codes of {codec.codebook} a picture, by vocabulary.json "
+                f"{own.span} of {own.size}; restore both files"
+            )
+    return codec
 
 
 def require_same_codecs(first: Store, second: Store) -> None:
@@ -183,20 +195,7 @@ class Store:
 
     def __init__(self, directory: Directory, cache_bytes: int, read_concurrency: int):
         self.path, self.directory = directory.path, directory
-        self.manifest = directory.read_json("manifest.json")
-        if self.manifest is None:
-            if directory.read("settings.json") is not None:
-                raise InputError(f"{self.path}: unfinished; run the same `moma prepare` again (--merge after --part)")
-            raise InputError(f"{self.path}: no store here; make it with `moma prepare SOURCE --out {self.path}`")
-        version = self.manifest.get("format_version")
-        if version not in READABLE:
-            raise InputError(
-                f"{self.path}: store format {version}; this version of moma_jax reads 1 to {FORMAT_VERSION}: "
-                "prepare the store again"
-            )
-        for name in ("hashes", "modalities", "parts"):
-            if name not in self.manifest:
-                raise InputError(f"{self.path}/manifest.json: has no {name}; restore the file, it is damaged")
+        self.manifest = read_manifest(directory)
         limit = {"limit": read_concurrency}
         self._context = ts.Context(
             {
@@ -214,7 +213,8 @@ class Store:
     def codecs(self) -> Codecs:
         """Vocabulary, tokenizer and image codec, checked against the manifest."""
         codecs = read_codecs(self.directory)
-        if codecs is None or codecs.hashes != self.manifest["hashes"]:
+        names = [] if codecs is None else [m.name for m in codecs.vocabulary.modalities]
+        if codecs is None or (codecs.hashes, names) != (self.manifest["hashes"], self.manifest["modalities"]):
             raise InputError(f"{self.path}: vocabulary.json is not the one of manifest.json; restore the store's files")
         return codecs
 
@@ -225,11 +225,13 @@ class Store:
 
     def text_codec(self) -> TextCodec:
         """The tokenizer."""
-        return text_codec(self.codecs)
+        with naming(self.path):
+            return text_codec(self.codecs)
 
     def image_codec(self) -> Codec | None:
         """The image codec; None where pictures came as ready codes or there are none."""
-        return image_codec(self.codecs)
+        with naming(self.path):
+            return image_codec(self.codecs)
 
     def view(self, collection: str = "all", split: str = "train") -> View:
         """The documents of a collection ("text", "pairs", "interleaved" or "all") and split ("train", "validation").
@@ -370,6 +372,11 @@ class View:
         for p, a, b in self._overlaps(start, stop):
             rows = self._rows(p, a, b)
             source_N = self._store.wait(self._array(p, "source")[rows].read())
+            if np.any(source_N >= len(self._sources[p])):
+                raise RunError(
+                    f"{self._store.path}/manifest.json: names {len(self._sources[p])} sources, and a document is of "
+                    f"number {source_N.max()}; restore the file, it is damaged"
+                )
             names += [self._sources[p][s] for s in source_N]
             hashes.append(self._store.wait(self._array(p, "hash")[rows].read()))
         return names, np.concatenate(hashes)
@@ -381,7 +388,7 @@ class View:
     def _row(self, piece: int, doc_N: np.ndarray) -> np.ndarray:
         """Where documents of a piece stand in its arrays, (N,)."""
         kept = self._kept[piece]
-        return doc_N if kept is None else self._store.wait(self._store.array(kept)[doc_N].read())
+        return doc_N if kept is None else self._store.wait(self._sized(piece, kept, 0)[doc_N].read())
 
     def _bounds(self, piece: int, row_N: np.ndarray):
         """A future of where the tokens of documents of a piece begin and end, (N, 2, 1)."""
@@ -408,7 +415,20 @@ class View:
         return lambda: self._store.wait(future)[place_K]
 
     def _array(self, piece: int, array: str) -> ts.TensorStore:
-        return self._store.array(f"{self._pieces[piece]}/{array}")
+        name = f"{self._pieces[piece]}/{array}"
+        if array not in PER_DOCUMENT or self._kept[piece] is not None:
+            return self._store.array(name)
+        return self._sized(piece, name, int(array == "bounds"))
+
+    def _sized(self, piece: int, name: str, more: int) -> ts.TensorStore:
+        """An array with a row for each document of a piece, and `more`; RunError where it has not."""
+        found, documents = self._store.array(name), int(self._start_P[piece + 1] - self._start_P[piece])
+        if found.shape[0] != documents + more:
+            raise RunError(
+                f"{self._store.path}/{name}: has {found.shape[0]} rows, and {documents + more} by manifest.json; "
+                "restore both from a copy, or prepare the store again in a new directory"
+            )
+        return found
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """The pieces that hold documents [start, stop), each with its own range."""

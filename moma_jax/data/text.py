@@ -79,11 +79,10 @@ def load_tokenizer(path: str, special_tokens: Sequence[str], size: int | None = 
         codec = TextCodec.from_json(json.dumps(_renumbered(content, special_tokens))) if kind in MODELS else None
     except InputError as error:
         raise InputError(f"prepare.tokenizer: {path}: {error}") from error
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"prepare.tokenizer: {path} cannot be read as a tokenizer.json: {reason}") from error
+    except Exception as error:  # what its content makes of `_renumbered`
+        raise InputError(f"prepare.tokenizer: {path} cannot be read as a tokenizer.json: {_reason(error)}") from error
     if codec is None:
-        raise InputError(f"prepare.tokenizer: {path} has a {kind} model; give one with a BPE or Unigram model")
+        raise InputError(f"prepare.tokenizer: {path}: model {str(kind)[:40]}; give one with a BPE or Unigram model")
     _require_round_trip(codec, path)
     if size is not None and codec.size > size:
         raise InputError(
@@ -117,9 +116,14 @@ class TextCodec:
                 raise InputError(f"encodes the letters of {tokens[special]!r} as the special id; use a byte-level BPE")
 
     @classmethod
-    def from_json(cls, content: str) -> TextCodec:
-        """Reads what `to_json` gave."""
-        return cls(Tokenizer.from_str(content))
+    def from_json(cls, content: str | bytes) -> TextCodec:
+        """Reads what `to_json` gave; InputError where it is no tokenizer.json."""
+        try:
+            _require_prefix(json.loads(content)["model"])
+            tokenizer = Tokenizer.from_buffer(content.encode() if isinstance(content, str) else content)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"cannot be read as a tokenizer.json: {_reason(error)}; restore the file") from error
+        return cls(tokenizer)
 
     def to_json(self) -> str:
         """The content of a tokenizer.json with the vocabulary's ids."""
@@ -150,6 +154,20 @@ class TextCodec:
         ids = np.asarray(ids, np.int64)
         ids = ids[(ids >= self.special_ids) & (ids < self.size)]
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def _require_prefix(model: dict[str, Any]) -> None:
+    """Raises ValueError where a merge lacks the prefix of continued words: tokenizers would panic."""
+    prefix = model.get("continuing_subword_prefix")
+    for merge in model["merges"] if prefix else ():
+        second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"merge {merge} lacks continuing_subword_prefix {prefix!r}")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says of a tokenizer.json, which may hold a part of the file."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _require_round_trip(codec: TextCodec, path: str) -> None:

@@ -1,5 +1,6 @@
 """The token store: what is written is what is read, by any range, from any thread."""
 
+import dataclasses
 import json
 import os
 import random
@@ -15,6 +16,8 @@ from moma_jax.data.prepare import prepare
 from moma_jax.data.sources import open_source
 from moma_jax.data.store import COLLECTIONS, KINDS, SPLITS, open_store
 from moma_jax.errors import InputError, RunError
+from moma_jax.storage.directory import Directory
+from moma_jax.vocab import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +225,61 @@ def test_wrong_names(path, tmp_path):
         open_store(path).view("../text")
     with pytest.raises(InputError, match="split"):
         open_store(path).view("text", "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda m: m.update(modalities="text"), "modalities: expected a list"),
+        (lambda m: m["parts"][0].pop("collections"), "parts.0.collections: is missing"),
+        (lambda m: m["parts"][0]["collections"].update({"../x": {}}), "'../x' is not one of text-train"),
+        (lambda m: m["parts"][0]["collections"]["pairs-train"].update(documents=-1), "documents: must be at least 0"),
+        (lambda m: m["parts"][0]["collections"]["pairs-train"]["tokens_M"].append(1), "of 3 modalities, not 2"),
+        (lambda m: m["counts"]["pairs-train"].update(tokens=[]), "counts.pairs-train.tokens: expected an object"),
+        (lambda m: m["hashes"].pop("tokenizer"), "hashes.tokenizer: is missing"),
+    ],
+)
+def test_a_manifest_with_something_else_in_it(path, tmp_path, change, refusal):
+    copy = shutil.copytree(path, tmp_path / "store")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"manifest.json: .*{refusal}.*; restore the file, it is damaged"):
+        open_store(str(copy))
+
+
+def test_arrays_of_other_lengths_than_the_manifest_says(path, tmp_path):
+    copy = shutil.copytree(path, tmp_path / "store")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    described = manifest["parts"][0]["collections"]["pairs-train"]
+    described["documents"] += 10
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    view = open_store(str(copy)).view("pairs")
+    with pytest.raises(RunError, match="rows, and .* by manifest.json; restore both"):
+        view.index(0, view.documents)
+    described["documents"] -= 10
+    manifest["parts"][0]["sources"] = []
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="manifest.json: names 0 sources, and a document is of number 0"):
+        open_store(str(copy)).view("pairs").provenance(0, 1)
+
+
+def test_files_that_do_not_belong_together(path, tmp_path):
+    """Their hashes agree; what they are of does not."""
+    copy = shutil.copytree(path, tmp_path / "store")
+    codecs = open_store(path).codecs
+
+    def settle(**changes):
+        changed = dataclasses.replace(codecs, **changes)
+        changed.write(Directory(str(copy)))
+        manifest = json.loads((copy / "manifest.json").read_text()) | {"hashes": changed.hashes}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return open_store(str(copy))
+
+    few = {**codecs.image, "palette": codecs.image["palette"][:3]}
+    with pytest.raises(InputError, match="codes of 3 a picture, by vocabulary.json .*; restore both files"):
+        settle(image=few).image_codec()
+    with pytest.raises(InputError, match="cannot be read as a tokenizer.json: .*; restore the file"):
+        settle(tokenizer=b'{"model": {"merges": [}').text_codec()
+    with pytest.raises(InputError, match="vocabulary.json is not the one of manifest.json"):
+        settle(vocabulary=Vocabulary(codecs.vocabulary.modalities[:1])).vocabulary  # noqa: B018

@@ -197,3 +197,11 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path, make, reason):
     with pytest.raises(InputError, match=reason) as caught:
         load_tokenizer(str(tmp_path / "tokenizer.json"), SPECIAL)
     assert "\n" not in str(caught.value)
+
+
+def test_merges_without_the_prefix_of_continued_words():
+    """tokenizers would panic, which ends in a trace of Rust and no exception that a program may catch."""
+    content = json.loads(fit_tokenizer(["red red red"], 270, special_tokens(["image"])).to_str())
+    content["model"]["continuing_subword_prefix"] = "long prefix"
+    with pytest.raises(InputError, match="lacks continuing_subword_prefix 'long prefix'; restore the file"):
+        TextCodec.from_json(json.dumps(content))
