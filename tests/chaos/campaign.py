@@ -100,6 +100,8 @@ def _furnished(draw: random.Random, subject: Subject, fault: Fault) -> Scene:
     if fault.kind != "NaN" and scene.halfway is not None:
         subject.begin_halfway(place, HOME, scene.halfway)
     fault.arrange(scene)
+    if fault.disk:
+        os.sync()  # what lay there before is not what the fault is about
     return scene
 
 
