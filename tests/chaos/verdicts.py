@@ -173,7 +173,8 @@ def _other_directory(line: str, scene: Scene) -> bool:
     """`--out: out ...; choose a new directory`: the leftovers stand for nothing, and a new one is taken."""
     if "choose a new directory" not in line and "choose another run.dir" not in line:
         return False
-    shutil.move(scene.folder, scene.home / "moved" / f"{time.monotonic_ns()}")
+    if scene.folder.exists():  # one process of several may have said so before
+        shutil.move(scene.folder, scene.home / "moved" / f"{time.monotonic_ns()}")
     return True
 
 
