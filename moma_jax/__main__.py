@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(_complain("interrupted", 130))
     except BrokenPipeError:  # `moma cost ... | head` is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
+    except Exception as error:
+        if _out_of_memory(error):
+            cause = " ".join(str(error).split())[:200] or "allocating"
+            _leave(_complain(f"out of memory ({cause}); give it more, or smaller batches, and run it again", 1))
         traceback.print_exc()
         _leave(1)
 
@@ -40,6 +43,13 @@ def _leave(code: int) -> NoReturn:
     if "moma_jax.hosts" in sys.modules:  # not needed by commands that need no JAX
         sys.modules["moma_jax.hosts"].leave(code)
     sys.exit(code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python, the system or XLA had no memory left; JAX may not be imported."""
+    said = str(error)
+    of_xla = type(error).__name__ == "JaxRuntimeError" and said.startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError) or said == "can't start new thread" or of_xla
 
 
 def _unraisable(unraisable) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -100,6 +101,8 @@ def _furnished(draw: random.Random, subject: Subject, fault: Fault) -> Scene:
     if fault.kind != "NaN" and scene.halfway is not None:
         subject.begin_halfway(place, HOME, scene.halfway)
     fault.arrange(scene)
+    if fault.disk:
+        os.sync()  # what lay there before is not what the fault is about
     return scene
 
 
@@ -130,6 +133,7 @@ def main() -> None:
     record = options.out / "faults.jsonl"
     done = {json.loads(line)["fault"] for line in record.read_text().splitlines()} if record.exists() else set()
     import_all()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what is being disturbed, too
     if not (HOME / "inputs").exists():
         make_inputs(HOME)
     mounted = can_mount(HOME)

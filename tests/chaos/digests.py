@@ -15,8 +15,10 @@ SAVED_EVERY = 3
 """Steps between the checkpoints of all runs here."""
 TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu", "pictures_per_second"} | TIMINGS
 """Values that clocks, process numbers, directories and the commit decide."""
-APART = ("metrics.jsonl", "status.json", "summary.json", ".lock", "generation.json")
-"""Files that are compared by what they say."""
+OF_RUN = ("metrics.jsonl", "status.json", "summary.json", ".lock")
+"""Files of a run that are compared by themselves."""
+SAYING = ("generation.json", "thresholds.json")
+"""Files that are compared by what they say, which a commit is part of."""
 
 
 def plain(value: Any) -> Any:
@@ -40,8 +42,7 @@ def of_files(folder: Path) -> dict[str, str]:
     for base, _, names in os.walk(folder):
         for name in names:
             path = Path(base, name)
-            said = name in APART and path.suffix == ".json"
-            found[f"file {path.relative_to(folder)}"] = _json(path) if said else _hash(path.read_bytes())
+            found[f"file {path.relative_to(folder)}"] = _json(path) if name in SAYING else _hash(path.read_bytes())
     return found
 
 
@@ -57,7 +58,7 @@ def of_run(folder: Path) -> dict[str, str]:
         found[name] = _json(folder / name) if (folder / name).exists() else "missing"
     for name, value in of_files(folder).items():
         inner = name.removeprefix("file ")
-        if not inner.startswith(("checkpoints/", "tensorboard/", "routers/")) and Path(inner).name not in APART:
+        if not inner.startswith(("checkpoints/", "tensorboard/", "routers/")) and inner not in OF_RUN:
             found[name] = value
     return found
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import digests
 from faults import Fault, Scene
 from subjects import DEADLINE, reference
-from victims import Victim
+from victims import LOOK, Victim
 
 EQUAL, REFUSED, LOST = "equal", "refused, then equal", "lost"
-MOST_RUNS = 8
+MOST_RUNS, GRACE = 8, 60.0
 NEAR = 2e-3
 """Share by which losses may differ on other devices, where sums have other orders."""
 
@@ -62,11 +62,7 @@ def _run_to_the_end(scene: Scene, lines: list[str]) -> None:
 
 def _ended(victims: list[Victim], fault: Fault | None, lines: list[str]) -> list[int]:
     """Exit codes; what was refused goes to `lines`. Lost: a hang, a traceback, a death of another cause."""
-    for victim in victims:
-        if not victim.wait(DEADLINE):
-            for each in victims:
-                each.end()
-            raise Lost(f"hangs: no end within {DEADLINE:.0f} s")
+    _wait_for(victims)
     deaths = fault.deaths if fault is not None else frozenset()
     if len(victims) > 1 and fault is not None:
         deaths |= {-6, -9}  # JAX's runtime aborts those whose partner is gone
@@ -82,6 +78,20 @@ def _ended(victims: list[Victim], fault: Fault | None, lines: list[str]) -> list
         if code in (1, 2):
             lines += said[-1:]
     return [victim.code for victim in victims]
+
+
+def _wait_for(victims: list[Victim]) -> None:
+    """Until all have ended. Of several, those that outlive the first by GRACE seconds are killed, as launchers do."""
+    end, first = time.monotonic() + DEADLINE, None
+    while any(alive := [victim.alive() for victim in victims]):
+        now = time.monotonic()
+        first = now if first is None and not all(alive) else first
+        if now > end or (first is not None and now > first + GRACE):
+            for victim in victims:
+                victim.end()
+            if first is None:
+                raise Lost(f"hangs: no end within {DEADLINE:.0f} s")
+        time.sleep(LOOK)
 
 
 def _compare(scene: Scene, fault: Fault) -> None:
@@ -163,7 +173,8 @@ def _other_directory(line: str, scene: Scene) -> bool:
     """`--out: out ...; choose a new directory`: the leftovers stand for nothing, and a new one is taken."""
     if "choose a new directory" not in line and "choose another run.dir" not in line:
         return False
-    shutil.move(scene.folder, scene.home / "moved" / f"{time.monotonic_ns()}")
+    if scene.folder.exists():  # one process of several may have said so before
+        shutil.move(scene.folder, scene.home / "moved" / f"{time.monotonic_ns()}")
     return True
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import os
 import signal
@@ -25,6 +26,7 @@ IMPORTED = (
     "moma_jax.commands.routers", "moma_jax.commands.study", "moma_jax.commands.train", "moma_jax.data.prepare",
     "moma_jax.generation", "moma_jax.studies.running", "moma_jax.training.codec.stage", "moma_jax.training.pretrain",
 )  # fmt: skip
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LOOK = 0.003
 """Seconds between two looks at a process."""
 
@@ -135,6 +137,7 @@ def fork(work: Callable[[], None], place: Path, log: Path, environment: Mapping[
 
 def _settle(place: Path, out: Path, err: Path, environment: Mapping[str, str]) -> None:
     """Makes a fork a process of its own."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody goes on in a place that a later fault gets
     os.setsid()
     os.chdir(place)
     os.environ.update(environment)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from command_line import run
 from paths import ROOT
@@ -105,6 +106,23 @@ def test_cost_charges_padding_to_the_executed_flops(capsys):
     assert executed == pytest.approx(flops["executed"] / 0.8) and executed > flops["executed"]
     code, _, err = run(capsys, *words, "--padding", "1.5")
     assert code == 2 and "padding: 1.5" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes"),
+    ],
+)
+def test_memory_that_ends_is_one_line(capsys, monkeypatch, error):
+    def fails(words):
+        raise error
+
+    monkeypatch.setattr("moma_jax.commands.run", fails)
+    code, _, err = run(capsys, "train", "quickstart")
+    assert code == 1 and err.startswith("moma: out of memory (") and err.count("\n") == 1
 
 
 def test_eval_prints_what_is_no_number_as_null(capsys, monkeypatch):
