@@ -34,7 +34,7 @@ from moma_jax import hosts
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
 from moma_jax.storage.contents import FILE as CONTENTS
-from moma_jax.storage.contents import write_contents
+from moma_jax.storage.contents import verify, write_contents
 from moma_jax.storage.directory import Directory, first_line
 from moma_jax.storage.lease import LeaseLost
 
@@ -153,6 +153,12 @@ class Checkpoints:
     def where(self, step: int) -> str:
         """Directory of the checkpoint of `step`."""
         return f"{self.path}/{step}"
+
+    def require_whole(self, step: int) -> None:
+        """Reads a checkpoint against its list; InputError where a file is not as it was written."""
+        found = verify(Directory(self.where(step)))
+        if found is not None and found.damages:
+            raise InputError(f"{self.where(step)}: damaged ({' '.join(found.damages[0])}); move it away")
 
     def size(self, step: int) -> str:
         """What restoring a checkpoint reads at most, in words."""

@@ -170,7 +170,7 @@ class Loop:
                 tell=self._event,
             )
         )
-        latest = hosts.by_first(self.checkpoints.latest)
+        latest = hosts.by_first(self._whole_checkpoint)
         saved = Saved(0, stage.cursor, {}) if latest is None else self.checkpoints.saved(latest)
         self.step, self.total = saved.step, stage.steps
         self.meta = stage.meta | {name: saved.meta[name] for name in KEPT if name in saved.meta}
@@ -201,6 +201,14 @@ class Loop:
         self.train_step = self.meter.timed("compile", lambda: stage.compile_step(self.state))
         self.progress.say(f"compiled in {time.monotonic() - before:.1f} s")
         hosts.meet()
+
+    def _whole_checkpoint(self) -> int | None:
+        """Step of the newest checkpoint, None without one; InputError where it is damaged: bytes that a disk changed
+        would be trained on, and nobody would know."""
+        latest = self.checkpoints.latest()
+        if latest is not None and self.config.run.verify:
+            self.checkpoints.require_whole(latest)
+        return latest
 
     def run_steps(self, received: list[int]) -> None:
         """Trains to the last step, or to the step after a signal."""

@@ -280,3 +280,17 @@ def test_masked_tokens_are_those_that_follow_and_have_no_weight():
     other = np.zeros((2, 8), np.int32)
     batch = batch_of(other, other, segment_BS, other, weight_BS, np.zeros(1, np.int8))
     assert masked_in(batch).tolist() == [3, 11]
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_of_which_a_byte_changed(tmp_path):
+    moma_jax.train(config := tiny(tmp_path, train_steps=4, train_checkpoint_every=2), quiet=True)
+    newest = tmp_path / "checkpoints" / "4"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"checkpoints/4: damaged \(state/.* its CRC-32C is another.*move it away"):
+        moma_jax.train(config, quiet=True)
+    shutil.move(newest, tmp_path / "moved")
+    assert moma_jax.train(config, quiet=True)["steps"] == 4
