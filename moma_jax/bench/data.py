@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ import numpy as np
 from moma_jax.bench.timing import say
 from moma_jax.checks import resolve
 from moma_jax.config import Config
+from moma_jax.data.memory import loader_bytes
 from moma_jax.data.stream import open_stream
 from moma_jax.errors import InputError
+
+SECONDS_TO_FILL = 3.0
+"""In which data.prefetch batches are made, so that memory is what it is in training."""
 
 
 def bench_data(config: Config, *, seconds: float = 10.0) -> dict[str, Any]:
@@ -29,7 +34,8 @@ def bench_data(config: Config, *, seconds: float = 10.0) -> dict[str, Any]:
     Returns:
       {"tokens_per_second" (real tokens, padding apart, by the clock), "tokens_per_second_per_core" (by the CPU time
       that this process used, all threads together), "cores_used", "fill" (share of positions that are real tokens),
-      "tokens": {modality: count}, "batches", "seconds", ...}.
+      "tokens": {modality: count}, "batches", "seconds", "host_bytes" (by which the process grew),
+      "host_bytes_bound" (at most, by what they are for: `data.memory.loader_bytes`), ...}.
 
     Raises:
       InputError: a store is missing, empty or of another vocabulary.
@@ -37,6 +43,7 @@ def bench_data(config: Config, *, seconds: float = 10.0) -> dict[str, Any]:
     config = resolve(config)
     _require_stores(config)
     say(f"data: {config.train.batch_rows} rows of {config.data.sequence} to a batch, for {seconds:g} s")
+    before = most = _resident()
     with open_stream(config) as stream:
         next(stream)
         tokens_M = np.zeros(len(config.data.modalities), np.int64)
@@ -47,10 +54,22 @@ def bench_data(config: Config, *, seconds: float = 10.0) -> dict[str, Any]:
             start = time.perf_counter()
             modality_N = batch.modality_BS[batch.segment_BS > 0]
             tokens_M += np.bincount(modality_N, minlength=len(tokens_M))
+            most = max(most, _resident())
             counting += time.perf_counter() - start
             batches += 1
         wall, busy = time.perf_counter() - wall - counting, time.process_time() - busy - counting
-    return _figures(config, tokens_M, batches, wall, busy)
+        time.sleep(min(seconds, SECONDS_TO_FILL))  # as before a loop that is slower than reading
+        most = max(most, _resident())
+    return _figures(config, tokens_M, batches, wall, busy) | {
+        "host_bytes": most - before,
+        "host_bytes_bound": loader_bytes(config),
+    }
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
 
 
 def _figures(config: Config, tokens_M: np.ndarray, batches: int, wall: float, busy: float) -> dict[str, Any]:

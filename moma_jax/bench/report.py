@@ -67,6 +67,8 @@ def _data(result: dict[str, Any]) -> Table:
     for name, count in result["tokens"].items():
         table.add_row(f"{name} tokens", f"{count:,}")
     table.add_row("batches", f"{result['batches']:,} of {result['batch_tokens']:,} in {result['seconds']:.1f} s")
+    bound = result["host_bytes_bound"]["total"]
+    table.add_row("host memory", f"{result['host_bytes'] / 2**20:,.0f} MiB, at most {bound / 2**20:,.0f}")
     return table
 
 

@@ -161,7 +161,8 @@ def test_data_counts_real_tokens():
     assert sum(result["tokens"].values()) == pytest.approx(result["fill"] * result["batches"] * config.batch_tokens)
     assert 0 < result["fill"] <= 1 and result["tokens_per_second"] > 0 and result["tokens_per_second_per_core"] > 0
     json.dumps(result)
-    assert "tokens/s per core" in bench.format_bench(result)
+    assert "tokens/s per core" in bench.format_bench(result) and "host memory" in bench.format_bench(result)
+    assert result["host_bytes"] >= 0 and result["host_bytes_bound"]["total"] > 0
 
 
 def test_data_says_how_to_make_a_missing_store(tmp_path):
