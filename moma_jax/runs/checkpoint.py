@@ -17,8 +17,9 @@ import functools
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from moma_jax import hosts
 from moma_jax.errors import InputError
+from moma_jax.fields import Count, read, shown
 from moma_jax.runs.directory import RunDir
 from moma_jax.storage.directory import first_line
 from moma_jax.storage.lease import LeaseLost
@@ -35,6 +37,17 @@ FORMAT_VERSION = 1
 SAVE_GB, RESTORE_GB = 32, 8
 CHUNK_BYTES = 64 << 20
 """Arrays are stored in chunks of at most so much, so that a device reads little beside its own piece."""
+
+
+class Meta(TypedDict):
+    """The item meta, as far as every kind of run has it."""
+
+    config: NotRequired[dict[str, Any]]
+    vocabulary: NotRequired[dict[str, Any]]
+    hashes: NotRequired[dict[str, str | None]]
+    counters: NotRequired[dict[str, Any]]
+    ancestry: NotRequired[dict[str, Any]]
+    select: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -165,14 +178,15 @@ class Checkpoints:
         """Cursor and plain values of a checkpoint; InputError where it is none of ours, or its format is another."""
         try:
             meta = self._restore(step, "meta", ocp.args.JsonRestore())
+            version = read(Meta, meta).get("format_version")
             cursor = unpack_arrays(self._restore(step, "cursor", ocp.args.JsonRestore()))
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, RecursionError) as error:
             raise InputError(
                 f"{self.where(step)}: no checkpoint of moma, or damaged ({first_line(error)}); move it away"
             ) from error
-        if meta.get("format_version") != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{self.where(step)}: checkpoint format {meta.get('format_version')!r}; this version of moma_jax reads "
+                f"{self.where(step)}: checkpoint format {shown(version)}; this version of moma_jax reads "
                 f"{FORMAT_VERSION}"
             )
         return Saved(step, cursor, meta)
@@ -267,10 +281,12 @@ def pack_arrays(tree: Any) -> Any:
 
 
 def unpack_arrays(tree: Any) -> Any:
-    """The inverse of `pack_arrays`."""
+    """The inverse of `pack_arrays`; ValueError where an array is none of its."""
     if not isinstance(tree, dict):
         return tree
     if "__array__" not in tree:
         return {key: unpack_arrays(value) for key, value in tree.items()}
-    dtype, shape, content = tree["__array__"]
-    return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
+    dtype, shape, content = read(tuple[str, list[Count], str], tree["__array__"], "__array__")
+    if not re.fullmatch("[<>|][biuf][0-9]{1,2}", dtype):
+        raise ValueError(f"an array of {shown(dtype)}")
+    return np.frombuffer(base64.b64decode(content, validate=True), dtype).reshape(shape).copy()
