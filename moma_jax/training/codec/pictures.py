@@ -180,7 +180,7 @@ class _Order(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         where = "the checkpoint's data position (cursor)"
-        self._state = read_file(Place, {name: int(value) for name, value in state.items()}, where)
+        self._state = dict(read_file(Place, state, where))
         known = self._state["unit"] < len(self._pictures.units)
         if known:
             self._read(self._state["epoch"], self._state["unit"])
