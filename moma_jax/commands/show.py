@@ -23,6 +23,7 @@ from moma_jax.errors import InputError
 from moma_jax.rules import Unloaded
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import records_of
+from moma_jax.runs.status import read_status
 from moma_jax.storage.directory import require_new_file, write_file
 
 MOST_DOCUMENTS = 256
@@ -154,7 +155,7 @@ def glance(path: str) -> dict[str, Any]:
     written = run.read_json("config.json")
     if written is None:
         raise InputError(f"{path}: neither config.json nor manifest.json here; give a run directory or a store")
-    config, status, records = from_json(written), run.read_json("status.json") or {}, records_of(run) or []
+    config, status, records = from_json(written), read_status(path), records_of(run) or []
     evaluated = {(r["eval_set"], r["routing"]): r for r in records if r["kind"] == "eval"}
     steps = {name.split("/")[1] for name in run.names("checkpoints/")}
     return {
@@ -197,7 +198,7 @@ def format_glance(found: dict[str, Any]) -> str:
     for name, routing, record in records:
         figures = [_figure(record.get(key)) for key in (*losses, "perplexity", "tokens_per_second")]
         table.add_row(name, routing, f"{record['step']:,}", *figures)
-    console = Console(width=120, highlight=False)
+    console = Console(width=120, highlight=False, markup=False)
     with console.capture() as capture:
         console.print("\n".join(lines), *([table] if records else []), soft_wrap=not records)
     return capture.get()

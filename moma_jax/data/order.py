@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moma_jax.errors import InputError
+
 BLOCK_DOCUMENTS = 256
 BLOCKS_PER_LANE = 64
 WHOLE_INDEX_DOCUMENTS = 1 << 18
@@ -220,4 +222,9 @@ class LaneOrder:
         self._window = Window(self._reader, blocks, self._spans, self._span_limit)
         size = len(self._window.document_W)
         self._order_W = permute(np.arange(size), size, _key(*self._seed, self.epoch, number, "documents"))
+        if self.position - self._start >= size:  # no draw leaves it there
+            raise InputError(
+                f"the checkpoint's data position (cursor) is damaged: place {self.position} of {self._seed[1]} has no "
+                "document; move the checkpoint away"
+            )
         self._chunk, self._chunk_start = [], -1

@@ -17,7 +17,13 @@ import numpy as np
 
 from moma_jax.data.order import IndexReader, LaneOrder, look_up
 from moma_jax.data.packing import Frame, Group, Piece, best_subset, pieces_of, within
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, require
+from moma_jax.fields import shown
+
+AXES = {"lane": 1, "order": 3, "waiting": 3, "supplied": 3, "ended": 1, "documents": 1, "lanes": 0}
+"""How many axes the arrays of a cursor have."""
+PER_LANE = ("lane", "order", "waiting", "supplied", "ended")
+"""Those with a row for each lane."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,11 @@ def _place(group: Group, entry: list[Piece]) -> list[Piece]:
     return entry[done:] if done else entry
 
 
+def damaged(what: str) -> str:
+    """What to say of a data position that no stream could have had."""
+    return f"the checkpoint's data position (cursor) is damaged: {what}; move the checkpoint away"
+
+
 # All lanes ------------------------------------------------------------------------------------------------------------
 
 
@@ -275,13 +286,14 @@ class Planner:
         """Stands where `cursor` says; it may hold more lanes than this planner has.
 
         Raises:
-          InputError: the cursor is of other stores, lanes or waiting places.
+          InputError: the cursor is of other stores, lanes or waiting places, or damaged.
         """
+        self._require_form(cursor)
         row_of = {int(lane): row for row, lane in enumerate(cursor["lane"])}
         documents_N = np.array([reader.documents for reader in self._readers])
         if not np.array_equal(cursor["documents"], documents_N):
             raise InputError(
-                f"data.stores: the checkpoint's data position is of stores with {list(map(int, cursor['documents']))} "
+                f"data.stores: the checkpoint's data position is of stores with {shown(cursor['documents'].tolist())} "
                 f"documents, these have {documents_N.tolist()}; use the stores that the run began with"
             )
         lanes, wait = int(cursor["lanes"]), cursor["waiting"].shape[1]
@@ -290,18 +302,38 @@ class Planner:
                 f"data.lanes: the checkpoint's data position has {len(row_of)} of {lanes} lanes and {wait} "
                 f"data.wait_documents; use these"
             )
+        rows = {
+            "order": (len(self.sources), 2),
+            "waiting": (wait, 3),
+            "supplied": (len(self.sources), len(self.frame.spans)),
+        }
+        for name, shape in rows.items():
+            require(cursor[name].shape[1:] == shape, damaged(f"its {name} has rows of {cursor[name].shape[1:]}"))
         for number, lane in self._lanes.items():
             row = row_of[number]
             for order, (epoch, position) in zip(lane.orders, cursor["order"][row].tolist(), strict=True):
+                require(0 <= position < order.places, damaged(f"order: {position} of {order.places} places"))
                 order.seek(epoch, position)
             lane.supplied_NM = cursor["supplied"][row].tolist()
             lane.ended = bool(cursor["ended"][row])
             lane.waiting = [self._remainder(*entry) for entry in cursor["waiting"][row].tolist() if entry[0] >= 0]
 
+    def _require_form(self, cursor: dict[str, np.ndarray]) -> None:
+        """InputError unless the cursor has the arrays of `cursor`, all but `waiting` of numbers from 0."""
+        lanes = len(cursor["lane"]) if np.ndim(cursor.get("lane")) == 1 else 0
+        for name, axes in AXES.items():
+            value_X = cursor.get(name)
+            known = value_X is not None and value_X.ndim == axes and (name not in PER_LANE or len(value_X) == lanes)
+            require(known and (name == "waiting" or bool(np.all(value_X >= 0))), damaged(f"its {name} is none"))
+
     def _remainder(self, store: int, document: int, start: int) -> list[Piece]:
         """What is left of a document from token `start` on."""
+        known = store < len(self._readers) and 0 <= document < self._readers[store].documents
+        require(known, damaged(f"document {document} of store {store} waits"))
         found = look_up(self._readers[store], document, self.frame.spans)
         pieces = [piece for piece in pieces_of(store, found, self.frame) if piece.stop > start]
+        begins = bool(pieces) and start >= 0 and (pieces[0].start == start or pieces[0].modality >= 0)
+        require(begins, damaged(f"document {document} waits from token {start}, where no piece of it begins"))
         pieces[0] = pieces[0]._replace(start=start)
         return pieces
 

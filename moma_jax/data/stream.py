@@ -19,12 +19,16 @@ from moma_jax.config import Config, DataConfig, Modality, StoreConfig
 from moma_jax.data.assembly import Plan, Reader
 from moma_jax.data.mixture import resolve_shares
 from moma_jax.data.packing import Group, frame_of
-from moma_jax.data.planner import Planner, StoreOrder
+from moma_jax.data.planner import PER_LANE, Planner, StoreOrder, damaged
 from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.data.tuning import TUNING, Part
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, require
+from moma_jax.fields import shown
 from moma_jax.vocab import Vocabulary, contiguous
+
+MOST = 2**53
+"""No number of a cursor is larger."""
 
 
 class Stream:
@@ -101,6 +105,7 @@ def open_stream(
         )
     mine = tuple(range(groups) if mine is None else mine)
     seed = data.seed if seed is None else seed
+    cursor = None if cursor is None else _numbers(cursor, "step" if data.kind == "synthetic" else "group")
     frame = frame_of(data)
     if data.kind == "synthetic":
         synthetic = Synthetic(frame, contiguous(data.modalities), seed)
@@ -113,6 +118,19 @@ def open_stream(
     reader = Reader(views, frame, len(mine) * data.group_rows, vocabulary)
     plans = Plans(lambda: _PlanIterator(planner, groups, mine, planned, cursor, epochs))
     return Stream(plans, reader.packed, data.prefetch, data.read_threads)
+
+
+def _numbers(cursor: Any, place: str) -> dict[str, np.ndarray]:
+    """A cursor as arrays of int64; InputError where it is none. `place`: which of them says how far it is."""
+    require(isinstance(cursor, dict), damaged("it is no object"))
+    found = {name: np.asarray(value) for name, value in cursor.items() if not isinstance(value, (dict, list))}
+    for name in cursor:
+        whole = name in found and found[name].dtype.kind in "iu"
+        known = whole and (not found[name].size or -1 <= found[name].min() <= found[name].max() <= MOST)
+        require(known, damaged(f"{shown(name)} has other numbers than there can be"))
+    sound = place in found and found[place].ndim == 0 and found[place] >= 0
+    require(sound, damaged(f"it has no {place}"))
+    return {name: value.astype(np.int64) for name, value in found.items()}
 
 
 def planned_positions(
@@ -165,8 +183,7 @@ def merge_cursors(cursors: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndar
     if place == "step":  # random tokens
         return cursors[0]
     _, first_L = np.unique(np.concatenate([cursor["lane"] for cursor in cursors]), return_index=True)
-    per_lane = ("lane", "order", "waiting", "supplied", "ended")
-    merged = {name: np.concatenate([cursor[name] for cursor in cursors])[first_L] for name in per_lane}
+    merged = {name: np.concatenate([cursor[name] for cursor in cursors])[first_L] for name in PER_LANE}
     return {**cursors[0], **merged}
 
 

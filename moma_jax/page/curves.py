@@ -107,7 +107,7 @@ def speeds(seen: list[Seen]) -> go.Figure:
 def shares(seen: list[Seen]) -> go.Figure | None:
     """Where the time of each run went."""
     last = {each.name: each.run.summary.get("time") or (each.train[-1] if each.train else None) for each in seen}
-    spent = {name: time_spent(record) for name, record in last.items() if record}
+    spent = {name: time_spent(record) for name, record in last.items() if record and "wall_seconds" in record}
     spent = {name: own for name, own in spent.items() if len(own) > 1}  # older runs did not say
     if not spent:
         return None

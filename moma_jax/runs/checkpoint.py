@@ -20,10 +20,11 @@ import functools
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from moma_jax import hosts
 from moma_jax.errors import InputError
+from moma_jax.fields import Count, read, shown
 from moma_jax.runs.directory import RunDir
 from moma_jax.storage.contents import FILE as CONTENTS
 from moma_jax.storage.contents import verify, write_contents
@@ -46,6 +48,17 @@ PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the last save is tried again, doubled each time."""
 AFTER_LIST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files that Orbax writes after the list, and nobody needs to restore."""
+
+
+class Meta(TypedDict):
+    """The item meta, as far as every kind of run has it."""
+
+    config: NotRequired[dict[str, Any]]
+    vocabulary: NotRequired[dict[str, Any]]
+    hashes: NotRequired[dict[str, str | None]]
+    counters: NotRequired[dict[str, Any]]
+    ancestry: NotRequired[dict[str, Any]]
+    select: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -269,14 +282,15 @@ class Checkpoints:
         """Cursor and plain values of a checkpoint; InputError where it is none of ours, or its format is another."""
         try:
             meta = self._restore(step, "meta", ocp.args.JsonRestore())
+            version = read(Meta, meta).get("format_version")
             cursor = unpack_arrays(self._restore(step, "cursor", ocp.args.JsonRestore()))
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, RecursionError) as error:
             raise InputError(
                 f"{self.where(step)}: no checkpoint of moma, or damaged ({first_line(error)}); move it away"
             ) from error
-        if meta.get("format_version") != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{self.where(step)}: checkpoint format {meta.get('format_version')!r}; this version of moma_jax reads "
+                f"{self.where(step)}: checkpoint format {shown(version)}; this version of moma_jax reads "
                 f"{FORMAT_VERSION}"
             )
         return Saved(step, cursor, meta)
@@ -391,10 +405,12 @@ def pack_arrays(tree: Any) -> Any:
 
 
 def unpack_arrays(tree: Any) -> Any:
-    """The inverse of `pack_arrays`."""
+    """The inverse of `pack_arrays`; ValueError where an array is none of its."""
     if not isinstance(tree, dict):
         return tree
     if "__array__" not in tree:
         return {key: unpack_arrays(value) for key, value in tree.items()}
-    dtype, shape, content = tree["__array__"]
-    return np.frombuffer(base64.b64decode(content), dtype).reshape(shape).copy()
+    dtype, shape, content = read(tuple[str, list[Count], str], tree["__array__"], "__array__")
+    if not re.fullmatch("[<>|][biuf][0-9]{1,2}", dtype):
+        raise ValueError(f"an array of {shown(dtype)}")
+    return np.frombuffer(base64.b64decode(content, validate=True), dtype).reshape(shape).copy()

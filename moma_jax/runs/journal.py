@@ -15,21 +15,22 @@ goes on from a checkpoint first cuts its records back to that checkpoint's step.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from moma_jax import hosts
 from moma_jax.codec.pictures import png_of
-from moma_jax.errors import InputError
-from moma_jax.fields import leaves
+from moma_jax.errors import InputError, require
+from moma_jax.fields import Count, leaves, read_file, shown
 from moma_jax.late import pq
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.figures import figures_of
@@ -70,24 +71,42 @@ def records_of(run: RunDir) -> list[dict[str, Any]] | None:
     return [record for records in found for record in records] if found else None
 
 
+class Record(TypedDict):
+    """What every record has; further fields are numbers, or null for one that is not finite."""
+
+    kind: str
+    step: Count
+    eval_set: NotRequired[str]
+    routing: NotRequired[str]
+    event: NotRequired[str]
+
+
+NEEDED = {"eval": ("eval_set", "routing"), "event": ("event",)}
+"""Fields that records of a kind have, too."""
+
+
 def _parse(content: bytes, where: str) -> list[dict[str, Any]]:
-    """Records of a file; a last line that a kill cut short is left out. InputError for any other that cannot be read:
-    a run that goes on writes its file anew, and records behind a damaged line would be lost without a word."""
-    records = []
-    lines = content.decode(errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise InputError(
-                f"{where}: line {number} is damaged; restore the file from a copy, or delete that line"
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise InputError(f"{where}: line {number} is no record of moma; move the file away")
-        records.append(record)
-    return records
+    """Records of a file; a last line that a kill cut short is left out."""
+    *lines, tail = content.split(b"\n")
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(tail)
+        lines.append(tail)
+    return [_record(line, f"{where}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({str(error)[:80]}); restore the file, or remove the line") from error
+    record = read_file(Record, value, where)
+    for name in NEEDED.get(record["kind"], ()):
+        require(name in record, f"{where}: no {name}; restore the file, it is damaged")
+    for name, value in record.items():
+        number = value is None or (isinstance(value, (int, float)) and -math.inf < value < math.inf)
+        if not number and name not in Record.__annotations__:
+            raise InputError(f"{where}: {name[:40]!r} is no number: {shown(value)}; restore the file, it is damaged")
+    return record
 
 
 def finite(value: Any) -> Any:

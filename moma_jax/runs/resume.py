@@ -53,7 +53,7 @@ def began_with(run: RunDir, read: Callable[[Any], Any]) -> tuple[Any, dict[str, 
         meta = None if latest is None else checkpoints.saved(latest).meta
     summary = _complete_summary(run)
     if meta is not None:
-        return read(meta["config"]), meta
+        return read(meta.get("config", {})), meta
     if written is not None and summary is not None:
         return written, summary
     if written is None and (strange := [n for n in (METRICS, STATUS, SUMMARY, *OTHERS) if run.read(n) is not None]):

@@ -6,11 +6,14 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from moma_jax import hosts
 from moma_jax.errors import InputError, RunError
+from moma_jax.fields import Count, Facts, read_file
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
+from moma_jax.storage.directory import Directory
 from moma_jax.storage.lease import LeaseLost
 
 EVERY = 10.0
@@ -76,3 +79,19 @@ def last_good(run: RunDir) -> str:
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         latest = checkpoints.latest()
         return "there is none yet" if latest is None else checkpoints.where(latest)
+
+
+class Written(TypedDict):
+    """status.json, as far as it is read."""
+
+    state: str
+    step: Count
+    total: Count
+    updated: NotRequired[Annotated[float, Facts(least=0, most=2**40)]]
+    folder: NotRequired[str]
+
+
+def read_status(path: str) -> Written | dict[str, Any]:
+    """status.json of a run directory, empty without one; InputError where it is damaged."""
+    found = Directory(path).read_json("status.json")
+    return {} if found is None else read_file(Written, found, f"{path}/status.json")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from moma_jax.config_json import of_this_format
 from moma_jax.errors import InputError
 from moma_jax.evaluation.documents import read_documents
+from moma_jax.fields import Count, read_file
 from moma_jax.router import CAUSAL_ROUTINGS
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS, SCHEMA, records_of
-from moma_jax.studies.jobs import read_status, trained_elsewhere
+from moma_jax.runs.status import read_status
+from moma_jax.studies.jobs import trained_elsewhere
 
 WINDOW = 0.1
 """Share of the FLOPs so far that a smoothed training loss is the mean of; at the end: the last tenth of the run.
@@ -134,7 +136,8 @@ def _unrouted(records: list[dict[str, Any]]) -> str | None:
 
 def _training_routing(config: dict[str, Any]) -> str:
     """The routing rule of training by its name."""
-    return config.get("model", {}).get("router", {}).get("rule", "choice")
+    router = config.get("model", {}).get("router", {})
+    return str(router.get("rule", "choice")) if isinstance(router, dict) else "choice"
 
 
 def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
@@ -147,12 +150,12 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
       InputError: a file is damaged or of another format, or a complete run has no records.
     """
     home = RunDir(path)
-    status, config, summary = read_status(path), *(_of_objects(home, *n) for n in OBJECTS.items())
-    config = of_this_format(config)
+    status, summary = read_status(path), _content(home, "summary.json", Summary)
+    config = of_this_format(_content(home, "config.json", Recorded))
     start, records = _start(home), _records(home)
     train = [r for r in records if r["kind"] == "train"]
     curves = _curves(records, start, _training_routing(config))
-    state = str(status.get("state", NEW))
+    state = status.get("state", NEW)
     if state == "running" and not trained_elsewhere(path):
         state = "stopped"
     trained = any(m.kind == "train" and m.modality == OVERALL for m in curves)
@@ -165,7 +168,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
     return Run(
         variant=variant,
         size=size,
-        seed=int(config.get("train", {}).get("seed", 0)) if seed is None else seed,
+        seed=_seed(config) if seed is None else seed,
         path=path,
         state=state,
         step=start.step + status.get("step", 0),
@@ -196,19 +199,46 @@ def smoothed(curve: Curve, start: float = 0.0) -> Curve:
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
-OBJECTS = {
-    "config.json": ("model", "data", "optimizer", "train"),
-    "summary.json": ("device", "versions"),
-}
-"""Parts of a run's files that are objects."""
+Plain = dict[str, Any]
 
 
-def _of_objects(home: RunDir, file: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """The content of a file, empty without one; InputError where a part of it is no object."""
-    content = home.read_json(file) or {}
-    if wrong := [name for name in names if not isinstance(content.get(name, {}), dict)]:
-        raise InputError(f"{home.path}/{file}: {wrong[0]} is no object; restore the file, it is damaged")
-    return content
+class Recorded(TypedDict):
+    """config.json, as far as reports look at it where this version cannot read it as a config."""
+
+    model: NotRequired[Plain]
+    data: NotRequired[Plain]
+    optimizer: NotRequired[Plain]
+    train: NotRequired[Plain]
+
+
+class Summary(TypedDict):
+    """summary.json, as far as reports and pages read it."""
+
+    device: NotRequired[Plain]
+    versions: NotRequired[dict[str, str]]
+    time: NotRequired[dict[str, float]]
+    command: NotRequired[str]
+    commit: NotRequired[str | None]
+
+
+class Ancestry(TypedDict):
+    """ancestry.json, as far as it is read: what its seed had spent, in the order of `Spent`."""
+
+    seed_step: Count
+    seed_real_tokens: Count
+    seed_real_flops: float
+    seed_wall_seconds: float
+
+
+def _content(home: RunDir, file: str, kind: type) -> dict[str, Any]:
+    """The content of a file, empty without one; InputError where it is damaged."""
+    return read_file(kind, home.read_json(file) or {}, f"{home.path}/{file}")
+
+
+def _seed(config: dict[str, Any]) -> int:
+    """The config's `train.seed`."""
+    seed = config.get("train", {}).get("seed", 0)
+    return seed if type(seed) is int else 0
 
 
 def _require_whole(path: str, curves: dict[Measure, Curve], total: int | None) -> None:
@@ -226,15 +256,13 @@ def _require_whole(path: str, curves: dict[Measure, Curve], total: int | None) -
 
 def _records(home: RunDir) -> list[dict[str, Any]]:
     """Train and eval records; InputError where they are not what this version writes."""
-    records = [r for r in records_of(home) or [] if r.get("kind") in ("train", "eval")]
-    needed = {
-        "train": {"loss", "tokens", "flops", "wall_seconds"},
-        "eval": {"loss", "eval_set", "routing"},
-    }
+    records = [r for r in records_of(home) or [] if r["kind"] in ("train", "eval")]
     for record in records:
         if record.get("schema") != SCHEMA:
             raise InputError(f"{home.path}/{METRICS}: schema {record.get('schema')!r}; this moma_jax reads {SCHEMA}")
-        if missing := sorted(needed[record["kind"]] - record.keys()):
+        counts = ("tokens", "flops", "wall_seconds") if record["kind"] == "train" else ()
+        missing = [name for name in counts if record.get(name) is None] + ["loss"] * ("loss" not in record)
+        if missing:
             raise InputError(
                 f"{home.path}/{METRICS}: step {record['step']}: no {missing[0]}; not a record of moma train"
             )
@@ -249,10 +277,8 @@ def _start(home: RunDir) -> Spent:
     ancestry = home.read_json("ancestry.json")
     if ancestry is None:
         return Spent()
-    names = ("seed_step", "seed_real_tokens", "seed_real_flops", "seed_wall_seconds")
-    if missing := [name for name in names if not isinstance(ancestry.get(name), (int, float))]:
-        raise InputError(f"{home.path}/ancestry.json: no number {missing[0]}; restore the file, it is damaged")
-    return Spent(*(ancestry[name] for name in names))
+    ancestry = read_file(Ancestry, ancestry, f"{home.path}/ancestry.json")
+    return Spent(*(ancestry[name] for name in Ancestry.__annotations__))
 
 
 def _end(start: Spent, train: list[dict[str, Any]]) -> Spent:

@@ -15,6 +15,7 @@ from moma_jax.config_json import as_recorded, from_json
 from moma_jax.cost import total_steps
 from moma_jax.errors import InputError, require
 from moma_jax.fields import differences
+from moma_jax.runs.status import read_status
 from moma_jax.storage.directory import Directory
 from moma_jax.studies.matching import Matched, match_variants
 from moma_jax.studies.study import Study
@@ -128,15 +129,6 @@ def state(job: Job) -> dict[str, Any]:
         if word != "complete":
             break
     return {"state": word, "step": done, "total": total}
-
-
-def read_status(path: str) -> dict[str, Any]:
-    """status.json of a run directory, empty without one; InputError where it is damaged."""
-    status = Directory(path).read_json("status.json") or {}
-    for name in ("step", "total"):
-        if type(value := status.get(name, 0)) is not int:
-            raise InputError(f"{path}/status.json: {name} is {value!r}, no number of updates; restore the file")
-    return status
 
 
 def trained_elsewhere(path: str) -> bool:

@@ -19,8 +19,9 @@ from moma_jax.errors import InputError
 from moma_jax.evaluation.documents import DOCUMENTS
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import METRICS
+from moma_jax.runs.status import read_status
 from moma_jax.storage.directory import Directory
-from moma_jax.studies.jobs import Job, read_status, require_same_config
+from moma_jax.studies.jobs import Job, require_same_config
 
 FILES = ("config.json", "summary.json", METRICS, "ancestry.json", DOCUMENTS, "status.json")
 """What a record may hold, in the order in which it is unpacked: a run is known by its status, so that comes last."""

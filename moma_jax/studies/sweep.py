@@ -14,8 +14,9 @@ from moma_jax.config import EvalSet
 from moma_jax.data.tuning import TUNING
 from moma_jax.errors import InputError
 from moma_jax.runs.journal import SKIPPED, read_metrics
+from moma_jax.runs.status import read_status
 from moma_jax.storage.directory import Directory
-from moma_jax.studies.jobs import Job, jobs, read_status
+from moma_jax.studies.jobs import Job, jobs
 from moma_jax.studies.records import unpack
 from moma_jax.studies.study import Study, check_study
 

@@ -27,6 +27,7 @@ from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS
 from moma_jax.rules import bind, recorded_rule
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.status import read_status
 from moma_jax.training.step import Program, abstract_params, make_program
 from moma_jax.vocab import Vocabulary
 
@@ -116,8 +117,7 @@ def config_of(run: str) -> Config:
 
 def with_stores(config: Config, run: RunDir) -> Config:
     """The config with its stores' paths as they are from here: those of a run are relative to where it was started."""
-    folder = (run.read_json("status.json") or {}).get("folder")
-    folder = folder if isinstance(folder, str) else "."
+    folder = read_status(run.path).get("folder", ".")
 
     def found(store: StoreConfig) -> StoreConfig:
         there = os.path.join(folder, store.path)

@@ -106,7 +106,7 @@ def test_a_full_disk_is_an_input_error_that_names_the_file(tmp_path):
 def test_lines_that_are_no_records_are_refused_and_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
     for read in (journal_of, read_metrics):
-        with pytest.raises(InputError, match="metrics.jsonl: line 1 is no record"):
+        with pytest.raises(InputError, match="metrics.jsonl: line 1: kind: is missing; restore"):
             read(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": 1.0}\n'
 

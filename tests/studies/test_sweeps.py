@@ -18,8 +18,9 @@ from moma_jax.config import EvalSet
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.journal import SKIPPED
+from moma_jax.runs.status import read_status
 from moma_jax.studies import Sweep, Upcycled, load_study, running
-from moma_jax.studies.jobs import jobs, read_status, state
+from moma_jax.studies.jobs import jobs, state
 from moma_jax.studies.records import MOST_BYTES, keep, unpack
 from moma_jax.studies.sweep import all_jobs, chosen_values, trials, tried
 

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import grain
 import numpy as np
@@ -21,7 +21,8 @@ from moma_jax.data.documents import Document, Picture, is_held_out
 from moma_jax.data.fit import ordered_map
 from moma_jax.data.sources import open_source
 from moma_jax.data.stream import Plans, Stream
-from moma_jax.errors import InputError, RunError
+from moma_jax.errors import InputError, RunError, require
+from moma_jax.fields import Count, read_file
 from moma_jax.training.codec.config import PicturesConfig
 
 Read = Callable[[Any], np.ndarray]
@@ -138,6 +139,15 @@ class _Plan(NamedTuple):
     epochs: dict[str, float]
 
 
+class Place(TypedDict):
+    """The cursor."""
+
+    step: Count
+    epoch: Count
+    unit: Count
+    offset: Count
+
+
 class _Order(grain.DatasetIterator):
     """Which pictures make up each batch, and which of them are mirrored; its state is the cursor."""
 
@@ -169,8 +179,13 @@ class _Order(grain.DatasetIterator):
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._state = {name: int(value) for name, value in state.items()}
-        self._read(self._state["epoch"], self._state["unit"])
+        where = "the checkpoint's data position (cursor)"
+        self._state = dict(read_file(Place, state, where))
+        known = self._state["unit"] < len(self._pictures.units)
+        if known:
+            self._read(self._state["epoch"], self._state["unit"])
+        # Beyond the window nothing would ever be taken.
+        require(known and self._state["offset"] <= len(self._window), f"{where}: has no such picture; it is damaged")
 
     def _read(self, epoch: int, first: int) -> None:
         """Reads the window that begins with a unit of a pass and ends with the one that fills it: its pictures in their
