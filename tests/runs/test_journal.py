@@ -66,7 +66,7 @@ def test_a_damaged_line_is_named_and_costs_no_other(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     damaged = lines[0] + lines[1].replace("{", "z", 1) + lines[2]
     (tmp_path / "metrics.jsonl").write_text(damaged)
-    with pytest.raises(InputError, match="metrics.jsonl: line 2 is damaged; restore the file from a copy, or delete"):
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 2: not JSON .*restore the file, or remove the line"):
         journal_of(tmp_path, step=3)
     assert (tmp_path / "metrics.jsonl").read_text() == damaged
     (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[2])
