@@ -48,9 +48,9 @@ DAMAGE = {"flipped byte: checkpoint": 3}
 WEIGHTS: dict[str, tuple[int, dict[str, int]]] = {
     "prepare": (42, {**ANYWHERE, **DISKS, "clock": 1, "memory limit": 2}),
     "train": (32, {**ANYWHERE, **DISKS, **DAMAGE, "flipped byte: records": 1, "flipped byte: store": 2, "clock": 2,
-                   "memory limit": 2, "NaN": 1, "restart on 8 devices": 1, "restart on 2 process(es)": 1}),
+                   "memory limit": 2, "NaN": 1, "restart on 8 devices": 1, "restart with 2 processes": 1}),
     "train, routed": (3, {**ANYWHERE, "disk full": 2, **DAMAGE}),
-    "train, 2 processes": (4, {**ANYWHERE, "disk full": 2, "restart on 1 process(es)": 1}),
+    "train, 2 processes": (4, {**ANYWHERE, "disk full": 2, "restart with 1 process": 1}),
     "launcher": (1, {"SIGKILL": 1, "SIGTERM": 1, "SIGSTOP": 1}),
     "routers fit": (4, {**ANYWHERE, "disk full": 2, **DAMAGE}),
     "study": (2, {**ANYWHERE, "disk full": 2}),

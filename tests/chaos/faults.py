@@ -259,7 +259,8 @@ class OtherLayout(Fault):
     restarts = layout = True
 
     def __init__(self, devices: int = 1, processes: int = 1):
-        self.kind = f"restart on {devices} devices" if devices > 1 else f"restart on {processes} process(es)"
+        others = f"on {devices} devices" if devices > 1 else f"with {processes} process{'es' * (processes > 1)}"
+        self.kind = f"restart {others}"
         self._devices, self._processes = devices, processes
 
     def arrange(self, scene: Scene) -> None:

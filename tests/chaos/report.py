@@ -44,11 +44,11 @@ Seed {seed}; each fault's command, kind and moment follow from the seed and its 
 ## What was lost
 
 {lost}
-"""
+{found}"""
 
 
 def write_report(out: Path, seed: int, deadline: float) -> None:
-    """Writes OUT.md beside the folder with the records."""
+    """Writes OUT.md beside the folder with the records; OUT/found.txt, where somebody wrote it, is its end."""
     records = [json.loads(line) for line in (out / "faults.jsonl").read_text().splitlines()]
     records = [record for record in records if record["outcome"] in OUTCOMES]
     last = max((record["fault"] for record in records), default=0) + 1
@@ -64,6 +64,7 @@ def write_report(out: Path, seed: int, deadline: float) -> None:
         "by_command": _table("command", records, lambda record: record["command"]),
         "by_kind": _table("command | fault", records, lambda record: f"{record['command']} | {record['kind']}"),
         "lost": _lost(records),
+        "found": found.read_text() if (found := out / "found.txt").exists() else "",
     }
     out.with_name(f"{out.name}.md").write_text(PAGE.format(**told))
 
