@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from moma_jax.codec.network import Vqgan, VqganConfig
+from moma_jax.codec.network import MOST, Vqgan, VqganConfig
 from moma_jax.errors import require
 
 
@@ -92,9 +92,6 @@ LLAMAGEN = Naming(
     reversed_up=True,
 )
 NAMINGS = {"taming": TAMING, "janus": JANUS, "llamagen": LLAMAGEN, "diffusers": DIFFUSERS}
-
-MOST = 64
-"""Levels, and blocks of a level, at most."""
 
 
 class Place(NamedTuple):

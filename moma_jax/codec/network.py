@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from moma_jax.errors import require
 from moma_jax.fields import setting
 
+MOST = 64
+"""Levels, and blocks of a level, at most."""
 NORM_EPSILON = 1e-6
 """Of every group norm, in all of these networks."""
 
@@ -37,7 +39,7 @@ class VqganConfig:
     """Channels of the first level."""
     multipliers: tuple[int, ...] = setting((1, 1, 2, 2, 4), above=0)
     """Channels of each level over those of the first; a level less halvings of the side."""
-    blocks: int = setting(2, least=0)
+    blocks: int = setting(2, least=0, most=MOST)
     """Residual blocks of a level of the encoder; the decoder has one more."""
     attention_levels: tuple[int, ...] = setting((), least=0)
     """Levels, from 0, in which attention follows every block."""
@@ -68,7 +70,7 @@ class VqganConfig:
         """The config itself; InputError where it contradicts itself."""
         levels = len(self.multipliers)
         halved = self.patch << max(levels - 1, 0)
-        require(levels > 0, "codec.multipliers: none; give one for each level")
+        require(0 < levels <= MOST, f"codec.multipliers: {levels} levels; give one for each level, {MOST} at most")
         require(self.side % halved == 0, f"codec.side: {self.side} pixels cannot be halved {levels - 1} times"
                 f"{f' in squares of {self.patch}' if self.patch > 1 else ''}; use a multiple of {halved}")  # fmt: skip
         wrong = [level for level in self.attention_levels if level >= levels]

@@ -155,7 +155,7 @@ class VqganCodec:
         try:
             flat = safetensors.numpy.load(weights)
         except safetensors.SafetensorError as error:
-            raise InputError(f"image codec: its weights are damaged ({error}); import it again") from error
+            raise InputError(f"image codec: its weights are damaged ({str(error)[:100]}); import it again") from error
         codec = cls(config, unflatten_dict(flat, sep="/"))
         wanted = flatten_dict(abstract_parameters(config), sep="/")
         for name, own in wanted.items():

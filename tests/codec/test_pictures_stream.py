@@ -61,6 +61,21 @@ def test_half_of_the_pictures_are_mirrored(folder):
     assert 0.4 < np.mean(flipped) < 0.6
 
 
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        ({"offset": 10**6}, "has no such picture"),  # once without end: nothing was taken, and no pass was over
+        ({"unit": 10**6}, "has no such picture"),
+        ({"unit": -1}, "unit: must be at least 0"),
+        ({"epoch": "1"}, "epoch: expected int"),
+    ],
+)
+def test_a_damaged_cursor_is_refused(folder, change, refusal):
+    cursor = {"step": 0, "epoch": 0, "unit": 0, "offset": 0} | change
+    with pytest.raises(InputError, match=rf"data position \(cursor\): .*{refusal}"):
+        taken(Pictures(config(folder)), 1, cursor)
+
+
 def test_a_cursor_goes_on_with_the_next_batch(folder):
     whole = taken(Pictures(config(folder)), 160)
     for at in (0, 30, 74, 75, 130):

@@ -111,6 +111,8 @@ def test_a_folder_keeps_it(own, tmp_path):
         (lambda folder: (folder / "codec.safetensors").write_bytes(b"else"), "not those of its description"),
         (lambda folder: change(folder, side=24.5), "codec.side: expected int, found 24.5"),
         (lambda folder: change(folder, side=15), "15 pixels cannot be halved 1 times; use a multiple of 2"),
+        (lambda folder: change(folder, blocks=10**12), "codec.blocks: must be at least 0 and at most 64"),
+        (lambda folder: change(folder, multipliers=[1] * 65), "codec.multipliers: 65 levels; .* 64 at most"),
         (lambda folder: change(folder, widht=3), "codec.widht: no such field"),
         (
             lambda folder: change(folder, codebook=64),

@@ -305,6 +305,25 @@ def test_show_tells_how_far_a_run_is(capsys, tmp_path):
     assert ["heldout", "threshold", "100", "0.5000", "1.2500", "-", "-"] in rows
 
 
+def test_show_of_damaged_files_is_one_line(capsys, tmp_path):
+    from moma_jax.config_json import to_json
+
+    (tmp_path / "config.json").write_text(json.dumps(to_json(moma_jax.recipe(QUICKSTART))))
+    for content, refusal in [
+        ('{"state": "running", "step": "3", "total": 9}', "status.json: step: expected int, found '3'; restore"),
+        ('{"state": "running", "step": 3}', "status.json: total: is missing; restore"),
+        ('{"state": "running", "step": 3, "total": 9, "updated": 1e300}', "status.json: updated: must be"),
+    ]:
+        (tmp_path / "status.json").write_text(content)
+        code, _, err = run(capsys, "show", tmp_path)
+        assert code == 2 and refusal in err and err.count("\n") == 1
+    (tmp_path / "status.json").unlink()
+    strange = {"kind": "eval", "step": 1, "eval_set": "[/]\ud800", "routing": "[red]", "loss": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(strange) + "\n")
+    shown = subprocess.run([sys.executable, "-m", "moma_jax", "show", tmp_path], capture_output=True, check=True).stdout
+    assert b"[/]\\ud800" in shown and b"[red]" in shown  # neither markup nor the end of the command
+
+
 def test_routing_rules_are_the_files_of_their_folder(capsys):
     pytest.importorskip("moma_jax.routers")
     code, out, _ = run(capsys, "routers", "list", "--json")

@@ -281,6 +281,32 @@ def test_an_evaluation_set_without_held_out_documents_is_refused(views):
     require_held_out(dataclasses.replace(asked, train=dataclasses.replace(asked.train, eval_sets=sets[1:])))
 
 
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda c: c.pop("group"), "it has no group"),
+        (lambda c: c.pop("ended"), "its ended is none"),
+        (lambda c: c.update(lanes="4"), "'lanes' has other numbers"),
+        (lambda c: c.update(order=c["order"].astype(float)), "'order' has other numbers"),
+        (lambda c: c.update(group=2**63 - 1), "'group' has other numbers"),
+        (lambda c: c.update(supplied=c["supplied"][1:]), "its supplied is none"),
+        (lambda c: c.update(supplied=c["supplied"][:, :1]), "its supplied has rows of"),
+        (lambda c: c["order"].__setitem__((0, 0, 0), -1), "its order is none"),
+        (lambda c: c["order"].__setitem__((0, 0, 1), 10**9), "order: 1000000000 of .* places"),
+        (lambda c: c["waiting"].__setitem__((0, 0), (9, 0, 0)), "document 0 of store 9 waits"),
+        (lambda c: c["waiting"].__setitem__((0, 0), (0, 10**9, 0)), "document 1000000000 of store 0 waits"),
+        (lambda c: c["waiting"].__setitem__((0, 0), (0, 0, 10**6)), "waits from token 1000000"),
+    ],
+)
+def test_a_damaged_cursor_is_refused(views, change, refusal):
+    cursor = {name: np.array(value) for name, value in take(open_stream(config()), 1)[0].cursor.items()}
+    change(cursor)
+    with pytest.raises(
+        InputError, match=rf"data position \(cursor\) is damaged: .*{refusal}.*; move the checkpoint away"
+    ):
+        take(open_stream(config(), cursor=cursor), 1)
+
+
 def test_a_cursor_of_more_lanes_is_refused(views):
     cursor = take(open_stream(config(lanes=8)), 1)[0].cursor
     with (

@@ -60,6 +60,14 @@ def test_cursor_keeps_types_shapes_and_values():
         pack_arrays({"x": np.array([object()])})
 
 
+@pytest.mark.parametrize(
+    "array", [["O", [1], "AAAA"], ["<i8", [10**12], ""], ["<i8", 1, ""], ["<i8", [-1], ""], ["<i8", [], "@"], [], "x"]
+)
+def test_what_is_no_array_is_refused(array):
+    with pytest.raises(ValueError):
+        unpack_arrays({"a": {"__array__": array}})
+
+
 @pytest.mark.parametrize("routing_state", [{}, {"text": {"threshold_L": jnp.arange(2.0)}}])
 def test_everything_comes_back(opened, routing_state):
     checkpoints = opened(keep_last=2, write=True)

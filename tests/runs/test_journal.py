@@ -111,6 +111,33 @@ def test_lines_that_are_no_records_are_refused_and_kept(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"loss": 1.0}\n'
 
 
+@pytest.mark.parametrize(
+    ("line", "refusal"),
+    [
+        (b"", "not JSON"),
+        (b'{"kind": "train", "st', "not JSON"),
+        (b'{"kind": "\xff", "step": 1}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"kind": "train", "step": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"[]", r"expected Record, found \[\]"),
+        (b'{"kind": "train", "step": 1e3}', "step: expected int, found 1000.0"),
+        (b'{"kind": "eval", "step": 1, "eval_set": "heldout"}', "no routing"),
+        (b'{"kind": "train", "step": 1, "loss": NaN}', "'loss' is no number: nan"),
+        (b'{"kind": "train", "step": 1, "loss": [1.0]}', r"'loss' is no number: \[1.0\]"),
+    ],
+)
+def test_a_damaged_line_before_others_hides_none(tmp_path, line, refusal):
+    """Only the last line may be cut short. All others once ended the reading, and a run that went on lost the rest."""
+    whole = json.dumps(record(2)).encode() + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(whole + line + b"\n" + whole)
+    for read in (journal_of, read_metrics):
+        with pytest.raises(InputError, match=rf"metrics.jsonl: line 2: {refusal}.*; restore the file") as caught:
+            read(tmp_path)
+        assert len(str(caught.value)) < 300
+    (tmp_path / "metrics.jsonl").write_bytes(whole + line[:-1])
+    assert len(read_metrics(tmp_path)) == 1
+
+
 def test_numbers_that_json_cannot_say_are_null():
     value = {"a": math.nan, "b": [math.inf, 1.5, "x"], "c": {"d": -math.inf, "e": None}, "f": True}
     assert finite(value) == {"a": None, "b": [None, 1.5, "x"], "c": {"d": None, "e": None}, "f": True}
