@@ -139,7 +139,7 @@ def main() -> None:
     mounted = can_mount(HOME)
     for number in range(options.faults):
         draw, subject, fault = planned(options.seed, number)
-        if number in done or (options.only and subject.name not in options.only.split("/")):
+        if number in done or (options.only and not {subject.name, fault.kind} & set(options.only.split("/"))):
             continue
         if fault.disk and not mounted:
             fault = FileLimit()
@@ -167,7 +167,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "reliability")
-    parser.add_argument("--only", help="these commands alone, joined by /, such as prepare/train")
+    parser.add_argument("--only", help="these commands or kinds alone, such as prepare/SIGKILL")
     parser.add_argument("--forget", action="store_true", help="do not keep the output of lost commands")
     return parser.parse_args()
 

@@ -22,13 +22,14 @@ clocks, at random moments, and run again until they were done. Then everything t
 undisturbed run: arrays and cursor of every checkpoint, every record, every file of a store, bit for bit (what clocks
 say apart; after a restart on other devices cursors and steps exactly, losses within 0.2%).
 
-```sh title="as root, who may mount small disks; an hour on one core"
+```sh title="as root, who may mount small disks; an hour or two"
 {command}
 ```
 
 Seed {seed}; each fault's command, kind and moment follow from the seed and its number. All outcomes are lines of
-[faults.jsonl](reliability/faults.jsonl). {machine}; {seconds:,.0f} seconds on one core beside other programs;
-{versions}; package of commit {commit}.
+[faults.jsonl](reliability/faults.jsonl). {machine}; {seconds:,.0f} seconds on one core that
+other programs used, too; package of commit {commit};
+{versions}.
 
 - *equal*: the fault went by unnoticed, or the same command, run again, ended as the undisturbed one.
 - *refused, then equal*: the command ended with one line that says what happened; after its remedy (or once the disk
