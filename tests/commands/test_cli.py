@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from command_line import run
 from paths import ROOT
 
 import moma_jax
-from moma_jax import commands, recipes
+from moma_jax import __main__, commands, recipes
 from moma_jax.commands import COMMANDS
 from moma_jax.errors import InputError
 
@@ -123,6 +124,16 @@ def test_memory_that_ends_is_one_line(capsys, monkeypatch, error):
     monkeypatch.setattr("moma_jax.commands.run", fails)
     code, _, err = run(capsys, "train", "quickstart")
     assert code == 1 and err.startswith("moma: out of memory (") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("Event loop is closed", 0), ("Encountered error while reading array index: ()", 0), ("x", 1)]
+)
+def test_what_orbax_stopped_waiting_for_leaves_no_stack(monkeypatch, said, shown):
+    seen = []
+    monkeypatch.setattr(sys, "__unraisablehook__", seen.append)
+    __main__._unraisable(types.SimpleNamespace(exc_value=RuntimeError(said)))
+    assert len(seen) == shown
 
 
 def test_eval_prints_what_is_no_number_as_null(capsys, monkeypatch):
