@@ -283,3 +283,19 @@ def test_files_that_do_not_belong_together(path, tmp_path):
         settle(tokenizer=b'{"model": {"merges": [}').text_codec()
     with pytest.raises(InputError, match="vocabulary.json is not the one of manifest.json"):
         settle(vocabulary=Vocabulary(codecs.vocabulary.modalities[:1])).vocabulary  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "refusal"),
+    [
+        ("settings.json", {"parts": 10**12}, "settings.json: parts: must be at least 1 and at most 1000000"),
+        ("settings.json", {"settings": []}, "settings.json: settings: expected an object"),
+        ("parts/00001-of-00003/part.json", {"documents": "9"}, "part.json: documents: expected int, found '9'"),
+        ("parts/00001-of-00003/part.json", {"broken": 10**6}, "part.json: lists no broken documents"),
+    ],
+)
+def test_what_a_store_is_put_together_from(path, tmp_path, file, change, refusal):
+    copy = shutil.copytree(path, tmp_path / "store")
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
+    with pytest.raises(InputError, match=refusal):
+        prepare(settings("unread"), str(copy), merge=True, progress=False)
