@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from moma_jax.data.parts import COLLECTIONS, COLUMNS, FORMAT_VERSION, SPLITS
 from moma_jax.errors import InputError, require
-from moma_jax.fields import Count, read_file
+from moma_jax.fields import Count, Facts, read_file
 from moma_jax.storage.directory import Directory
 
+MOST_PARTS = 10**6
+"""Each is looked for."""
 READABLE = range(1, FORMAT_VERSION + 1)
 CollectionName = Literal[tuple(f"{collection}-{split}" for collection in COLLECTIONS for split in SPLITS)]
 ArrayName = Literal[("tokens", *COLUMNS)]
@@ -43,6 +45,34 @@ class Part(TypedDict):
 
     sources: list[str]
     collections: dict[CollectionName, Collection]
+
+
+class Entry(TypedDict):
+    """A document that is broken, and why."""
+
+    id: str
+    reason: str
+
+
+class WrittenPart(Part):
+    """part.json, from which the manifest is put together."""
+
+    format_version: int
+    documents: Count
+    broken: Count
+    filtered: Count
+    listed: list[Entry]
+    left_out: dict[str, Count]
+    own_split: bool
+
+
+class Settings(TypedDict):
+    """settings.json."""
+
+    format_version: int
+    source: str
+    settings: dict[str, Any]
+    parts: Annotated[int, Facts(least=1, most=MOST_PARTS)]
 
 
 class Counted(TypedDict):
@@ -87,3 +117,11 @@ def read_manifest(directory: Directory) -> Manifest:
                 f"{where}: {name} has tokens of {told} modalities, not {modalities}; restore the file, it is damaged",
             )
     return manifest
+
+
+def read_settings(directory: Directory) -> Settings | dict[str, Any] | None:
+    """What a store is made from, None where none was begun; of another format version as it is, unread."""
+    found = directory.read_json("settings.json")
+    if found is None or found.get("format_version") != FORMAT_VERSION:
+        return found
+    return read_file(Settings, found, f"{directory.path}/settings.json")

@@ -18,12 +18,13 @@ from moma_jax.data.duplicates import settle
 from moma_jax.data.encode import Block, Encoder
 from moma_jax.data.engines import in_processes, on_ray
 from moma_jax.data.fit import fit_codecs, ordered_map, require_modalities
+from moma_jax.data.manifest import WrittenPart, read_settings
 from moma_jax.data.parts import FORMAT_VERSION, PartWriter, part_name
 from moma_jax.data.progress import PrepareProgress
 from moma_jax.data.sources import Opened, open_source, open_with_rest
 from moma_jax.data.store import Codecs, image_codec, open_store, read_codecs, text_codec
 from moma_jax.errors import InputError, RunError
-from moma_jax.fields import read
+from moma_jax.fields import read, read_file
 from moma_jax.storage.contents import FILE as CONTENTS
 from moma_jax.storage.contents import write_contents
 from moma_jax.storage.directory import Directory, json_bytes
@@ -92,7 +93,7 @@ def prepare(
     directory = Directory(out)
     require_usable(out, checkpoints=False)
     if merge:
-        _require_version(directory, directory.read_json("settings.json"))
+        _require_version(directory, read_settings(directory))
         with PrepareProgress(progress) as bar:
             return _told(bar, directory, _publish(directory))
     layout = () if config.vocabulary is None else open_store(config.vocabulary).vocabulary.modalities
@@ -197,7 +198,7 @@ def _made_from(config: PrepareConfig, opened: Opened, parts: int) -> dict[str, A
 
 def _is_claimed(directory: Directory, content: dict[str, Any]) -> bool:
     """Whether settings.json is there and says `content`; raises InputError where the directory holds something else."""
-    found = directory.read_json("settings.json")
+    found = read_settings(directory)
     if found is not None:
         _require_version(directory, found)
         _require_same(directory, content["settings"], found.get("settings", {}), "prepare.")
@@ -239,7 +240,7 @@ def _short(value: object) -> str:
 def _belongs(directory: Directory, codecs: Codecs) -> dict[str, Any]:
     """What every part of a store must say of itself: hashes of settings.json (the source's path apart, which may differ
     between machines) and of the codecs."""
-    settings = {k: v for k, v in directory.read_json("settings.json").items() if k != "source"}
+    settings = {k: v for k, v in read_settings(directory).items() if k != "source"}
     made_from = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return {"made_from": made_from, "hashes": codecs.hashes}
 
@@ -319,7 +320,12 @@ def _blocks(source, units: range) -> Iterator[tuple[list, int]]:
 
 def _read_part(directory: Directory, k: int, n: int, belongs: dict[str, Any]) -> dict | None:
     """A part's part.json, None where it is not written yet; raises InputError where it does not belong here."""
-    part = directory.read_json(f"{part_name(k, n)}/part.json")
+    part = directory.read_json(file := f"{part_name(k, n)}/part.json")
+    part = None if part is None else read_file(WrittenPart, part, f"{directory.path}/{file}")
+    if part is not None and bool(part["listed"]) != bool(part["broken"]):
+        raise InputError(
+            f"{directory.path}/{file}: lists no broken documents, or ones that it does not count; restore it"
+        )
     if part is not None and any(part.get(name) != value for name, value in belongs.items()):
         raise InputError(
             f"{directory.path}/{part_name(k, n)}: from another source, settings or vocabulary than the rest; "
@@ -333,7 +339,7 @@ def _read_part(directory: Directory, k: int, n: int, belongs: dict[str, Any]) ->
 
 def _publish(directory: Directory) -> dict[str, Any]:
     """Writes report.json and, where the parts are complete and sound enough, manifest.json."""
-    settings, codecs = directory.read_json("settings.json"), read_codecs(directory)
+    settings, codecs = read_settings(directory), read_codecs(directory)
     n = settings["parts"]
     belongs = {} if codecs is None else _belongs(directory, codecs)
     parts = {k: None if codecs is None else _read_part(directory, k, n, belongs) for k in range(1, n + 1)}

@@ -120,10 +120,11 @@ class TextCodec:
         """Reads what `to_json` gave; InputError where it is no tokenizer.json."""
         try:
             _require_prefix(json.loads(content)["model"])
-            tokenizer = Tokenizer.from_buffer(content.encode() if isinstance(content, str) else content)
+            return cls(Tokenizer.from_buffer(content.encode() if isinstance(content, str) else content))
+        except InputError:
+            raise
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"cannot be read as a tokenizer.json: {_reason(error)}; restore the file") from error
-        return cls(tokenizer)
 
     def to_json(self) -> str:
         """The content of a tokenizer.json with the vocabulary's ids."""

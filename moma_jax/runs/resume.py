@@ -47,7 +47,8 @@ def began_with(run: RunDir, read: Callable[[Any], Any]) -> tuple[Any, dict[str, 
       InputError: the directory holds files of another program, or of another kind of run.
     """
     written = _own_config(run, read)
-    records_of(run)  # lines that are no records
+    if written is not None:
+        records_of(run)  # lines that are no records
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         latest = checkpoints.latest()
         meta = None if latest is None else checkpoints.saved(latest).meta

@@ -20,6 +20,7 @@ from moma_jax.compiling import use_cache
 from moma_jax.config import Config, MeshConfig, StoreConfig, with_router
 from moma_jax.config_json import from_json, of_record
 from moma_jax.errors import InputError
+from moma_jax.fields import shown
 from moma_jax.geometry import rule_of
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.decoder import Decoder, causal_decoder, evaluation_decoder
@@ -205,14 +206,14 @@ def _calibrated(run: RunDir, step: int, params: Any, routing_state: Any, program
         return routing_state
     path = run.join(THRESHOLDS)
     if not belong(found, step, params):
-        of = f"step {found.get('step')}" if found.get("step") != step else "another model"
+        of = f"step {shown(found.get('step'))}" if found.get("step") != step else "another model"
         logging.getLogger(__name__).warning(
             "%s: set for %s, this is step %d, so they are not used; moma routers calibrate %s", path, of, step, run.path
         )
         return routing_state
     try:
         return with_thresholds(routing_state, found, program)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: does not fit the run's routers; remove it and calibrate again") from error
 
 

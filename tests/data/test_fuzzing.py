@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mutations import mutated
 from PIL import Image
 
 from moma_jax.codec.pictures import BrokenPicture, read_picture
@@ -59,27 +60,6 @@ def lines() -> bytes:
 
 FILES = {"tar": ("a.tar", tar), "tar.gz": ("a.tar.gz", lambda: tar(True)), "parquet": ("a.parquet", table),
          "jsonl": ("a.jsonl", lines)}  # fmt: skip
-
-
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    """One of the ways in which files get damaged."""
-    data = bytearray(content)
-    place = chance.randrange(len(data))
-    match chance.randrange(6):
-        case 0:
-            data[place] ^= 1 << chance.randrange(8)
-        case 1:
-            for _ in range(chance.randrange(1, 40)):
-                data[chance.randrange(len(data))] = chance.randrange(256)
-        case 2:
-            del data[place:]
-        case 3:
-            del data[place : place + chance.randrange(1, 600)]
-        case 4:
-            data[place:place] = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 600)))
-        case 5:
-            data[place : place + 64] = b"\xff" * 64
-    return bytes(data)
 
 
 def limited(function, *arguments):

@@ -283,3 +283,24 @@ def test_files_that_do_not_belong_together(path, tmp_path):
         settle(tokenizer=b'{"model": {"merges": [}').text_codec()
     with pytest.raises(InputError, match="vocabulary.json is not the one of manifest.json"):
         settle(vocabulary=Vocabulary(codecs.vocabulary.modalities[:1])).vocabulary  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "refusal"),
+    [
+        ("settings.json", {"parts": 10**12}, "settings.json: parts: must be at least 1 and at most 1000000"),
+        ("settings.json", {"settings": []}, "settings.json: settings: expected an object"),
+        ("parts/00001-of-*/part.json", {"documents": "9"}, "part.json: documents: expected int, found '9'"),
+        (
+            "parts/00001-of-*/part.json",
+            {"broken": 5, "listed": []},
+            "lists no broken documents",
+        ),
+    ],
+)
+def test_what_a_store_is_put_together_from(path, tmp_path, file, change, refusal):
+    copy = shutil.copytree(path, tmp_path / "store")
+    (found,) = copy.glob(file)
+    found.write_text(json.dumps(json.loads(found.read_text()) | change))
+    with pytest.raises(InputError, match=refusal):
+        prepare(settings("unread"), str(copy), merge=True, progress=False)

@@ -22,7 +22,7 @@ from moma_jax.runs.resume import require_resumable
 from moma_jax.training import load as load_lib
 from moma_jax.training.load import THRESHOLDS, config_of
 
-COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]
+COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

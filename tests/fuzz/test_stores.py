@@ -20,7 +20,7 @@ from moma_jax.data.stream import open_stream
 from moma_jax.data.text import load_tokenizer
 from moma_jax.vocab import Vocabulary, special_tokens
 
-COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]
+COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,21 @@ def file(store):
     for path, content in before.items():
         with open(path, "wb") as opened:
             opened.write(content)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["settings.json", "parts/00001-of-00002/part.json"])
+def test_what_a_store_is_put_together_from(store, file, name, count):
+    """By `moma prepare` again, and with --merge."""
+    config = settings(os.path.join(os.path.dirname(store), "source"), parts=2)
+
+    def use(content):
+        file(name, content)
+        prepare(config, store, merge=len(content) % 2 == 0, progress=False)
+
+    file("manifest.json")  # is written anew
+    use(file(name))
+    require_refusals(use, mutants(file(name), count))
 
 
 def config_of(path):

@@ -119,7 +119,7 @@ OURS = json.dumps(to_json(tiny()))
         ({"metrics.jsonl": '{"step": 3, "loss": 1.0}'}, "has metrics.jsonl but no run of moma"),
         ({"metrics.jsonl": "step,loss"}, "has metrics.jsonl but no run of moma"),
         ({"status.json": "{}"}, "has status.json but no run of moma"),
-        ({"config.json": OURS, "metrics.jsonl": '{"loss": 1.0}'}, "line 1 is no record of moma"),
+        ({"config.json": OURS, "metrics.jsonl": '{"loss": 1.0}'}, "metrics.jsonl: line 1: kind: is missing"),
     ],
 )
 def test_another_programs_directory_is_left_alone(tmp_path, contents, message):

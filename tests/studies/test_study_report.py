@@ -448,7 +448,7 @@ BREAKAGES = {
     "no record": (lambda path: (path / "metrics.jsonl").write_text("7\n"), "line 1: expected Record, found 7"),
     "steps fall": (metrics(lambda rs: rs[::-1]), "steps do not rise"),
     "more FLOPs": (metrics(lambda rs: [r | {"flops": 1.02 * r.get("flops", 0)} for r in rs]), "unequal budgets"),
-    "no ancestry": (lambda path: (path / "ancestry.json").write_text("{}"), "seed_step: is missing"),
+    "no ancestry": (lambda path: (path / "ancestry.json").write_text("{}"), "ancestry.json: seed_step: is missing"),
 }
 
 

@@ -112,7 +112,7 @@ def test_thresholds_of_another_checkpoint_are_not_taken(run, caplog):
             json.dump(found | change, file)
         jax.tree.map(np.testing.assert_array_equal, moma_jax.load(run).routing_state, state.routing_state)
         assert said in caplog.text
-    for damaged in ({"text": [[0.0]]}, None, {"text": "low"}, {"other": []}):
+    for damaged in ({"text": [[0.0]]}, {"text": [[10**400]]}, None, {"text": "low"}, {"other": []}):
         with open(path, "w") as file:
             json.dump(found | {"thresholds": damaged}, file)
         with pytest.raises(InputError, match=r"thresholds.json: does not fit the run's routers; remove it"):
