@@ -305,7 +305,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and lets go of threads; InputError where something cannot be written."""
-        self.wait()
+        if self._newest is not None:
+            self.wait()
         with self._counting():
             self._manager.close()
 
