@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from moma_jax import commands
 from moma_jax.errors import InputError, RunError
-from moma_jax.process import keep_freed_memory
+from moma_jax.process import is_exhausted, keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,10 +46,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether Python, the system or XLA had no memory left; JAX may not be imported."""
-    said = str(error)
-    of_xla = type(error).__name__ == "JaxRuntimeError" and said.startswith("RESOURCE_EXHAUSTED")
-    return isinstance(error, MemoryError) or said == "can't start new thread" or of_xla
+    """Whether Python, the system or XLA had no memory left."""
+    return isinstance(error, MemoryError) or str(error) == "can't start new thread" or is_exhausted(error)
 
 
 def _unraisable(unraisable) -> None:

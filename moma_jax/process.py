@@ -1,10 +1,11 @@
-"""This process on its host: the cores it may use, and memory settings that make JAX's CPU backend faster."""
+"""This process on its host: the cores it may use, memory that ends, and settings that make JAX's CPU backend faster."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import os
+import re
 
 # glibc's <malloc.h>
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -14,6 +15,15 @@ _ACCELERATOR_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax
 def cores() -> int:
     """Cores that this process may use; where the system does not say (macOS, Windows), all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_EXHAUSTED = re.compile("RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.IGNORECASE)
+"""In what XLA says when memory is out: its code; a CPU's program says it in words, a GPU's driver by its own code."""
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error is JAX's and says that a device's memory was not enough; JAX need not be imported."""
+    return type(error).__name__ == "JaxRuntimeError" and _EXHAUSTED.search(str(error)) is not None
 
 
 def keep_freed_memory() -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moma_jax.data.prepare import belongs_to_store
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError, RunError
-from moma_jax.runs.checkpoint import AFTER_LIST
+from moma_jax.runs.checkpoint import belongs_to_checkpoint
 from moma_jax.runs.directory import RunDir
 from moma_jax.storage.contents import FILE, verify
 
@@ -44,8 +44,7 @@ def verified(path: str) -> Iterator[Piece]:
     if store:
         yield _piece(home, belongs_to_store)
     for name in pieces:
-        # At its commit Orbax writes the time into two files more, which nobody reads.
-        yield _piece(RunDir(home.join(name.rstrip("/"))), lambda file: file not in AFTER_LIST)
+        yield _piece(RunDir(home.join(name.rstrip("/"))), belongs_to_checkpoint)
 
 
 def _piece(directory: RunDir, belongs: Callable[[str], bool]) -> Piece:

@@ -25,6 +25,7 @@ from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.errors import RunError
 from moma_jax.geometry import layer_of
 from moma_jax.model.decoder import first_routing_state
+from moma_jax.process import is_exhausted
 from moma_jax.training import step as step_lib
 from moma_jax.vocab import contiguous
 
@@ -236,6 +237,6 @@ def _out_of_memory_is_named():
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_exhausted(error):
             raise
         raise RunError("out of device memory; lower --train.batch-rows or set --model.remat full") from error

@@ -2,6 +2,7 @@
 
 import moma_jax
 from moma_jax.errors import RunError
+from moma_jax.process import is_exhausted
 from moma_jax.recipes import RecipeOption
 
 
@@ -11,8 +12,8 @@ def train(recipe: RecipeOption) -> None:
     try:
         moma_jax.train(config)
     except RuntimeError as error:  # JAX's are
-        from moma_jax.plan.exhausted import exhausted, is_exhausted  # a run that fits needs no plan
-
         if not is_exhausted(error):
             raise
+        from moma_jax.plan.exhausted import exhausted  # a run that fits needs no plan
+
         raise RunError(exhausted(config, error)) from error

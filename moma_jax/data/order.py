@@ -25,6 +25,11 @@ _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+def damaged(what: str) -> str:
+    """What to say of a data position that no stream could have had."""
+    return f"the checkpoint's data position (cursor) is damaged: {what}; move the checkpoint away"
+
+
 class OrderedDocument(NamedTuple):
     """What packing has to know of a document.
 
@@ -223,8 +228,5 @@ class LaneOrder:
         size = len(self._window.document_W)
         self._order_W = permute(np.arange(size), size, _key(*self._seed, self.epoch, number, "documents"))
         if self.position - self._start >= size:  # no draw leaves it there
-            raise InputError(
-                f"the checkpoint's data position (cursor) is damaged: place {self.position} of {self._seed[1]} has no "
-                "document; move the checkpoint away"
-            )
+            raise InputError(damaged(f"place {self.position} of {self._seed[1]} has no document"))
         self._chunk, self._chunk_start = [], -1

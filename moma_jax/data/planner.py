@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moma_jax.data.order import IndexReader, LaneOrder, look_up
+from moma_jax.data.order import IndexReader, LaneOrder, damaged, look_up
 from moma_jax.data.packing import Frame, Group, Piece, best_subset, pieces_of, within
 from moma_jax.errors import InputError, require
 from moma_jax.fields import shown
@@ -184,11 +184,6 @@ def _place(group: Group, entry: list[Piece]) -> list[Piece]:
     while done < len(entry) and entry[done].modality < 0 and group.place(entry[done]):
         done += 1
     return entry[done:] if done else entry
-
-
-def damaged(what: str) -> str:
-    """What to say of a data position that no stream could have had."""
-    return f"the checkpoint's data position (cursor) is damaged: {what}; move the checkpoint away"
 
 
 # All lanes ------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from moma_jax.checks import round_up
 from moma_jax.config import Config, DataConfig, Modality, StoreConfig
 from moma_jax.data.assembly import Plan, Reader
 from moma_jax.data.mixture import resolve_shares
+from moma_jax.data.order import damaged
 from moma_jax.data.packing import Group, frame_of
-from moma_jax.data.planner import PER_LANE, Planner, StoreOrder, damaged
+from moma_jax.data.planner import PER_LANE, Planner, StoreOrder
 from moma_jax.data.store import open_store, require_same_codecs
 from moma_jax.data.synthetic import Synthetic, SyntheticPlan
 from moma_jax.data.tuning import TUNING, Part

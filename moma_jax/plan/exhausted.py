@@ -12,16 +12,9 @@ from moma_jax.errors import InputError
 from moma_jax.plan.compile import needed_bytes
 from moma_jax.plan.memory import arithmetic_bytes, with_mesh
 
-COMPLAINTS = re.compile("RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.IGNORECASE)
-"""In what XLA says when memory is out: its code; a CPU's program says it in words, a GPU's driver by its own code."""
 GIB = 2**30
 MOST_TOLD = 3
 """Settings that are proposed, for the largest consumers first."""
-
-
-def is_exhausted(error: BaseException) -> bool:
-    """Whether an error of JAX says that a device's memory was not enough."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and COMPLAINTS.search(str(error)) is not None
 
 
 def exhausted(config: Config, error: BaseException) -> str:

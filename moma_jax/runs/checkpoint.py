@@ -32,11 +32,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moma_jax import hosts
+from moma_jax.addresses import without_credentials
 from moma_jax.errors import InputError
 from moma_jax.fields import Count, read, shown
 from moma_jax.runs.directory import RunDir
-from moma_jax.storage.contents import FILE as CONTENTS
-from moma_jax.storage.contents import verify, write_contents
+from moma_jax.storage.contents import read_contents, verify, write_contents
 from moma_jax.storage.directory import Directory, first_line
 from moma_jax.storage.lease import LeaseLost
 
@@ -48,6 +48,11 @@ PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the last save is tried again, doubled each time."""
 AFTER_LIST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files that Orbax writes after the list, and nobody needs to restore."""
+
+
+def belongs_to_checkpoint(name: str) -> bool:
+    """Whether a checkpoint's list names a file."""
+    return name not in AFTER_LIST
 
 
 class Meta(TypedDict):
@@ -175,8 +180,7 @@ class Checkpoints:
 
     def size(self, step: int) -> str:
         """What restoring a checkpoint reads at most, in words."""
-        listed = Directory(self.where(step)).read_json(CONTENTS) or {}
-        sizes = [size for size, _ in listed.get("objects", {}).values()]
+        sizes = [size for size, _ in (read_contents(Directory(self.where(step))) or {}).values()]
         return f"{sum(sizes) / 1e9:.3f} GB in {len(sizes)} files" if sizes else "of unknown size"
 
     def save(self, state: Any, saved: Saved) -> None:
@@ -236,7 +240,7 @@ class Checkpoints:
         step = self._newest[1].step
         names = {name.partition("/")[0] for name in Directory(self.path).names(str(step))}
         unfinished = max((name for name in names if name.startswith(f"{step}.")), default=str(step))  # a disk's is "7."
-        size = write_contents(Directory(f"{self.path}/{unfinished}"), belongs=lambda name: name not in AFTER_LIST)
+        size = write_contents(Directory(f"{self.path}/{unfinished}"), belongs=belongs_to_checkpoint)
         self._written.append(Written(step, size, time.monotonic() - self._began))
         self._failed = 0
 
@@ -375,12 +379,13 @@ def _shapes_by_path(tree: Any, **how: Any) -> dict[str, tuple[int, ...]]:
 
 
 def cause_of(error: BaseException) -> str:
-    """What lies under an error of a save, in one line: its own kind and words, not only an address."""
+    """What lies under an error of a save, in one line: its own kind and words, not only an address, and of that no
+    credentials, as it is recorded."""
     while (cause := error.__cause__ or error.__context__) is not None and not isinstance(error, OSError):
         error = cause
     words = first_line(error).rpartition(": ")[2] if isinstance(error, ValueError) else first_line(error)
     plain = isinstance(error, InputError | OSError | ValueError) and not words.startswith("http")
-    return words if plain else f"{type(error).__name__} {words}".strip()
+    return without_credentials(words if plain else f"{type(error).__name__} {words}".strip())
 
 
 def _in_flight_gb(target: Any) -> int:

@@ -81,7 +81,7 @@ def last_good(run: RunDir) -> str:
         return "there is none yet" if latest is None else checkpoints.where(latest)
 
 
-class Written(TypedDict):
+class StatusFile(TypedDict):
     """status.json, as far as it is read."""
 
     state: str
@@ -91,7 +91,7 @@ class Written(TypedDict):
     folder: NotRequired[str]
 
 
-def read_status(path: str) -> Written | dict[str, Any]:
+def read_status(path: str) -> StatusFile | dict[str, Any]:
     """status.json of a run directory, empty without one; InputError where it is damaged."""
     found = Directory(path).read_json("status.json")
-    return {} if found is None else read_file(Written, found, f"{path}/status.json")
+    return {} if found is None else read_file(StatusFile, found, f"{path}/status.json")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import google_crc32c
 
-from moma_jax.errors import InputError
+from moma_jax.errors import InputError, require
 from moma_jax.storage.directory import Directory
 
 FILE = "contents.json"
@@ -61,6 +61,20 @@ def write_contents(
     return sum(size for size, _ in objects.values())
 
 
+def read_contents(directory: Directory) -> dict[str, tuple[int, int]] | None:
+    """Size and CRC-32C by name, as listed; None where there is no list, InputError where it is damaged."""
+    listed = directory.read_json(FILE)
+    if listed is None:
+        return None
+    try:
+        objects = {str(name): (int(size), int(crc)) for name, (size, crc) in listed["objects"].items()}
+        whole = listed["crc32c"] == _own_crc(listed["objects"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole, objects = False, {}
+    require(whole, f"{directory.path}/{FILE}: damaged; move it away, what it lists is then not checked")
+    return objects
+
+
 def verify(directory: Directory, belongs: Callable[[str], bool] = lambda name: True) -> Verified | None:
     """Reads all files of a directory and holds them against its list; None where it has none.
 
@@ -71,15 +85,11 @@ def verify(directory: Directory, belongs: Callable[[str], bool] = lambda name: T
       InputError: the directory cannot be read.
     """
     try:
-        listed = directory.read_json(FILE)
-        if listed is None:
-            return None
-        objects = {str(name): (int(size), int(crc)) for name, (size, crc) in listed["objects"].items()}
-        whole = listed["crc32c"] == _own_crc(listed["objects"])
-    except (InputError, AttributeError, KeyError, TypeError, ValueError):
-        whole, objects = False, {}
-    if not whole:
+        objects = read_contents(directory)
+    except InputError:
         return Verified(0, 0, [Damage(FILE, "the list itself is damaged")], [])
+    if objects is None:
+        return None
     there = set(directory.names(""))
     found = _measured(directory, there & objects.keys())
     damages = [Damage(name, what) for name, what in _compared(objects, found)]
@@ -99,9 +109,9 @@ def _compared(objects: Mapping[str, tuple[int, int]], found: Mapping[str, list[i
 
 
 def _measured(directory: Directory, names: set[str]) -> dict[str, list[int]]:
-    """Size and CRC-32C of files, as they are read back; what vanishes meanwhile is left out."""
+    """Size and CRC-32C of files, as they are read back; what vanishes meanwhile is empty."""
 
-    def measure(name: str) -> list[int] | None:
+    def measure(name: str) -> list[int]:
         size, crc = 0, 0
         for piece in directory.pieces(name):
             size, crc = size + len(piece), google_crc32c.extend(crc, piece)

@@ -35,7 +35,6 @@ class Directory:
     Attributes:
       path: as the user wrote it.
       local: the absolute path on a local disk, None elsewhere.
-      endpoint: the address of the object store, in words.
     """
 
     def __init__(self, path: str):
@@ -55,11 +54,16 @@ class Directory:
             self._base = {"driver": "memory", "path": rest.strip("/") + "/"}
         else:
             raise InputError(f"{path}: unknown scheme {scheme}://; use a local path, gs:// or s3://")
-        self.endpoint = self._base.get("endpoint") or os.environ.get("TENSORSTORE_GCS_HTTP_URL") or f"{scheme}://"
         try:
             self._kv = ts.KvStore.open(self._base, context=CONTEXT).result()
         except ValueError as error:
             raise InputError(f"{path}: {first_line(error)}") from error
+
+    @property
+    def endpoint(self) -> str:
+        """The address of the object store, in words."""
+        google = os.environ.get("TENSORSTORE_GCS_HTTP_URL") if self._base["driver"] == "gcs" else None
+        return self._base.get("endpoint") or google or f"{self.path.partition('://')[0]}://"
 
     def kvstore(self, name: str) -> dict[str, Any]:
         """TensorStore's JSON for the subdirectory `name`."""

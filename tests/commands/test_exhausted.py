@@ -12,8 +12,9 @@ from tiny import tiny
 from moma_jax.config import MeshConfig
 from moma_jax.config_json import to_json
 from moma_jax.plan import exhausted as exhausted_lib
-from moma_jax.plan.exhausted import exhausted, is_exhausted
+from moma_jax.plan.exhausted import exhausted
 from moma_jax.plan.memory import arithmetic_bytes, with_mesh
+from moma_jax.process import is_exhausted
 from moma_jax.training.pretrain import Pretraining
 
 OF_A_STEP = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."

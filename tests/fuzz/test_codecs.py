@@ -6,13 +6,12 @@ import random
 
 import numpy as np
 import pytest
-from mutations import damaged, mutants, mutated, require_refusals, written
+from mutations import COUNTS, damaged, mutants, mutated, require_refusals, written
 from small_codecs import small_codec
 
 from moma_jax.codec.folder import DESCRIPTION, WEIGHTS, hash_of, open_codec, write_codec
 from moma_jax.codec.palette import PaletteCodec
 
-COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
 CODECS = {"vqgan": small_codec, "palette": lambda: PaletteCodec(4, np.arange(48).reshape(16, 3))}
 
 

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from mutations import damaged, mutants, mutated, require_refusals, written
+from mutations import COUNTS, damaged, mutants, mutated, replacing, require_refusals, written
 from small_stores import drawn_config
 
 import moma_jax
@@ -22,8 +22,6 @@ from moma_jax.runs.resume import require_resumable
 from moma_jax.training import load as load_lib
 from moma_jax.training.load import THRESHOLDS, config_of
 
-COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -37,21 +35,8 @@ def config(tmp_path_factory):
 @pytest.fixture
 def file(config):
     """Reads a file of the run, and puts others in its place; it is there again after the test."""
-    before = {}
-
-    def replaced(name, content=None):
-        path = os.path.join(config.run.dir, name)
-        with open(path, "rb") as opened:
-            before.setdefault(path, opened.read())
-        if content is None:
-            return before[path]
-        with open(path, "wb") as opened:
-            opened.write(content)
-
-    yield replaced
-    for path, content in before.items():
-        with open(path, "wb") as opened:
-            opened.write(content)
+    with replacing(config.run.dir) as replaced:
+        yield replaced
 
 
 def seen(run):

@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from mutations import mutants, require_refusals
+from mutations import COUNTS, mutants, replacing, require_refusals
 from small_stores import make_source, settings
 from tiny import tiny
 
@@ -20,8 +20,6 @@ from moma_jax.data.stream import open_stream
 from moma_jax.data.text import load_tokenizer
 from moma_jax.vocab import Vocabulary, special_tokens
 
-COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -33,21 +31,8 @@ def store(tmp_path_factory):
 @pytest.fixture
 def file(store):
     """Reads a file of the store, and puts others in its place; it is there again after the test."""
-    before = {}
-
-    def replaced(name, content=None):
-        path = os.path.join(store, name)
-        with open(path, "rb") as opened:
-            before.setdefault(path, opened.read())
-        if content is None:
-            return before[path]
-        with open(path, "wb") as opened:
-            opened.write(content)
-
-    yield replaced
-    for path, content in before.items():
-        with open(path, "wb") as opened:
-            opened.write(content)
+    with replacing(store) as replaced:
+        yield replaced
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -10,11 +10,16 @@ import random
 import resource
 import signal
 import traceback
+from pathlib import Path
+
+import pytest
 
 from moma_jax.errors import InputError, RunError
 
 SECONDS, MEMORY, LONGEST = 20, 3 << 30, 1000
 """What one use may take, how much memory all of them may add, and how many characters a refusal has at most."""
+COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
+"""Inputs of a test, few and many."""
 DEEP, TWIN, HUGE, ENDLESS = "@deep@", "@twin@", "@huge@", "@endless@"
 SPELLED = {
     f'"{DEEP}"': "[" * 100_000 + "]" * 100_000,
@@ -141,6 +146,25 @@ def mutants(content: bytes, count: int, seed: int = 0):
     chance, document = random.Random(seed), json.loads(content)
     for _ in range(count):
         yield mutated(content, chance) if chance.random() < 0.25 else written(damaged(document, chance))
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """What reads a file of a folder, and puts others in its place; all are there again at the end."""
+    before = {}
+
+    def replaced(name, content=None):
+        path = Path(folder, name)
+        before.setdefault(path, path.read_bytes())
+        if content is None:
+            return before[path]
+        path.write_bytes(content)
+
+    try:
+        yield replaced
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
 
 
 @contextlib.contextmanager

@@ -245,3 +245,8 @@ def test_too_many_failed_saves_in_a_row_end_it(opened, faults):
     checkpoints.save(state_at(2), saved_at(2))
     checkpoints.wait()
     assert opened().steps() == [2]
+
+
+def test_the_cause_of_a_failed_save_holds_no_credentials():
+    error = OSError("404: http://store/upload?name=run/1&key=AIzaSECRET&upload_id=7")
+    assert checkpoint.cause_of(error) == "404: http://store/upload?name=run/1&key=...&upload_id=7"

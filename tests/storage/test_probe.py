@@ -68,3 +68,10 @@ def test_a_store_that_forgets_is_none(path, monkeypatch):
     monkeypatch.setattr(Directory, "write", lambda *_: None)
     with pytest.raises(InputError, match="is not there when it is read"):
         probe.require_usable(path, checkpoints=False)
+
+
+def test_the_address_that_is_named_is_the_stores_own(monkeypatch):
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://google")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert Directory("gs://bucket/a").endpoint == "http://google"
+    assert Directory("s3://bucket/a").endpoint == "s3://"
