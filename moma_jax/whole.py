@@ -1,4 +1,4 @@
-"""Whether what was stored is whole: every part of a token store, every checkpoint of a run, read to the last byte."""
+"""Whether what was stored is whole: parts of a token store, checkpoints and records of a run, to the last byte."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from moma_jax.data.store import open_store
 from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import belongs_to_checkpoint
 from moma_jax.runs.directory import RunDir
+from moma_jax.runs.journal import METRICS, SEGMENTS, records_of
 from moma_jax.storage.contents import FILE, verify
 
 PART, CHECKPOINT = re.compile(r"parts/[^/.]+/"), re.compile(r"(.*/)?checkpoints/\d+/")
+JOURNAL = re.compile(rf"(.*/)?(?={re.escape(METRICS)}$|{SEGMENTS})")
 NAMED = 3
 """Damaged files that are named of a piece; all are counted."""
 
 
 class Piece(NamedTuple):
-    """A part of a store or a checkpoint: where it is, what was found, and whether that is well."""
+    """A part of a store, a checkpoint, or a run's records: where it is, what was found, and whether that is well."""
 
     name: str
     about: str
@@ -45,6 +47,8 @@ def verified(path: str) -> Iterator[Piece]:
         yield _piece(home, belongs_to_store)
     for name in pieces:
         yield _piece(RunDir(home.join(name.rstrip("/"))), belongs_to_checkpoint)
+    for name in sorted({found[0] for name in names if (found := JOURNAL.match(name))}):
+        yield _journal(RunDir(home.join(name.rstrip("/"))) if name else home)
 
 
 def _piece(directory: RunDir, belongs: Callable[[str], bool]) -> Piece:
@@ -57,6 +61,15 @@ def _piece(directory: RunDir, belongs: Callable[[str], bool]) -> Piece:
         return Piece(directory.path, f"DAMAGED: {named}{more}", False)
     others = f"; not in the list: {', '.join(found.unlisted[:NAMED])}" if found.unlisted else ""
     return Piece(directory.path, f"whole: {found.objects} files, {found.bytes:,} bytes{others}", True)
+
+
+def _journal(directory: RunDir) -> Piece:
+    """The records of a run, or of a stage that has a directory in it."""
+    try:
+        records = records_of(directory) or []
+    except InputError as error:
+        return Piece(directory.join(METRICS), f"DAMAGED: {error}", False)
+    return Piece(directory.join(METRICS), f"whole: {len(records):,} records", True)
 
 
 def _by_manifest(path: str) -> Piece:

@@ -15,8 +15,8 @@ def verify(
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="STORE|RUN ...")]], json: bool = False
 ) -> None:
     """Read every file of token stores, and of the checkpoints of runs, and hold it against the list of sizes and
-    CRC-32C sums that was made when it was written. What was written before there were such lists is held against the
-    checksums of the manifest.
+    CRC-32C sums that was made when it was written; and every record of runs, which has its own sum. What was written
+    before there were such lists is held against the checksums of the manifest.
 
     Ends with 0 where all is whole, and with 1 where something is damaged or gone, which is named.
 

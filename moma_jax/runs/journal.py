@@ -10,7 +10,8 @@ of `moma codec train` `codec` and `codec_eval` (training/codec/stage.py), with c
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
 `metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that
-goes on from a checkpoint first cuts its records back to that checkpoint's step.
+goes on from a checkpoint first cuts its records back to that checkpoint's step. Each line ends with `crc32c`, the
+CRC-32C of the record without it; lines that have none (of earlier versions, or written by hand) are taken as they are.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import io
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, TypedDict
 
+import google_crc32c
 import numpy as np
 from PIL import Image
 
@@ -39,6 +42,8 @@ SCHEMA = 1
 METRICS = "metrics.jsonl"
 SEGMENTS = "metrics/"
 SHEETS = "sheets/"
+SUM = b', "crc32c": "%08x"}'
+"""The end of a line. A text: a number under a damaged name would be one more figure."""
 SKIPPED = "update skipped: loss or gradient not finite"
 """An event."""
 
@@ -99,11 +104,16 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         value = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({str(error)[:80]}); restore the file, or remove the line") from error
+    if isinstance(value, dict) and "crc32c" in value:
+        del value["crc32c"]
+        plain = line[: -len(SUM % 0)] + b"}"
+        whole = line.endswith(SUM % google_crc32c.value(plain))
+        require(whole, f"{where}: not as it was written, by its crc32c; restore the file, or remove the line")
     record = read_file(Record, value, where)
     for name in NEEDED.get(record["kind"], ()):
         require(name in record, f"{where}: no {name}; restore the file, it is damaged")
     for name, value in record.items():
-        number = value is None or (isinstance(value, (int, float)) and -math.inf < value < math.inf)
+        number = value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max)
         if not number and name not in Record.__annotations__:
             raise InputError(f"{where}: {name[:40]!r} is no number: {shown(value)}; restore the file, it is damaged")
     return record
@@ -251,7 +261,9 @@ class SegmentSink(RunSink):
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, allow_nan=False) + "\n").encode()
+    """The record and its sum."""
+    plain = json.dumps(record, allow_nan=False).encode()
+    return plain[:-1] + SUM % google_crc32c.value(plain) + b"\n"
 
 
 class TensorBoardSink:

@@ -129,13 +129,13 @@ class Directory:
         """What the store says about a file; InputError where it refuses, or says nothing for ANSWER_SECONDS."""
         try:
             return future.result(timeout=None if self.local is not None else ANSWER_SECONDS)
-        except ValueError as error:
-            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
         except TimeoutError as error:
             raise InputError(
                 f"{self.path}/{name}: no answer from {self.endpoint} in {ANSWER_SECONDS} s; is the address right, and "
                 "are there credentials? moma doctor"
             ) from error
+        except (ValueError, LookupError, RuntimeError, OSError) as error:  # which depends on the store's status code
+            raise InputError(f"{self.path}/{name}: {first_line(error)}") from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file, None where there is no file; raises InputError where it is damaged."""

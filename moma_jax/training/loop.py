@@ -127,8 +127,8 @@ def run_stage(
     with contextlib.ExitStack() as lock, watched(run, steps) as status:
 
         def take_directory() -> dict[str, Any] | None:
-            check()
             require_usable(run.path, checkpoints=True)
+            check()
             lock.enter_context(run.locked())
             return finished(run, steps)
 

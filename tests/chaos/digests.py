@@ -13,7 +13,7 @@ from runs import TIMINGS
 
 SAVED_EVERY = 3
 """Steps between the checkpoints of all runs here."""
-TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "mfu", "pictures_per_second"} | TIMINGS
+TIMED = {"updated", "pid", "folder", "command", "processor", "commit", "crc32c", "mfu", "pictures_per_second"} | TIMINGS
 """Values that clocks, process numbers, directories and the commit decide."""
 OF_RUN = ("metrics.jsonl", "status.json", "summary.json", ".lock")
 """Files of a run that are compared by themselves."""

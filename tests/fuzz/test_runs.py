@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -79,7 +80,8 @@ def test_records(config, file, count):
         FileSink(RunDir(config.run.dir), 3).close()
 
     use(file(METRICS))
-    require_refusals(use, with_one_damaged(file(METRICS), count))
+    unsummed = re.sub(rb', "crc32c": "\w+"', b"", file(METRICS))  # what is damaged is to be looked at, not only noticed
+    require_refusals(use, with_one_damaged(unsummed, count))
 
 
 def repacked(content, count):

@@ -74,6 +74,18 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_found(trained):
     assert not damaged(trained)
 
 
+def test_a_flipped_byte_in_any_record_is_found(trained):
+    path = trained / "metrics.jsonl"
+    content = path.read_bytes()
+    for place in range(len(content) - 1):  # a last line without its end is one that a kill cut off
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(InputError, match=f"line {content[:place].count(10) + 1}: "):
+            moma_jax.read_metrics(trained)
+    assert len(damaged(trained)) == 1
+    path.write_bytes(content)
+    assert not damaged(trained)
+
+
 def test_a_file_that_is_gone_cut_off_or_new_is_named(tmp_path):
     home = Directory(str(tmp_path))
     for name, content in {"a": b"one", "b/c": b"two", "empty": b""}.items():
@@ -108,7 +120,7 @@ def test_large_files_are_read_in_pieces(where, tmp_path, monkeypatch):
 
 def test_the_command_names_what_is_damaged(store, trained, capsys):
     code, out, _ = command(capsys, "verify", str(store), str(trained))
-    assert code == 0 and out.count("whole: ") == 3
+    assert code == 0 and out.count("whole: ") == 4
     undo = flipped(store / "manifest.json")
     code, out, err = command(capsys, "verify", str(store), "--json")
     undo()

@@ -196,7 +196,7 @@ def test_or_the_update_is_skipped(run, monkeypatch):
     settings = dataclasses.replace(SETTINGS, steps=4, log_every=1)
     summary = moma_jax.fit_routers(str(run), settings, sink=received.append, quiet=True)
     assert received == moma_jax.read_metrics(run / "routers")
-    assert [(r["kind"], r["step"]) for r in received] == [
+    assert [(r["kind"], r["step"]) for r in received if r["kind"] != "checkpoint"] == [
         ("routers", 1), ("routers", 2), ("event", 3), ("routers", 3), ("routers", 4), ("routers_eval", 4)
     ]  # fmt: skip
     assert "update skipped" in received[2]["event"]
