@@ -99,6 +99,18 @@ class Written(NamedTuple):
     seconds: float
 
 
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Orbax's. It merges what the processes wrote as a listing shows it, and would leave out what is not shown yet."""
+
+    def __init__(self, run: RunDir):
+        super().__init__(save_concurrent_gb=SAVE_GB)
+        self._run = run
+
+    def finalize(self, directory: Any) -> None:
+        self._run.await_listing()
+        super().finalize(directory)
+
+
 class Checkpoints:
     """The checkpoints of one run. Writing, `restore` and `restore_params` are done by all processes together.
 
@@ -148,7 +160,7 @@ class Checkpoints:
             me = jax.process_index()
             options.multiprocessing_options = ocp.options.MultiprocessingOptions(me, active_processes={me})
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler(save_concurrent_gb=SAVE_GB))
+        handlers.add("state", ocp.args.StandardSave, _StateHandler(self._run))
         return ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
 
     def __enter__(self) -> Checkpoints:

@@ -16,6 +16,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from moma_jax import hosts
 from moma_jax.addresses import without_credentials
@@ -30,13 +31,16 @@ SECONDS_TO_LOCK = (0.0, 0.1, 0.4)
 """Waits before each attempt: somebody who only looks whether a directory is locked holds it for a moment."""
 
 
-def _taken(file, wait: float) -> bool:
-    """Whether the file could be locked after some seconds."""
+def _taken(file: IO, wait: float) -> bool:
+    """Whether the file could be locked after some seconds; then it says by whom."""
     time.sleep(wait)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
+    with contextlib.suppress(OSError):  # the lock holds on a full disk as well
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}".encode())
     return True
 
 
@@ -85,12 +89,14 @@ class RunDir(Directory):
         new = not os.path.exists(self.local)
         try:
             os.makedirs(self.local, exist_ok=True)
-            file = open(self.join(".lock"), "a")  # noqa: SIM115
+            file = open(self.join(".lock"), "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise InputError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
         with file:
             if not any(map(functools.partial(_taken, file), SECONDS_TO_LOCK)):
-                raise InputError(f"run.dir: another process is training in {self.path}; use another one")
+                file.seek(0)
+                holder = file.read(300).decode(errors="replace") or "another process"
+                raise InputError(f"run.dir: {self.path}: {holder} is writing here; stop it, or use another directory")
             try:
                 yield self
             except InputError:

@@ -54,6 +54,7 @@ def write_contents(
       coming: files that are written next, which are listed as if they were there.
       belongs: whether a file that is there is to be listed.
     """
+    directory.await_listing()
     names = [name for name in directory.names("") if name != FILE and belongs(name)]
     objects = {name: [len(content), google_crc32c.value(content)] for name, content in (coming or {}).items()}
     objects = dict(sorted((_measured(directory, set(names) - objects.keys()) | objects).items()))

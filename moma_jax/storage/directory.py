@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,8 @@ from moma_jax.errors import InputError
 CONTEXT = ts.Context({"memory_key_value_store": {}})
 ANSWER_SECONDS = 120
 """How long an object store may say nothing about one file. TensorStore tries again meanwhile."""
+LISTED, LISTING_SECONDS = ".listed-", 60
+"""What marks of `await_listing` are called, which are no files of anybody's; how long one is waited for."""
 PIECE = 64 << 20
 """Bytes of a large file that are held at a time."""
 
@@ -40,6 +44,7 @@ class Directory:
     def __init__(self, path: str):
         """Names a directory; raises InputError for an unknown scheme, a bad bucket or credentials. Touches nothing."""
         self.path = str(path)
+        self._written: set[str] = set()
         require_no_credentials(self.path)
         scheme, separator, rest = self.path.partition("://")
         self.local = None
@@ -74,9 +79,32 @@ class Directory:
         return f"{(self.local or self.path).rstrip('/')}/{name}"
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the files that begin with `prefix`, sorted; raises InputError where they cannot be listed."""
+        """Names of the files that begin with `prefix`, sorted; raises InputError where they cannot be listed.
+
+        A listing of a store may be seconds old: what was written through this object is among them nevertheless.
+        """
+        written = {name for name in self._written if name.startswith(prefix)}
+        return sorted(name for name in self._listed(prefix) | written if not name.startswith(LISTED))
+
+    def _listed(self, prefix: str) -> set[str]:
         keys = self._answer(prefix, self._kv.list(ts.KvStore.KeyRange(prefix, prefix + "\x7f")))
-        return sorted(key.decode() for key in keys)
+        return {key.decode() for key in keys}
+
+    def await_listing(self) -> None:
+        """Returns once listings show all that anybody wrote before; raises InputError where they do not, in a minute.
+
+        One that shows the object that was written last shows the earlier ones. Those of disks, and of today's GCS and
+        S3, always do.
+        """
+        if self.local is not None:
+            return
+        name, end = f"{LISTED}{secrets.token_hex(4)}", time.monotonic() + LISTING_SECONDS
+        self._answer(name, self._kv.write(name, b"moma asks whether listings show this; this file can be deleted\n"))
+        while name not in self._listed(name):
+            if time.monotonic() > end:
+                raise InputError(f"{self.path}: listings of {self.endpoint} are over {LISTING_SECONDS} s old")
+            time.sleep(0.5)
+        self._answer(name, self._kv.write(name, None))
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none; raises InputError where it cannot be read."""
@@ -113,6 +141,8 @@ class Directory:
     def write(self, name: str, content: bytes) -> None:
         """Writes a file in one atomic step; raises InputError where that is not allowed."""
         self._answer(name, self._kv.write(name, content))
+        if self.local is None:
+            self._written.add(name)
 
     def write_if(self, name: str, content: bytes | None, generation: bytes) -> bytes:
         """Writes a file (None: deletes it) where its state is still that of `read_generation`; b"" where it is not.
@@ -123,6 +153,7 @@ class Directory:
 
     def delete(self, name: str) -> None:
         """Removes a file, if there is one; raises InputError where that is not allowed."""
+        self._written.discard(name)
         self._answer(name, self._kv.write(name, None))
 
     def _answer(self, name: str, future: ts.Future) -> Any:
@@ -159,6 +190,7 @@ class Directory:
         if self.local is not None:
             shutil.rmtree(os.path.join(self.local, name), ignore_errors=True)
         else:
+            self._written -= {each for each in self._written if each.startswith(f"{name}/")}
             self._answer(name, self._kv.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")))  # "0" follows "/"
 
 

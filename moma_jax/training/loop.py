@@ -26,7 +26,7 @@ from moma_jax.evaluation.telemetry import FOLDER as TELEMETRY
 from moma_jax.evaluation.telemetry import TABLE
 from moma_jax.runs.checkpoint import Checkpoints, Saved, pack_arrays, unpack_arrays
 from moma_jax.runs.directory import RunDir, command, processor
-from moma_jax.runs.journal import SKIPPED, finite, open_journal, read_metrics, sheet_file
+from moma_jax.runs.journal import SKIPPED, finite, open_journal, records_of, sheet_file
 from moma_jax.runs.profiler import Profiler, profile_warnings, require_local_profile
 from moma_jax.runs.progress import RunProgress, time_shares
 from moma_jax.runs.resume import finished
@@ -335,7 +335,7 @@ class Loop:
 
     def _summary(self) -> dict[str, Any]:
         """Final figures, and what they depend on."""
-        figures = self.stage.summary(read_metrics(self.run.path))
+        figures = self.stage.summary(records_of(self.run) or [])
         device = self.stage.mesh.devices.flat[0]
         return {
             "steps": self.step,

@@ -163,7 +163,7 @@ def _restore(line: str, scene: Scene) -> bool:
 
 def _wait(line: str, scene: Scene) -> bool:
     """Another process still holds the directory."""
-    if not re.search(r"another process is (training|writing)|is writing here", line):
+    if not re.search(r"another process is writing|is writing here", line):
         return False
     time.sleep(3)
     return True

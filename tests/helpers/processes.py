@@ -6,9 +6,9 @@ import sys
 
 
 def spawn(*words, devices=1, cwd=None, **environment) -> subprocess.Popen:
-    """Starts `python words...`; its outputs are pipes of text."""
+    """Starts `python words...`; its input and outputs are pipes of text."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | environment
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, words)], env=environment, cwd=cwd, **pipes)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from stale import StaleStore
 from tensorboardX.proto import event_pb2
 from tiny import tiny
 
 import moma_jax
 from moma_jax.errors import InputError
 from moma_jax.runs.directory import RunDir
-from moma_jax.runs.journal import SCHEMA, finite, open_journal, read_metrics
+from moma_jax.runs.journal import SCHEMA, finite, open_journal, read_metrics, records_of
 from moma_jax.runs.progress import RunProgress
 
 
@@ -39,6 +40,18 @@ def test_records_are_flat_and_valid_json(tmp_path):
     read = json.loads(line, parse_constant=pytest.fail)
     assert read["schema"] == SCHEMA and read["grad_norm"] is None and read["mfu"] is None and read["time"] > 0
     journal.close()
+
+
+def test_records_are_read_though_the_listing_is_old():
+    run = RunDir(f"memory://{uuid.uuid4()}/run")
+    StaleStore(run, 60)
+    journal = open_journal(run, step=0, tensorboard=False)
+    for step in (1, 2):
+        journal.write(record(step))
+        journal.seal(step)
+    assert [r["step"] for r in records_of(run)] == [1, 2]
+    run.delete("metrics/000000000001-000000000002.jsonl")
+    assert [r["step"] for r in records_of(run)] == [1]
 
 
 def test_a_run_that_goes_on_drops_what_came_after_its_checkpoint(tmp_path):
@@ -186,7 +199,7 @@ def test_status_files_are_whole(tmp_path):
     assert run.read_json("status.json") is None
     run.write_json("status.json", {"state": "running"})
     assert RunDir(tmp_path / "a" / "b").read_json("status.json") == {"state": "running"}
-    with run.locked(), pytest.raises(InputError, match="another process"), RunDir(tmp_path / "a" / "b").locked():
+    with run.locked(), pytest.raises(InputError, match="is writing here; stop it"), RunDir(run.path).locked():
         pass
 
 

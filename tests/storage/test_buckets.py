@@ -1,17 +1,14 @@
 """Stores and runs in buckets, by servers that speak the real protocols: equal to those on a disk, also under faults."""
 
-import contextlib
 import hashlib
 import json
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from buckets import HELPERS, google, serving
 from loopback import config_of, free_port
 from processes import output, spawn
 from tiers import long_but
@@ -20,51 +17,22 @@ from moma_jax.config_json import to_json
 from moma_jax.storage.directory import Directory
 
 pytestmark = pytest.mark.slow
-HELPERS = Path(__file__).parents[1] / "helpers"
 DIGEST = """
 import hashlib, json, sys
 import jax, moma_jax
 from moma_jax.storage.directory import Directory
 from runs import records
-run, store = sys.argv[1:]
-parameters = jax.tree.leaves(jax.device_get(moma_jax.load(run).params))
-home = Directory(store)
-contents = {name: hashlib.sha256(home.read(name)).hexdigest() for name in home.names("") if name != "settings.json"}
-drop = ("contents.json", "manifest.json")  # which name settings.json, and that the source
-print(json.dumps({"parameters": [p.ravel().tolist() for p in parameters], "records": records(run),
-                  "store": {name: digest for name, digest in contents.items() if name not in drop}}))
+place, = sys.argv[1:]
+parameters = jax.tree.leaves(jax.device_get(moma_jax.load(f"{place}/run").params))
+home = Directory(place)
+drop = ("settings.json", "contents.json", "manifest.json", "generation.json")  # which name the place, or the first one
+contents = {name: hashlib.sha256(home.read(name)).hexdigest() for name in home.names("")
+            if name.startswith(("store/", "drawn/")) and not name.endswith(drop)}
+losses = {routing: {k: v for k, v in result.items() if k.startswith("loss")}
+          for routing, result in moma_jax.evaluate(f"{place}/run").items()}
+print(json.dumps({"parameters": [p.ravel().tolist() for p in parameters], "records": records(f"{place}/run"),
+                  "contents": contents, "eval": losses}))
 """
-
-
-@contextlib.contextmanager
-def serving(port, *words):
-    """A server in a process of its own, once it listens."""
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.1)
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextlib.contextmanager
-def google(*faults):
-    """The environment in which gs:// is a server here."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with serving(port, HELPERS / "gcs_server.py", port, *faults):
-        yield {
-            "TENSORSTORE_GCS_HTTP_URL": url,
-            "STORAGE_EMULATOR_HOST": url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-            "GOOGLE_CLOUD_PROJECT": "p",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}",
-        }
 
 
 def begin(place, folder, environment, *hosts):
@@ -77,8 +45,10 @@ def begin(place, folder, environment, *hosts):
 
 
 def digest(place, environment):
-    """Parameters, records and the store's files."""
-    return json.loads(output(spawn("-c", DIGEST, f"{place}/run", f"{place}/store", **environment)).splitlines()[-1])
+    """Parameters, records, held-out losses, and the files of the store and of a picture that the run draws."""
+    words = ("generate", f"{place}/run", "--mode", "image", "--out", f"{place}/drawn")
+    output(spawn("-m", "moma_jax", *words, **environment))
+    return json.loads(output(spawn("-c", DIGEST, place, **environment)).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +70,7 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path):
         assert digest("gs://bucket/a", environment) == on_disk
         if not faults:
             told = output(spawn("-m", "moma_jax", "verify", "gs://bucket/a/run", "gs://bucket/a/store", **environment))
-            assert told.count("whole: ") == 4 and "not in the list" not in told
+            assert told.count("whole: ") == 5 and "not in the list" not in told
 
 
 def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_disk, tmp_path):
@@ -123,21 +93,23 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_
 
 
 @pytest.mark.long
-def test_two_processes_in_a_bucket_and_one_that_goes_on(on_disk, tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_in_a_bucket_and_one_that_goes_on(count, on_disk, tmp_path):
     """The store is the same, the parameters but for the order of sums."""
     with google() as environment:
-        options = ("--hosts.start", "on", "--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", 2)
-        both = [begin("gs://bucket/a", tmp_path, environment, *options, "--hosts.index", n) for n in range(2)]
-        for line in both[0].stdout:
+        options = ("--hosts.start", "on", "--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", count)
+        each = [begin("gs://bucket/a", tmp_path, environment, *options, "--hosts.index", n) for n in range(count)]
+        for line in each[0].stdout:
             if line.startswith("step 12/"):
                 break
-        for process in both:
+        for process in each:
             process.kill()
             process.wait()
         out = output(begin("gs://bucket/a", tmp_path, environment))
         assert "goes on from step" in out
         found = digest("gs://bucket/a", environment)
-    assert found["store"] == on_disk["store"]
+    of_store = lambda contents: {n: d for n, d in contents.items() if n.startswith("store/")}  # noqa: E731
+    assert of_store(found["contents"]) == of_store(on_disk["contents"])
     assert [r["tokens"] for r in found["records"]] == [r["tokens"] for r in on_disk["records"]]
     for mine, other in zip(found["parameters"], on_disk["parameters"], strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5)

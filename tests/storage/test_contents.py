@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import uuid
 
 import pytest
 from command_line import run as command
 from small_stores import make_source, settings
+from stale import StaleStore
 from tiny import tiny
 
 import moma_jax
@@ -14,7 +16,7 @@ from moma_jax.data.prepare import prepare
 from moma_jax.errors import InputError
 from moma_jax.runs.checkpoint import AFTER_LIST
 from moma_jax.storage import directory as directory_module
-from moma_jax.storage.contents import FILE, Damage, verify, write_contents
+from moma_jax.storage.contents import FILE, Damage, read_contents, verify, write_contents
 from moma_jax.storage.directory import Directory
 from moma_jax.whole import verified
 
@@ -99,6 +101,24 @@ def test_a_file_that_is_gone_cut_off_or_new_is_named(tmp_path):
     home.write("d", b"")
     found = verify(home)
     assert dict(found.damages) == {"a": "has 2 bytes in place of 3", "b/c": "is gone"} and found.unlisted == ["d"]
+
+
+def test_a_list_waits_until_listings_show_everything():
+    home = Directory(f"memory://{uuid.uuid4()}")
+    StaleStore(home, 1.0)
+    for name in ("a", "b"):
+        home._kv.write(name, b"1").result()  # as another object of this directory would
+    write_contents(home)
+    assert set(read_contents(home)) == {"a", "b"}
+    assert Directory(home.path).names("") == ["a", "b", FILE]  # the mark is gone
+
+
+def test_listings_that_never_show_anything_are_refused(monkeypatch):
+    monkeypatch.setattr(directory_module, "LISTING_SECONDS", 1)
+    home = Directory(f"memory://{uuid.uuid4()}")
+    StaleStore(home, 60)
+    with pytest.raises(InputError, match="are over 1 s old"):
+        home.await_listing()
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b'{"objects": {"a": 3}, "crc32c": 1}', b"\xff", b'{"objects": []}'])
