@@ -135,7 +135,8 @@ class Checkpoints:
           write: whether to write, and then keep the newest `keep_last` and every multiple of `keep_every`.
           retries: failed saves in a row that are put up with. tell: is given the step and cause of each.
         """
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every phase; errors are raised here
+        for name in ("absl", "gcsfs"):  # Orbax reports every phase, gcsfs every attempt; errors are raised here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self.path = run.join("checkpoints")
         require_plain(self.path)
         self._run, self._retries, self._tell = run, retries, tell

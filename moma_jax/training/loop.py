@@ -245,8 +245,7 @@ class Loop:
 
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint; writes and prints the summary."""
-        self.checkpoints.wait()
-        self._tell_of_saves()
+        self._end_saves()
         self.stage.export(self.run, self.state)
         self.journal.close()
         summary = hosts.by_first(lambda: finite(self._summary()))
@@ -322,9 +321,15 @@ class Loop:
         meta = self.meta | {"counters": self.meter.to_json()}
         self.checkpoints.save(self.state, Saved(self.step, cursor, meta))
 
+    def _end_saves(self) -> None:
+        """Waits for the last checkpoint; what is told of it, and of those before it, belongs to it."""
+        self.checkpoints.wait()
+        self._tell_of_saves()
+        self.journal.seal(self.step)
+
     def _stop(self, number: int) -> None:
         """Ends the process by the signal's exit code once the checkpoint is written."""
-        self.checkpoints.wait()
+        self._end_saves()
         self.status.write("stopped")
         self.progress.say(f"stopped at step {self.step}; the same command goes on from there")
         raise SystemExit(128 + number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ OF_RUN = ("metrics.jsonl", "status.json", "summary.json", ".lock")
 """Files of a run that are compared by themselves."""
 SAYING = ("generation.json", "thresholds.json")
 """Files that are compared by what they say, which a commit is part of."""
+NOT_WRITTEN = re.compile(r"checkpoint of step (\d+) not written, to be tried again")
+"""An event; the next checkpoint is of a later step."""
+GONE = " was not written, as a record says"
 
 
 def plain(value: Any) -> Any:
@@ -49,7 +53,9 @@ def of_files(folder: Path) -> dict[str, str]:
 def of_run(folder: Path) -> dict[str, str]:
     """A run: records, every checkpoint's arrays and cursor, and all other files but TensorBoard's and the lock."""
     found: dict[str, str] = {}
-    for number, record in enumerate(_records(folder)):
+    every, unwritten = _records(folder)
+    found |= {f"checkpoint {step}{GONE}": "" for step in unwritten}
+    for number, record in enumerate(every):
         told = json.dumps(plain(record), sort_keys=True)
         found[f"record {number}: {record['kind']} of step {record['step']}"] = _hash(told)
     for checkpoint in _checkpoints(folder):
@@ -80,10 +86,12 @@ def _of_checkpoint(folder: Path) -> dict[str, str]:
     return found | {f"{name}, cursor": _hash((folder / "cursor" / "metadata").read_bytes())}
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """A run's records but those of saves, which stand where the clock has them."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] != "checkpoint"]
+def _records(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """A run's records but those of saves, which stand where the clock has them; steps whose saves are said to fail."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    failed = [NOT_WRITTEN.match(record.get("event", "")) for record in records]
+    kept = [r for r, found in zip(records, failed, strict=True) if r["kind"] != "checkpoint" and not found]
+    return kept, {found[1] for found in failed if found}
 
 
 def of_runs(folder: Path) -> dict[str, str]:
@@ -95,7 +103,7 @@ def of_runs(folder: Path) -> dict[str, str]:
 def loosely(folder: Path) -> dict[str, Any]:
     """What a run on other devices must share with the reference: steps of its records, cursors, and losses nearly."""
     found: dict[str, Any] = {}
-    for number, record in enumerate(_records(folder)):
+    for number, record in enumerate(_records(folder)[0]):
         found[f"record {number}: {record['kind']} of step {record['step']}"] = record.get("loss")
     for checkpoint in _checkpoints(folder):
         found[f"checkpoint {checkpoint.name}, cursor"] = _hash((checkpoint / "cursor" / "metadata").read_bytes())
@@ -103,11 +111,13 @@ def loosely(folder: Path) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any], near: float = 0.0) -> list[str]:
-    """Names of what differs; numbers may by the share `near`."""
+    """Names of what differs; numbers may by the share `near`. A checkpoint may be missing that a record says so of."""
 
     def same(a: Any, b: Any) -> bool:
         numbers = isinstance(a, float) and isinstance(b, float)
         return abs(a - b) <= near * abs(b) if numbers else a == b
 
-    missing = object()
+    missing, excused = object(), {name.removesuffix(GONE) for name in found if name.endswith(GONE)}
+    found = {name: value for name, value in found.items() if not name.endswith(GONE)}
+    wanted = {name: value for name, value in wanted.items() if name in found or name.partition(",")[0] not in excused}
     return [n for n in sorted(found.keys() | wanted.keys()) if not same(found.get(n, missing), wanted.get(n, missing))]

@@ -1,6 +1,6 @@
 """What is done to a command. A fault is an object with three moments: before the start, its strike, and its mending.
 
-A further kind is a further class and a line in KINDS: what serves an object store could fail requests in `arrange`.
+A further kind is a further class and a line in KINDS.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stores import Bucket
 from subjects import Subject
 from victims import Victim
 
@@ -39,7 +40,7 @@ class Scene:
     Attributes:
       draw: everything random comes from it. words: the command line; a remedy may change it.
       settings: of `victims.start`, while the fault lasts. victims: its processes. halfway: a checkpoint to begin at.
-      told: what was drawn, for the record.
+      told: what was drawn, for the record. bucket: what it writes to, where that is one; server: options of its server.
     """
 
     subject: Subject
@@ -51,6 +52,8 @@ class Scene:
     victims: list[Victim] = field(default_factory=list)
     halfway: int | None = None
     told: dict[str, Any] = field(default_factory=dict)
+    bucket: Bucket | None = None
+    server: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -304,11 +307,48 @@ class Flip(Fault):
             yield from (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
+# Stores ---------------------------------------------------------------------------------------------------------------
+
+
+class StoppedStore(Fault):
+    """The store gives no answer for some seconds."""
+
+    kind = "store stopped"
+    signals = signal.SIGSTOP, signal.SIGCONT
+
+    def strike(self, scene: Scene) -> None:
+        begin, end = self.signals
+        scene.told["seconds"] = round(scene.draw.uniform(2, 40), 1)
+        scene.bucket.signal(begin)
+        time.sleep(scene.told["seconds"])
+        scene.bucket.signal(end)
+
+
+class GoneStore(StoppedStore):
+    """Connections to the store break for some seconds."""
+
+    kind = "store gone"
+    signals = signal.SIGUSR1, signal.SIGUSR1
+
+
+class FailingStore(Fault):
+    """One of twenty requests is answered with 503, and one of fifty answers is cut off, all the time."""
+
+    kind = "store 503 and cut"
+
+    def arrange(self, scene: Scene) -> None:
+        scene.told["server"] = scene.draw.randrange(1000)
+        scene.server = ("--unavailable", "0.05", "--cut", "0.02", "--seed", str(scene.told["server"]))
+
+    def mend(self, scene: Scene) -> None:
+        scene.bucket.signal(signal.SIGUSR2)
+
+
 KINDS = {
     fault.kind: fault
     for fault in (
         Kill(), Terminate(), Pause(), FullDisk(), ReadOnlyDisk(), FileLimit(), MemoryLimit(), Clock(), NotANumber(),
         OtherLayout(devices=8), OtherLayout(processes=2), OtherLayout(processes=1), Flip("checkpoint"), Flip("records"),
-        Flip("store"),
+        Flip("store"), StoppedStore(), GoneStore(), FailingStore(),
     )
 }  # fmt: skip

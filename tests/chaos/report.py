@@ -17,10 +17,10 @@ Record = dict[str, Any]
 
 PAGE = """# Reliability: {count} faults
 
-Commands were killed, stopped, starved of disk and memory, restarted on other devices, given damaged files and wrong
-clocks, at random moments, and run again until they were done. Then everything they had left was compared with an
-undisturbed run: arrays and cursor of every checkpoint, every record, every file of a store, bit for bit (what clocks
-say apart; after a restart on other devices cursors and steps exactly, losses within 0.2%).
+Commands were killed, stopped, starved of disk and memory, cut off from their store, restarted on other devices, given
+damaged files and wrong clocks, at random moments, and run again until they were done. Then everything they had left was
+compared with an undisturbed run: arrays and cursor of every checkpoint, every record, every file of a store, bit for
+bit (what clocks say apart; after a restart on other devices cursors and steps exactly, losses within 0.2%).
 
 ```sh title="as root, who may mount small disks; an hour or two"
 {command}
@@ -34,7 +34,8 @@ other programs used, too; package of commit {commit};
 - *equal*: the fault went by unnoticed, or the same command, run again, ended as the undisturbed one.
 - *refused, then equal*: the command ended with one line that says what happened; after its remedy (or once the disk
   had room again) the same command ended as the undisturbed one.
-- *lost*: a traceback, no end within {deadline:.0f} seconds, a refusal without a remedy, or silently another result.
+- *lost*: a traceback, no end within {deadlines[0]:.0f} seconds ({deadlines[1]:.0f} with a bucket), a refusal without a
+  remedy, or silently another result.
 
 {by_command}
 
@@ -48,7 +49,7 @@ other programs used, too; package of commit {commit};
 {found}"""
 
 
-def write_report(out: Path, seed: int, deadline: float) -> None:
+def write_report(out: Path, seed: int, deadlines: tuple[float, float]) -> None:
     """Writes OUT.md beside the folder with the records; OUT/found.txt, where somebody wrote it, is its end."""
     records = [json.loads(line) for line in (out / "faults.jsonl").read_text().splitlines()]
     records = [record for record in records if record["outcome"] in OUTCOMES]
@@ -61,7 +62,7 @@ def write_report(out: Path, seed: int, deadline: float) -> None:
         "seconds": sum(record["seconds"] for record in records),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if name != "moma_jax"),
         "commit": (commit() or "unknown")[:9],
-        "deadline": deadline,
+        "deadlines": deadlines,
         "by_command": _table("command", records, lambda record: record["command"]),
         "by_kind": _table("command | fault", records, lambda record: f"{record['command']} | {record['kind']}"),
         "lost": _lost(records),

@@ -6,12 +6,14 @@ byte, wherever it ran.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import digests
 from small_pictures import small_training, write_pictures
 from small_stores import make_source
+from stores import Bucket, bucket
 from tiny import tiny
 from victims import Victim, fork, spawn, start
 
@@ -29,6 +32,8 @@ from moma_jax.training.codec.config import to_json as codec_to_json
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 150.0
 """Seconds in which a command that takes a few, on a busy core, must end."""
+FAR_DEADLINE = 600.0
+"""The same where a store fails, and is asked again after pauses that double."""
 STEPS = 12
 
 
@@ -64,6 +69,7 @@ class Subject:
       inputs: names in the folder of inputs that lie in its place. moments: when it can be hit.
       ran: a subject whose finished folder it begins with. processes: how many of them are one run.
       halfway: steps of checkpoints at which a restart can begin. launcher: a script that starts two processes of it.
+      remote: it makes its folder in gs://bucket (`stores.bucket`), from where it is fetched to be looked at.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Subject:
     processes: int = 1
     halfway: tuple[int, ...] = ()
     launcher: str | None = None
+    remote: bool = False
 
     def furnish(self, place: Path, home: Path, own: bool = False) -> None:
         """Puts the inputs into a new place: links, or copies where they will be damaged (`own`)."""
@@ -88,6 +95,15 @@ class Subject:
         if self.ran is not None:
             before = SUBJECTS[self.ran]
             shutil.copytree(home / "reference" / self.ran / before.makes, place / before.makes)
+
+    @property
+    def deadline(self) -> float:
+        """Seconds in which it must end."""
+        return FAR_DEADLINE if self.remote else DEADLINE
+
+    def store(self, *options: str) -> AbstractContextManager[Bucket | None]:
+        """The bucket that it writes to, if it does, from a server with these options."""
+        return bucket(*options) if self.remote else contextlib.nullcontext()
 
     def begin_halfway(self, place: Path, home: Path, step: int) -> None:
         """Puts what the undisturbed run had at a checkpoint into the place, as if it had been killed then."""
@@ -180,6 +196,17 @@ _all = (
         launcher="launch/local.sh",
     ),
     Subject(
+        "train, bucket", ("train", "bucket.json"), "run", digests.of_run,
+        (
+            Moment("start", at_once, 2.0),
+            Moment("compile", said("compiling the step"), 2.0),
+            Moment("step", said("step 4/"), 2.0),
+            Moment("evaluation", said("step 6/"), 2.0),
+            Moment("end", said("step 12/"), 2.0),
+        ),
+        ("bucket.json", "store"), remote=True,
+    ),
+    Subject(
         "routers fit", ("routers", "fit", "run", "--steps", str(STEPS), "--checkpoint-every", "3", "--log-every", "2",
                         "--warmup-steps", "2"),
         "run/routers", digests.of_run, _training("run/routers"), ("routed.json",), ran="train, routed",
@@ -243,7 +270,9 @@ def make_inputs(home: Path) -> None:
     config = tiny("run", model_ffn="dense", model_layers=1, **train, **{f"data_{k}": v for k, v in data.items()})
     codec = small_training("pictures", "codec")
     codec = dataclasses.replace(codec, train=dataclasses.replace(codec.train, keep_last=100))
-    for name, content in (("train", to_json(config)), ("routed", to_json(routed)), ("codec", codec_to_json(codec))):
+    far = dataclasses.replace(config, run=dataclasses.replace(config.run, dir="gs://bucket/run"))
+    recipes = {"train": to_json(config), "routed": to_json(routed), "bucket": to_json(far)}
+    for name, content in (recipes | {"codec": codec_to_json(codec)}).items():
         (inputs / f"{name}.json").write_text(json.dumps(content))
     (inputs / "study.py").write_text(STUDY)
     run_through(start(SCENES, inputs, home / "scenes"))
@@ -258,8 +287,11 @@ def reference(subject: Subject, home: Path) -> dict[str, Any]:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         subject.furnish(place, home)
-        for victim in subject.begin(place, home / "reference-log"):
-            run_through(victim)
+        with subject.store() as store:
+            for victim in subject.begin(place, home / "reference-log"):
+                run_through(victim)
+            if store is not None:
+                store.fetch(subject.makes, place)
         known.write_text(json.dumps(subject.digested(place / subject.makes, home)))
     return json.loads(known.read_text())
 

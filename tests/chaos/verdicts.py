@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import digests
 from faults import Fault, Scene
-from subjects import DEADLINE, reference
+from subjects import reference
 from victims import LOOK, Victim
 
 EQUAL, REFUSED, LOST = "equal", "refused, then equal", "lost"
@@ -35,7 +35,7 @@ def judge(scene: Scene, fault: Fault) -> Verdict:
     """Waits for the disturbed command, mends the fault, runs the command until it is done and compares what it made."""
     lines: list[str] = []
     try:
-        codes = _ended(scene.victims, fault, lines)
+        codes = _ended(scene.victims, scene.subject.deadline, fault, lines)
         fault.mend(scene)
         scene.settings.clear()
         if fault.own:
@@ -53,16 +53,16 @@ def _run_to_the_end(scene: Scene, lines: list[str]) -> None:
     for attempt in range(MOST_RUNS):
         victims = scene.subject.begin(scene.place, scene.home / "logs" / f"again-{attempt}", scene.words)
         refusals: list[str] = []
-        if not any(_ended(victims, None, refusals)):
+        if not any(_ended(victims, scene.subject.deadline, None, refusals)):
             return
         lines += refusals
         _remedy(refusals, scene)
     raise Lost(f"refused {MOST_RUNS} times: {lines[-1:]}")
 
 
-def _ended(victims: list[Victim], fault: Fault | None, lines: list[str]) -> list[int]:
+def _ended(victims: list[Victim], deadline: float, fault: Fault | None, lines: list[str]) -> list[int]:
     """Exit codes; what was refused goes to `lines`. Lost: a hang, a traceback, a death of another cause."""
-    _wait_for(victims)
+    _wait_for(victims, deadline)
     deaths = fault.deaths if fault is not None else frozenset()
     if len(victims) > 1 and fault is not None:
         deaths |= {-6, -9}  # JAX's runtime aborts those whose partner is gone
@@ -80,9 +80,9 @@ def _ended(victims: list[Victim], fault: Fault | None, lines: list[str]) -> list
     return [victim.code for victim in victims]
 
 
-def _wait_for(victims: list[Victim]) -> None:
+def _wait_for(victims: list[Victim], deadline: float) -> None:
     """Until all have ended. Of several, those that outlive the first by GRACE seconds are killed, as launchers do."""
-    end, first = time.monotonic() + DEADLINE, None
+    end, first = time.monotonic() + deadline, None
     while any(alive := [victim.alive() for victim in victims]):
         now = time.monotonic()
         first = now if first is None and not all(alive) else first
@@ -90,13 +90,15 @@ def _wait_for(victims: list[Victim]) -> None:
             for victim in victims:
                 victim.end()
             if first is None:
-                raise Lost(f"hangs: no end within {DEADLINE:.0f} s")
+                raise Lost(f"hangs: no end within {deadline:.0f} s")
         time.sleep(LOOK)
 
 
 def _compare(scene: Scene, fault: Fault) -> None:
     subject, digest = scene.subject, digests.loosely if fault.layout else None
     wanted = reference(subject, scene.home)
+    if scene.bucket is not None:
+        scene.bucket.fetch(subject.makes, scene.place)
     try:
         if fault.layout:
             wanted = subject.digested(scene.home / "reference" / subject.name / subject.makes, scene.home, digest)

@@ -269,7 +269,7 @@ def test_killed_and_gone_on_is_bit_for_bit(folder, tmp_path):
     assert train_codec(calm, quiet=True) == summary
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_says_where_it_goes_on(folder, tmp_path):
     config = small_training(folder, tmp_path / "run", FULL)
     process = spawn(__file__, config.run.dir, folder, signal.SIGTERM.value, 8)
@@ -280,7 +280,7 @@ def test_sigterm_saves_and_says_where_it_goes_on(folder, tmp_path):
     assert train_codec(config, quiet=True)["steps"] == 12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_change_nothing_but_rounding(folder, tmp_path):
     one = small_training(folder, tmp_path / "one", FULL)
     train_codec(one, quiet=True)

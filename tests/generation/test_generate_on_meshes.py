@@ -51,7 +51,7 @@ def written(model) -> list[list[int]]:
     [
         (DEEP, MESHES),
         pytest.param(DEEP, MORE, marks=pytest.mark.long),
-        pytest.param(2, MESHES, marks=pytest.mark.slow),  # so two layers are written by calls from the host
+        pytest.param(2, MESHES, marks=pytest.mark.long),  # so two layers are written by calls from the host
     ],
 )
 def test_tokens_are_those_of_one_device(tmp_path, deep, meshes):

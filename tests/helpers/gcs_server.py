@@ -4,12 +4,15 @@ It is gcp-storage-emulator and what that leaves out of the protocol and clients 
 generations, preconditions.
 
     python tests/helpers/gcs_server.py PORT [--seed 0] [--unavailable 0.05] [--cut 0.02] [--hidden 5]
+
+After SIGUSR1 it closes connections without an answer, until the next; after SIGUSR2 it answers all requests well.
 """
 
 import argparse
 import functools
 import random
 import re
+import signal
 import threading
 import time
 from http import HTTPStatus, server
@@ -100,10 +103,20 @@ class Handler(emulator.RequestHandler):
     """Answers one request of a connection; sometimes with 503, sometimes with half of the answer."""
 
     protocol_version = "HTTP/1.1"
-    lock, dice, unavailable, cut = threading.RLock(), random.Random(0), 0.0, 0.0
+    lock, dice, unavailable, cut, gone = threading.RLock(), random.Random(0), 0.0, 0.0, False
+
+    @classmethod
+    def leave(cls, *_):
+        cls.gone = not cls.gone
+
+    @classmethod
+    def behave(cls, *_):
+        cls.unavailable, cls.cut, cls.gone = 0.0, 0.0, False
 
     def one(self):
         self.close_connection = True
+        if self.gone:
+            return
         with self.lock:
             refused, halved = self.dice.random() < self.unavailable, self.dice.random() < self.cut
             if refused:
@@ -153,6 +166,8 @@ def main():
     emulator.HANDLERS = handlers(options.hidden)
     Handler.dice = random.Random(options.seed)
     Handler.unavailable, Handler.cut = options.unavailable, options.cut
+    signal.signal(signal.SIGUSR1, Handler.leave)
+    signal.signal(signal.SIGUSR2, Handler.behave)
     storage = emulator.Storage(use_memory_fs=True)
     about = {"kind": "storage#bucket", "location": "US", "storageClass": "STANDARD", "projectNumber": "1"}
     storage.create_bucket("bucket", {"name": "bucket", "metageneration": "1", **about})

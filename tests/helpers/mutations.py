@@ -18,7 +18,7 @@ from moma_jax.errors import InputError, RunError
 
 SECONDS, MEMORY, LONGEST = 20, 3 << 30, 1000
 """What one use may take, how much memory all of them may add, and how many characters a refusal has at most."""
-COUNTS = [25, pytest.param(1000, marks=pytest.mark.slow)]
+COUNTS = [25, pytest.param(1000, marks=pytest.mark.long)]
 """Inputs of a test, few and many."""
 DEEP, TWIN, HUGE, ENDLESS = "@deep@", "@twin@", "@huge@", "@endless@"
 SPELLED = {

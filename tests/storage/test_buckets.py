@@ -13,7 +13,9 @@ from loopback import config_of, free_port
 from processes import output, spawn
 from tiers import long_but
 
+import moma_jax
 from moma_jax.config_json import to_json
+from moma_jax.storage import lease
 from moma_jax.storage.directory import Directory
 
 pytestmark = pytest.mark.slow
@@ -63,7 +65,7 @@ FAULTS = [f"--unavailable 0.05 --cut 0.02 --seed {seed}" for seed in range(10)] 
 
 
 @pytest.mark.parametrize("faults", long_but("", of=["", *FAULTS]))
-def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path):
+def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path, monkeypatch):
     with google(*faults.split()) as environment:
         output(begin("gs://bucket/a", tmp_path, environment))
         time.sleep(6 if "hidden" in faults else 0)  # what lists the files here waits until they show
@@ -71,6 +73,10 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path):
         if not faults:
             told = output(spawn("-m", "moma_jax", "verify", "gs://bucket/a/run", "gs://bucket/a/store", **environment))
             assert told.count("whole: ") == 5 and "not in the list" not in told
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            saves = [r["of_step"] for r in moma_jax.read_metrics("gs://bucket/a/run") if r["kind"] == "checkpoint"]
+            assert saves == [5, 10, 12]  # the last one ends after the records were sealed for it
 
 
 def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_disk, tmp_path):
@@ -79,13 +85,15 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_
         for line in first.stdout:
             if line.startswith("step 12/"):  # that of step 5 is there, as the next one was begun
                 break
-        second = begin("gs://bucket/a", tmp_path, environment)
         first.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
-        time.sleep(1)
+        second = begin("gs://bucket/a", tmp_path, environment)
+        while "waiting 20 s" not in second.stderr.readline():
+            assert second.poll() is None
         first.send_signal(signal.SIGCONT)
+        time.sleep(lease.BEAT / 10)  # its beat is overdue: the next one comes at once
+        first.send_signal(signal.SIGSTOP)
         _, err = second.communicate(timeout=300)
-        if first.poll() is None:
-            assert second.returncode == 2 and "is writing here" in err, err
+        assert second.returncode == 2 and f"process {first.pid} of " in err and "is writing here" in err, err
         first.kill()
         first.wait()
         output(begin("gs://bucket/a", tmp_path, environment))

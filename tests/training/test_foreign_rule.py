@@ -140,7 +140,7 @@ def test_cost_counts_what_it_takes(home):
     assert experts[0] == 2 * experts[1]  # every token enters two of its group's experts instead of one
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_compares_it_from_the_command_line(home, capsys):
     (home / "routers.py").write_text(
         "from moma_jax import recipes\nfrom moma_jax.studies import Study, Variant\n\n\ndef study():\n"
