@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Checkpoints:
         self._run, self._retries, self._tell = run, retries, tell
         self._failed = 0  # saves in a row
         self._newest: tuple[Any, Saved] | None = None  # what the last save was given
-        self._began, self._lost = 0.0, False
+        self._began, self._lost, self._closed = 0.0, False, False
         self._written: list[Written] = []
         self._open = functools.partial(self._opened, keep_last, keep_every, write)
         self._manager = self._open()
@@ -260,6 +261,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _counting(self):
         """Counts a failed save and tells of it; InputError where there were more in a row than are put up with."""
+        before = sys.exc_info()[1]  # a run that ends by another error waits for its last save
         try:
             yield
         except LeaseLost:
@@ -267,9 +269,9 @@ class Checkpoints:
         except Exception as error:  # whatever the disk, the store and the libraries between make of it
             self._failed, self._lost = self._failed + 1, True
             if self._failed > self._retries:
-                raise InputError(f"{self.path}: cannot be written: {cause_of(error)}") from error
+                raise InputError(f"{self.path}: cannot be written: {cause_of(error, before)}") from error
             step = self._newest[1].step if self._newest else 0
-            self._tell(step, f"checkpoint of step {step} not written, to be tried again: {cause_of(error)}")
+            self._tell(step, f"checkpoint of step {step} not written, to be tried again: {cause_of(error, before)}")
 
     def restore(self, step: int, target: Any) -> Any:
         """The state of a checkpoint, with the shapes, types and shardings of `target`, a dataclass of arrays.
@@ -321,7 +323,10 @@ class Checkpoints:
             self._settle()
 
     def close(self) -> None:
-        """Waits and lets go of threads; InputError where something cannot be written."""
+        """Waits and lets go of threads, once; InputError where something cannot be written."""
+        if self._closed:
+            return
+        self._closed = True
         if self._newest is not None:
             self.wait()
         with self._counting():
@@ -391,10 +396,10 @@ def _shapes_by_path(tree: Any, **how: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, **how): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def cause_of(error: BaseException) -> str:
+def cause_of(error: BaseException, before: BaseException | None = None) -> str:
     """What lies under an error of a save, in one line: its own kind and words, not only an address, and of that no
-    credentials, as it is recorded."""
-    while (cause := error.__cause__ or error.__context__) is not None and not isinstance(error, OSError):
+    credentials, as it is recorded. `before`: an error that was there already, and is no cause of it."""
+    while (cause := error.__cause__ or error.__context__) not in (None, before) and not isinstance(error, OSError):
         error = cause
     words = first_line(error).rpartition(": ")[2] if isinstance(error, ValueError) else first_line(error)
     plain = isinstance(error, InputError | OSError | ValueError) and not words.startswith("http")

@@ -194,6 +194,7 @@ class Loop:
         told = {"wandb": config.run.wandb, "config": stage.meta["config"], "sinks": (self.progress, *sinks)}
         journal = open_journal(run, step=self.step, tensorboard=tensorboard, **told)
         self.journal = cleanup.enter_context(contextlib.closing(journal))
+        cleanup.push(self.checkpoints)  # which close before it: they tell of a last save that fails
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
         self.meter, self._stragglers = stage.meter(saved.meta.get("counters")), Stragglers()
         self.progress.say("compiling the step")

@@ -69,6 +69,24 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     )
 
 
+def test_a_save_that_fails_while_a_run_ends_by_something_else_is_told_of(tmp_path, monkeypatch):
+    def data_end(number, batch):
+        if number == 5:  # step 3 is being saved
+            monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+            raise RunError("the data ended")
+        return batch
+
+    def full(self):
+        monkeypatch.undo()
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "a/b": file 16: No space left on device [code=28]')
+
+    changed_batches(monkeypatch, data_end)
+    with pytest.raises(RunError, match="the data ended"):
+        moma_jax.train(tiny(tmp_path), quiet=True)
+    events = [record["event"] for record in moma_jax.read_metrics(tmp_path) if record["kind"] == "event"]
+    assert events == ["checkpoint of step 3 not written, to be tried again: No space left on device"]
+
+
 def test_nothing_that_was_there_is_removed(tmp_path):
     run = RunDir(tmp_path / "run")
     with pytest.raises(InputError, match="no"), run.locked():
