@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     sys.unraisablehook = _unraisable
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())  # the same
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a file holds must not end the command that shows it
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

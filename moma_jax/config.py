@@ -389,7 +389,7 @@ class RunConfig:
     init_from: str | None = None
     """A run directory whose newest weights start this run (step 0, fresh optimizer)."""
     verify: bool = True
-    """Read a checkpoint against its list of CRC-32C (by process 0) before a run goes on from it."""
+    """Read a checkpoint against its list of CRC-32C (by process 0) before something is trained on from it."""
     save_retries: int = setting(3, least=0, unit="saves")
     """Failed saves in a row that a run puts up with: the next one is begun at the next record, the last one at once."""
     save_share: float = setting(0.05, above=0)

@@ -59,7 +59,7 @@ COLUMNS = {
     "more": "that two or more took",
     "load_entropy": "of the loads of the group's experts, 1 where all are alike; null for a single one",
     "together": "share of its tokens that each expert of the group took too, itself apart (null)",
-    "kept": "its tokens then and now over those of either, against the run's evaluation before; null at the first",
+    "kept": "its tokens then and now over those of either, against the evaluation before; null after a start",
     "threshold": "of causal inference, a router logit; null where the rule keeps none",
     "specialisation": "bits, of the ids it took against those it could take (Kullback-Leibler)",
     "top_ids": f"the {TOP} ids of which it takes most beyond its share",

@@ -327,10 +327,12 @@ class Checkpoints:
         if self._closed:
             return
         self._closed = True
-        if self._newest is not None:
-            self.wait()
-        with self._counting():
-            self._manager.close()
+        try:
+            if self._newest is not None:
+                self.wait()
+        finally:  # its threads would keep the process
+            with self._counting():
+                self._manager.close()
 
     def _newest_is_there(self) -> bool:
         """Whether no later step took over the arrays of the newest save."""

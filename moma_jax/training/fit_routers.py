@@ -87,6 +87,8 @@ def fit_routers(
     def make_stage() -> RouterFitting:
         with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
             saved = checkpoints.saved(loaded.step)
+            if config.run.verify:
+                hosts.by_first(lambda: checkpoints.require_whole(loaded.step))
             hashes = hashes_of(config, loaded.vocabulary)
             require_same_stores(hashes, saved.meta["hashes"], checkpoints.where(saved.step))
         program = make_program(config)

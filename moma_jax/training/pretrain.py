@@ -241,6 +241,8 @@ class Pretraining(TokenStage):
                     raise InputError(
                         f"run.init_from: the {name} of {path} is not that of this run's stores; use the same"
                     )
+            if self.config.run.verify:
+                hosts.by_first(lambda: checkpoints.require_whole(latest))
             return checkpoints.restore_params(latest, abstract_params(self.program, self.routing_state))
 
 

@@ -166,7 +166,10 @@ def _read_seed(path: str) -> Seed:
         if (latest := checkpoints.latest()) is None:
             raise InputError(f"{path}: no checkpoint here; give the directory of a run that was saved")
         saved, where = checkpoints.saved(latest), checkpoints.where(latest)
-    return Seed(path, from_json(saved.meta["config"]), saved, where)
+        config = from_json(saved.meta["config"])
+        if config.run.verify:
+            checkpoints.require_whole(latest)
+    return Seed(path, config, saved, where)
 
 
 def _restored(seed: Seed, program: Program, moments: str) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import threading
 import time
 
 import jax
@@ -245,6 +246,17 @@ def test_too_many_failed_saves_in_a_row_end_it(opened, faults):
     checkpoints.save(state_at(2), saved_at(2))
     checkpoints.wait()
     assert opened().steps() == [2]
+
+
+def test_a_last_save_that_fails_leaves_no_thread_behind(opened, faults):
+    before = {thread.name for thread in threading.enumerate() if not thread.daemon}
+    checkpoints = opened(write=True)
+    faults[0] = 1
+    checkpoints.save(state_at(1), saved_at(1))
+    with pytest.raises(InputError, match="cannot be written"):
+        checkpoints.close()
+    checkpoints.close()  # once is enough
+    assert {thread.name for thread in threading.enumerate() if not thread.daemon} <= before
 
 
 def test_the_cause_of_a_failed_save_holds_no_credentials():

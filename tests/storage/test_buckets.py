@@ -32,7 +32,8 @@ contents = {name: hashlib.sha256(home.read(name)).hexdigest() for name in home.n
             if name.startswith(("store/", "drawn/")) and not name.endswith(drop)}
 losses = {routing: {k: v for k, v in result.items() if k.startswith("loss")}
           for routing, result in moma_jax.evaluate(f"{place}/run").items()}
-print(json.dumps({"parameters": [p.ravel().tolist() for p in parameters], "records": records(f"{place}/run"),
+every = [r for r in records(f"{place}/run") if r["kind"] != "event"]  # which tell of saves that were tried again
+print(json.dumps({"parameters": [p.ravel().tolist() for p in parameters], "records": every,
                   "contents": contents, "eval": losses}))
 """
 
