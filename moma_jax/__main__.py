@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from typing import NoReturn
 
 from moma_jax import commands
 from moma_jax.errors import InputError, RunError
 from moma_jax.process import is_exhausted, keep_freed_memory
+
+LINGER = 10.0
+"""Seconds in which a process that failed may end by itself."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,6 +46,25 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(1)
 
 
+def program() -> None:
+    """`main` as a process of its own. Where that failed, it ends although a library's threads still wait for something:
+    those of Orbax do, after a save that failed."""
+    try:
+        main()
+    except SystemExit as left:
+        if left.code:
+            threading.Thread(target=_end, args=(left.code,), name="end", daemon=True).start()
+        raise
+
+
+def _end(code: int) -> None:
+    time.sleep(LINGER)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 def _leave(code: int) -> NoReturn:
     """Ends the process; one of several does not wait for the others, who may wait for it."""
     if "moma_jax.hosts" in sys.modules:  # not needed by commands that need no JAX
@@ -64,4 +89,4 @@ def _complain(message: object, code: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -21,11 +21,13 @@ NAMED = 3
 
 
 class Piece(NamedTuple):
-    """A part of a store, a checkpoint, or a run's records: where it is, what was found, and whether that is well."""
+    """A part of a store, a checkpoint, or a run's records: where it is, what was found, whether that is well, and what
+    helps where it is not."""
 
     name: str
     about: str
     whole: bool
+    remedy: str = "restore it from a copy, move it away, or make it again"
 
 
 def verified(path: str) -> Iterator[Piece]:
@@ -38,8 +40,9 @@ def verified(path: str) -> Iterator[Piece]:
     names = home.names("")
     pieces = sorted({found[0] for name in names for pattern in (PART, CHECKPOINT) if (found := pattern.match(name))})
     store = any(name in names for name in ("manifest.json", "settings.json"))
-    if not store and not pieces:
-        raise InputError(f"{path}: neither a store nor a run with checkpoints; name one")
+    journals = sorted({found[0] for name in names if (found := JOURNAL.match(name))})
+    if not (store or pieces or journals):
+        raise InputError(f"{path}: neither a store nor a run; name one")
     if store and FILE not in names and not any(f"{piece}{FILE}" in names for piece in pieces):
         yield _by_manifest(path)
         return
@@ -47,7 +50,7 @@ def verified(path: str) -> Iterator[Piece]:
         yield _piece(home, belongs_to_store)
     for name in pieces:
         yield _piece(RunDir(home.join(name.rstrip("/"))), belongs_to_checkpoint)
-    for name in sorted({found[0] for name in names if (found := JOURNAL.match(name))}):
+    for name in journals:
         yield _journal(RunDir(home.join(name.rstrip("/"))) if name else home)
 
 
@@ -64,12 +67,15 @@ def _piece(directory: RunDir, belongs: Callable[[str], bool]) -> Piece:
 
 
 def _journal(directory: RunDir) -> Piece:
-    """The records of a run, or of a stage that has a directory in it."""
+    """The records of a run, or of a stage that has a directory in it. One that is missing is not noticed."""
+    name = directory.join(METRICS if directory.local else SEGMENTS.rstrip("/"))
     try:
         records = records_of(directory) or []
     except InputError as error:
-        return Piece(directory.join(METRICS), f"DAMAGED: {error}", False)
-    return Piece(directory.join(METRICS), f"whole: {len(records):,} records", True)
+        words, _, remedy = str(error).removeprefix(f"{directory.path}/").rpartition("; ")
+        return Piece(name, f"DAMAGED: {words}", False, remedy)
+    cut = not (directory.read(METRICS) or b"\n").endswith(b"\n")
+    return Piece(name, f"whole: {len(records):,} records{', and one that was cut off' if cut else ''}", True)
 
 
 def _by_manifest(path: str) -> Piece:

@@ -15,8 +15,8 @@ def verify(
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="STORE|RUN ...")]], json: bool = False
 ) -> None:
     """Read every file of token stores, and of the checkpoints of runs, and hold it against the list of sizes and
-    CRC-32C sums that was made when it was written; and every record of runs, which has its own sum. What was written
-    before there were such lists is held against the checksums of the manifest.
+    CRC-32C sums that was made when it was written; and every record of runs, which has its own sum (one that is missing
+    is not noticed). What was written before there were such lists is held against the checksums of the manifest.
 
     Ends with 0 where all is whole, and with 1 where something is damaged or gone, which is named.
 
@@ -29,6 +29,6 @@ def verify(
       RunError: something is not whole.
     """
     found = [piece for path in paths for piece in verified(path)]
-    print_list([piece._asdict() for piece in found], json)
+    print_list([{name: value for name, value in piece._asdict().items() if name != "remedy"} for piece in found], json)
     if bad := [piece for piece in found if not piece.whole]:
-        raise RunError(f"{bad[0].name}: {bad[0].about}; restore it from a copy, move it away, or make it again")
+        raise RunError(f"{bad[0].name}: {bad[0].about}; {bad[0].remedy}")

@@ -330,9 +330,14 @@ class Checkpoints:
         try:
             if self._newest is not None:
                 self.wait()
-        finally:  # its threads would keep the process
-            with self._counting():
+        except BaseException:
+            with contextlib.suppress(Exception):  # its threads would keep the process
                 self._manager.close()
+            raise
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise InputError(f"{self.path}: cannot be written: {cause_of(error)}") from error
 
     def _newest_is_there(self) -> bool:
         """Whether no later step took over the arrays of the newest save."""

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -29,6 +30,15 @@ PACKAGES = ("moma_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 
 SECONDS_TO_LOCK = (0.0, 0.1, 0.4)
 """Waits before each attempt: somebody who only looks whether a directory is locked holds it for a moment."""
+
+
+HOLDER = re.compile(rb"process \d+ of [\w.-]+")
+"""What a lock's file says."""
+
+
+def _own(path: str, flags: int) -> int:
+    """Opens a lock's file, never one that a link of somebody else's stands for."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _taken(file: IO, wait: float) -> bool:
@@ -89,13 +99,14 @@ class RunDir(Directory):
         new = not os.path.exists(self.local)
         try:
             os.makedirs(self.local, exist_ok=True)
-            file = open(self.join(".lock"), "ab+", buffering=0)  # noqa: SIM115
+            file = open(self.join(".lock"), "ab+", buffering=0, opener=_own)  # noqa: SIM115
         except OSError as error:
             raise InputError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
         with file:
             if not any(map(functools.partial(_taken, file), SECONDS_TO_LOCK)):
                 file.seek(0)
-                holder = file.read(300).decode(errors="replace") or "another process"
+                told = HOLDER.fullmatch(file.read(300))
+                holder = told[0].decode() if told else "another process"
                 raise InputError(f"run.dir: {self.path}: {holder} is writing here; stop it, or use another directory")
             try:
                 yield self
@@ -103,6 +114,9 @@ class RunDir(Directory):
                 if new and self.read("status.json") is None:
                     self._remove_if_empty()
                 raise
+            finally:
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
 
     @contextlib.contextmanager
     def _leased(self):

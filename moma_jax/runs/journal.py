@@ -9,9 +9,10 @@ processes but `epoch_<store>`, passes over a store, which are those of the lanes
 of `moma codec train` `codec` and `codec_eval` (training/codec/stage.py), with contact sheets beside it, in sheets/.
 
 A local run keeps `metrics.jsonl`. An object store cannot append, so there records go to segments
-`metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is and never changed. A run that
-goes on from a checkpoint first cuts its records back to that checkpoint's step. Each line ends with `crc32c`, the
-CRC-32C of the record without it; lines that have none (of earlier versions, or written by hand) are taken as they are.
+`metrics/FIRST-LAST.jsonl` (steps FIRST+1..LAST) that are written when a checkpoint is; LAST-LAST has what was told
+after the last one. A run that goes on from a checkpoint first cuts its records back to that checkpoint's step. Each
+line ends with `crc32c`, the CRC-32C of the record without it; lines that have none (of earlier versions, or written by
+hand) are taken as they are.
 """
 
 from __future__ import annotations
@@ -106,9 +107,10 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not JSON ({str(error)[:80]}); restore the file, or remove the line") from error
     if isinstance(value, dict) and "crc32c" in value:
         del value["crc32c"]
+        line = line.rstrip(b"\r")  # an editor's
         plain = line[: -len(SUM % 0)] + b"}"
         whole = line.endswith(SUM % google_crc32c.value(plain))
-        require(whole, f"{where}: not as it was written, by its crc32c; restore the file, or remove the line")
+        require(whole, f"{where}: not as it was written, by its crc32c; restore the file, or remove line or sum")
     record = read_file(Record, value, where)
     for name in NEEDED.get(record["kind"], ()):
         require(name in record, f"{where}: no {name}; restore the file, it is damaged")
@@ -237,7 +239,7 @@ class FileSink(RunSink):
 
 
 class SegmentSink(RunSink):
-    """Immutable segments on an object store, one per checkpoint."""
+    """Segments on an object store, one per checkpoint, and one of what was told after a run's last one."""
 
     def __init__(self, run: RunDir, step: int):
         self._run, self._first, self._lines = run, step, []
@@ -252,7 +254,9 @@ class SegmentSink(RunSink):
     def seal(self, step: int) -> None:
         """Writes the segment that ends at `step`."""
         if self._lines:
-            self._run.write(f"{SEGMENTS}{self._first:012d}-{step:012d}.jsonl", b"".join(self._lines))
+            name = f"{SEGMENTS}{self._first:012d}-{step:012d}.jsonl"
+            told = self._run.read(name) or b"" if self._first == step else b""  # by one that was killed before its end
+            self._run.write(name, told + b"".join(self._lines))
         self._first, self._lines = step, []
 
     def close(self) -> None:

@@ -110,17 +110,18 @@ def _compared(objects: Mapping[str, tuple[int, int]], found: Mapping[str, list[i
 
 
 def _measured(directory: Directory, names: set[str]) -> dict[str, list[int]]:
-    """Size and CRC-32C of files, as they are read back; what vanishes meanwhile is empty."""
+    """Size and CRC-32C of files, as they are read back, but for those that a listing shows and nobody can read."""
 
-    def measure(name: str) -> list[int]:
+    def measure(name: str) -> list[int] | None:
         size, crc = 0, 0
         for piece in directory.pieces(name):
             size, crc = size + len(piece), google_crc32c.extend(crc, piece)
-        return [size, crc]
+        return [size, crc] if size or directory.read(name) is not None else None
 
     ordered = sorted(names)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(ordered, pool.map(measure, ordered), strict=True))
+        measured = zip(ordered, pool.map(measure, ordered), strict=True)
+        return {name: found for name, found in measured if found is not None}
 
 
 def _own_crc(objects: object) -> int:

@@ -100,11 +100,13 @@ class Directory:
             return
         name, end = f"{LISTED}{secrets.token_hex(4)}", time.monotonic() + LISTING_SECONDS
         self._answer(name, self._kv.write(name, b"moma asks whether listings show this; this file can be deleted\n"))
-        while name not in self._listed(name):
-            if time.monotonic() > end:
-                raise InputError(f"{self.path}: listings of {self.endpoint} are over {LISTING_SECONDS} s old")
-            time.sleep(0.5)
-        self._answer(name, self._kv.write(name, None))
+        try:
+            while name not in self._listed(name):
+                if time.monotonic() > end:
+                    raise InputError(f"{self.path}: listings of {self.endpoint} are over {LISTING_SECONDS} s old")
+                time.sleep(0.5)
+        finally:
+            self._answer(name, self._kv.write(name, None))
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where there is none; raises InputError where it cannot be read."""

@@ -38,6 +38,9 @@ from moma_jax.training.step import put
 KEPT = ("ancestry",)
 """What a checkpoint's meta hands on to the next one."""
 
+WARN_AFTER = 60.0
+"""Seconds of a run before the share of its time that saving takes says something."""
+
 
 class Stage(Protocol):
     """What is trained, and what is said about it.
@@ -194,7 +197,7 @@ class Loop:
         told = {"wandb": config.run.wandb, "config": stage.meta["config"], "sinks": (self.progress, *sinks)}
         journal = open_journal(run, step=self.step, tensorboard=tensorboard, **told)
         self.journal = cleanup.enter_context(contextlib.closing(journal))
-        cleanup.push(self.checkpoints)  # which close before it: they tell of a last save that fails
+        cleanup.push(self._leave_checkpoints)  # before it: a last save is told of
         self.profiler = cleanup.enter_context(contextlib.closing(Profiler(run, config.train.profile_steps)))
         self.meter, self._stragglers = stage.meter(saved.meta.get("counters")), Stragglers()
         self.progress.say("compiling the step")
@@ -247,6 +250,7 @@ class Loop:
     def finish(self) -> dict[str, Any]:
         """Waits for the last checkpoint; writes and prints the summary."""
         self._end_saves()
+        self.checkpoints.close()
         self.stage.export(self.run, self.state)
         self.journal.close()
         summary = hosts.by_first(lambda: finite(self._summary()))
@@ -286,14 +290,22 @@ class Loop:
 
     def _tell_of_saves(self) -> None:
         """Records what was written since it was told last, and once where saving takes more than its share."""
-        for written in self.checkpoints.written():
-            self.journal.write({"kind": "checkpoint", "step": self.step, **written._asdict()})
+        self._record_saves()
         time, most = self._time(), self.config.run.save_share
-        share = time.get("checkpoint", 0.0) / max(time["wall_seconds"], 1e-9)
-        if share > most and not self.warned and self.step > 0:
+        share = time.get("spent_checkpoint", 0.0) / max(time["wall_seconds"], 1e-9)
+        if share > most and time["wall_seconds"] > WARN_AFTER and not self.warned:
             self.warned = True
             remedy = "raise train.checkpoint_every, or run.save_share if that is well"
             self._event(self.step, f"saving took {share:.0%} of the time, more than {most:.0%}; {remedy}")
+
+    def _record_saves(self) -> None:
+        for written in self.checkpoints.written():
+            self.journal.write({"kind": "checkpoint", "step": self.step, **written._asdict()})
+
+    def _leave_checkpoints(self, *error: Any) -> None:
+        """Closes the checkpoints while the journal can still say what became of them."""
+        self.checkpoints.__exit__(*error)
+        self._record_saves()
 
     def _evaluate(self, eval_set: EvalSet) -> None:
         for record in self.meter.timed("evaluation", lambda: self.stage.evaluate(self.state, eval_set)):

@@ -131,5 +131,6 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], near: float = 0.0
 
     missing, excused = object(), {name.removesuffix(GONE) for name in found if name.endswith(GONE)}
     found = {name: value for name, value in found.items() if not name.endswith(GONE)}
+    excused -= {name.partition(",")[0] for name in found}  # one that is there must be whole
     wanted = {name: value for name, value in wanted.items() if name in found or name.partition(",")[0] not in excused}
     return [n for n in sorted(found.keys() | wanted.keys()) if not same(found.get(n, missing), wanted.get(n, missing))]

@@ -28,8 +28,8 @@ DISK = "32M"
 SLEEPS_BY_SELECT = """
 import select, time
 time.sleep = lambda seconds: select.select([], [], [], seconds)  # faketime 0.9.10 refuses the deadline of time.sleep
-from moma_jax.__main__ import main
-main()
+from moma_jax.__main__ import program
+program()
 """
 
 

@@ -76,7 +76,8 @@ def _ended(victims: list[Victim], deadline: float, fault: Fault | None, lines: l
         if code in (1, 2) and not said:
             raise Lost(f"exit code {code} without a line: {complaint.strip()[-300:]}")
         if code in (1, 2):
-            lines += ([line for line in said if line.startswith("moma: ")] or said)[-1:]  # a launcher repeats it vaguely
+            own = [line for line in said if line.startswith("moma: ")]  # a launcher's last line refers to it
+            lines += (own or said)[-1:]
     return [victim.code for victim in victims]
 
 

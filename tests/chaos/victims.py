@@ -94,10 +94,10 @@ def start(
         return spawn([sys.executable, *fresh, *words], place, log, environment)
 
     def work() -> None:
-        from moma_jax.__main__ import main
+        from moma_jax.__main__ import program
 
         sys.argv = ["moma", *words]
-        main(list(words))
+        program()
 
     return fork(work, place, log, environment)
 

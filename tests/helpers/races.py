@@ -21,6 +21,7 @@ def main():
                 sys.stdin.readline()
                 run.require_writer()
                 run.write("written", b"by the winner")
+                print("wrote", flush=True)
         except InputError as error:
             print(error, flush=True)
             sys.stdin.readline()

@@ -8,7 +8,7 @@ from moma_jax.storage.directory import Directory
 
 
 class StaleStore:
-    """Stands for a directory's store; listings show what was written `seconds` ago, and show it no more at once."""
+    """Stands for a directory's store; listings show what was written `seconds` ago, and deletions at once."""
 
     def __init__(self, directory: Directory, seconds: float):
         self._store, self._seconds, self._written = directory._kv, seconds, {}

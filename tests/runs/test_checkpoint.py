@@ -250,8 +250,8 @@ def test_too_many_failed_saves_in_a_row_end_it(opened, faults):
 
 def test_a_last_save_that_fails_leaves_no_thread_behind(opened, faults):
     before = {thread.name for thread in threading.enumerate() if not thread.daemon}
-    checkpoints = opened(write=True)
-    faults[0] = 1
+    checkpoints = opened(write=True, retries=1)
+    faults[0] = 2
     checkpoints.save(state_at(1), saved_at(1))
     with pytest.raises(InputError, match="cannot be written"):
         checkpoints.close()

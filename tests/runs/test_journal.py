@@ -1,5 +1,6 @@
 """Records: where they go, how they are cut back, how they are read."""
 
+import fcntl
 import json
 import math
 import os
@@ -40,6 +41,19 @@ def test_records_are_flat_and_valid_json(tmp_path):
     read = json.loads(line, parse_constant=pytest.fail)
     assert read["schema"] == SCHEMA and read["grad_norm"] is None and read["mfu"] is None and read["time"] > 0
     journal.close()
+
+
+def test_what_is_told_after_the_last_checkpoint_is_kept_also_where_the_end_is_told_twice():
+    path = f"memory://{uuid.uuid4()}/run"
+    for step, event in ((0, "first"), (2, "second")):  # the second is killed before its end, or finds it done
+        journal = journal_of(path, step)
+        if not step:
+            journal.write(record(1))
+            journal.seal(2)
+        journal.write({"kind": "event", "step": 2, "event": event})
+        journal.seal(2)
+        journal.close()
+    assert [r.get("event") for r in read_metrics(path)] == [None, "first", "second"]
 
 
 def test_records_are_read_though_the_listing_is_old():
@@ -201,6 +215,23 @@ def test_status_files_are_whole(tmp_path):
     assert RunDir(tmp_path / "a" / "b").read_json("status.json") == {"state": "running"}
     with run.locked(), pytest.raises(InputError, match="is writing here; stop it"), RunDir(run.path).locked():
         pass
+    lock = tmp_path / "a" / "b" / ".lock"
+    assert lock.read_bytes() == b""
+    with open(lock, "wb") as file, pytest.raises(InputError, match="another process is writing here"):
+        file.write(b"process 1\n\x1b[2J")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with RunDir(run.path).locked():
+            pass
+
+
+def test_a_lock_writes_through_no_link(tmp_path):
+    (tmp_path / "kept").write_text("a user's")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "kept")
+    with pytest.raises(InputError, match="run.dir: cannot write to"), RunDir(tmp_path / "run").locked():
+        pass
+    assert (tmp_path / "kept").read_text() == "a user's"
 
 
 def test_tensorboard_has_the_config_and_histograms_of_gates(tmp_path):

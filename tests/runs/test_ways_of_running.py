@@ -8,6 +8,7 @@ import sys
 import pytest
 from command_line import run as moma
 from paths import ROOT
+from processes import spawn
 from small_stores import drawn_config
 from tiny import tiny
 
@@ -81,3 +82,14 @@ def test_a_run_is_used_from_another_folder(tmp_path, monkeypatch, capsys):
     code, _, err = moma(capsys, "generate", config.run.dir, "--prompt", "A", "--max-tokens", "2", "--out", "told")
     assert code == 0, err
     assert RunDir(config.run.dir).read_json("config.json")["data"]["stores"][0]["path"] == "store"
+
+
+def test_a_command_that_failed_ends_although_a_thread_waits():
+    code = (
+        "import sys, threading, time\nfrom moma_jax import __main__ as moma\nmoma.LINGER = 0.5\n"
+        "def main():\n    threading.Thread(target=time.sleep, args=(300,)).start()\n    sys.exit(1)\n"
+        "moma.main = main\nmoma.program()"
+    )
+    process = spawn("-c", code)
+    process.communicate(timeout=100)
+    assert process.returncode == 1

@@ -83,7 +83,10 @@ def test_a_flipped_byte_in_any_record_is_found(trained):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(InputError, match=f"line {content[:place].count(10) + 1}: "):
             moma_jax.read_metrics(trained)
-    assert len(damaged(trained)) == 1
+    (about,) = damaged(trained)
+    assert about.startswith("DAMAGED: metrics.jsonl: line ") and "restore" not in about
+    path.write_bytes(content[:-1])
+    assert [piece.about for piece in verified(str(trained))][-1].endswith("records, and one that was cut off")
     path.write_bytes(content)
     assert not damaged(trained)
 
@@ -113,12 +116,21 @@ def test_a_list_waits_until_listings_show_everything():
     assert Directory(home.path).names("") == ["a", "b", FILE]  # the mark is gone
 
 
+def test_what_a_listing_shows_and_nobody_can_read_is_not_in_the_list():
+    home = Directory(f"memory://{uuid.uuid4()}")
+    home.write("a", b"1")
+    home._written.add("deleted")
+    write_contents(home)
+    assert set(read_contents(home)) == {"a"}
+
+
 def test_listings_that_never_show_anything_are_refused(monkeypatch):
     monkeypatch.setattr(directory_module, "LISTING_SECONDS", 1)
     home = Directory(f"memory://{uuid.uuid4()}")
     StaleStore(home, 60)
     with pytest.raises(InputError, match="are over 1 s old"):
         home.await_listing()
+    assert Directory(home.path)._listed("") == set()
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b'{"objects": {"a": 3}, "crc32c": 1}', b"\xff", b'{"objects": []}'])
@@ -147,7 +159,7 @@ def test_the_command_names_what_is_damaged(store, trained, capsys):
     assert code == 1 and "manifest.json its CRC-32C is another" in err and "\n" not in err.strip()
     assert [row["whole"] for row in json.loads(out)] == [False, True]
     code, _, err = command(capsys, "verify", str(store / "parts"))
-    assert code == 2 and "neither a store nor a run" in err
+    assert code == 2 and "neither a store nor a run;" in err
 
 
 def test_a_store_without_lists_is_held_against_its_manifest(store, tmp_path):
@@ -158,5 +170,5 @@ def test_a_store_without_lists_is_held_against_its_manifest(store, tmp_path):
     (path,) = (older / "parts" / "00001-of-00001" / "text-train" / "tokens" / "c").iterdir()
     flipped(path)
     assert damaged(older)
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(InputError, match="neither a store nor a run;"):
         list(verified(str(tmp_path / "nowhere")))

@@ -42,6 +42,7 @@ def require_one_writer(both, place):
         assert f"process {winner.pid} of " in loser and "is writing here; stop it, or use another directory" in loser
         for each in both:
             say(each)
+        assert hear(winner) == "wrote"
 
 
 def require_taken_over(both, place):

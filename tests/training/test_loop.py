@@ -8,6 +8,7 @@ import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import changed_batches, my_choice, parameters, records
 from tiny import tiny
@@ -19,7 +20,7 @@ from moma_jax.errors import InputError, RunError
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.profiler import profile_warnings
-from moma_jax.training import pretrain
+from moma_jax.training import loop, pretrain
 from moma_jax.training.step import masked_in
 
 
@@ -245,6 +246,38 @@ def test_a_profile_that_cannot_be_is_refused(tmp_path):
         message = r"train.profile_steps(: give the first and the last step|.0: must be positive)"
         with pytest.raises(InputError, match=message):
             tiny(tmp_path, train_profile_steps=steps)
+
+
+def test_saving_that_takes_more_than_its_share_is_told_of_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WARN_AFTER", 0.0)
+    moma_jax.train(tiny(tmp_path, run_save_share=1e-6), quiet=True)
+    events = [r["event"] for r in moma_jax.read_metrics(tmp_path) if r["kind"] == "event"]
+    assert len(events) == 1 and "of the time, more than 0%; raise train.checkpoint_every" in events[0]
+
+
+def test_an_end_by_an_error_records_what_was_saved(tmp_path, monkeypatch):
+    def end(number, batch):
+        if number == 5:
+            raise RunError("the data ended")
+        return batch
+
+    changed_batches(monkeypatch, end)
+    with pytest.raises(RunError, match="the data ended"):
+        moma_jax.train(tiny(tmp_path, train_log_every=3), quiet=True)
+    assert [r["of_step"] for r in moma_jax.read_metrics(tmp_path) if r["kind"] == "checkpoint"] == [3]
+
+
+def test_checkpoints_that_cannot_be_closed_are_one_line(tmp_path, monkeypatch):
+    close = ocp.CheckpointManager.close
+
+    def full(self):
+        close(self)
+        if not self._options.read_only:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", full)
+    with pytest.raises(RunError, match="checkpoints: cannot be written: .*No space left on device; last good .*/6"):
+        moma_jax.train(tiny(tmp_path), quiet=True)
 
 
 def test_two_processes_cannot_share_a_run(tmp_path):
