@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stores import Bucket
-from subjects import Subject
+from subjects import FAR_DEADLINE, Subject
 from victims import Victim
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
@@ -68,12 +68,13 @@ class Fault:
       kind: its name in the report. deaths: exit codes below 0 that it may lead to.
       restarts: it is there before the command goes on from a checkpoint, and does not wait for a moment.
       disk: it needs a file system of its own. own: it damages inputs, which are copied. layout: the restart has other
-      devices, so losses are nearly equal only.
+      devices, so losses are nearly equal only. deadline: seconds in which a command must end under it.
     """
 
     kind = ""
     deaths: frozenset[int] = frozenset()
     restarts = disk = own = layout = False
+    deadline = 0.0
 
     def arrange(self, scene: Scene) -> None:
         """Before the command starts."""
@@ -225,9 +226,10 @@ class MemoryLimit(Fault):
 
 
 class Clock(Fault):
-    """The clock is a day off, from the start or from a moment on (Debian's faketime)."""
+    """The clock is a day off, from the start or from a moment on (Debian's faketime, under which waits with an end
+    spin)."""
 
-    kind = "clock"
+    kind, deadline = "clock", FAR_DEADLINE
 
     def arrange(self, scene: Scene) -> None:
         self._file = scene.home / "clock"

@@ -35,7 +35,7 @@ def judge(scene: Scene, fault: Fault) -> Verdict:
     """Waits for the disturbed command, mends the fault, runs the command until it is done and compares what it made."""
     lines: list[str] = []
     try:
-        codes = _ended(scene.victims, scene.subject.deadline, fault, lines)
+        codes = _ended(scene.victims, max(scene.subject.deadline, fault.deadline), fault, lines)
         fault.mend(scene)
         scene.settings.clear()
         if fault.own:
