@@ -34,8 +34,8 @@ other programs used, too; package of commit {commit};
 - *equal*: the fault went by unnoticed, or the same command, run again, ended as the undisturbed one.
 - *refused, then equal*: the command ended with one line that says what happened; after its remedy (or once the disk
   had room again) the same command ended as the undisturbed one.
-- *lost*: a traceback, no end within {deadlines[0]:.0f} seconds ({deadlines[1]:.0f} with a bucket or a wrong clock), a refusal without a
-  remedy, or silently another result.
+- *lost*: a traceback, no end within {deadlines[0]:.0f} seconds ({deadlines[1]:.0f} with a bucket or a wrong clock), a
+  refusal without a remedy, or silently another result.
 
 {by_command}
 

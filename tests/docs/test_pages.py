@@ -203,7 +203,7 @@ def test_the_first_hour_works_as_printed(tmp_path, monkeypatch, capsys):
             assert kind in out + err or "--html" in line, (line, kind, out + err)
         ran.append(words[1])
     assert set(ran) == {"doctor", "train", "show", "eval", "generate", "recipes"}
-    for name in ("page.html", "both.html", "drawn/000-0.png", "told/generation.json"):
+    for name in ("quickstart.html", "both.html", "drawn/000-0.png", "told/generation.json"):
         assert (tmp_path / name).stat().st_size > 0
     assert list((tmp_path / "runs" / "quickstart" / "sheets").glob("samples-*.png"))
     ffn = [moma_jax.recipe(f"runs/{name}").model.ffn for name in ("quickstart", "mine")]
