@@ -53,7 +53,8 @@ def program() -> None:
         main()
     except SystemExit as left:
         if left.code:
-            threading.Thread(target=_end, args=(left.code,), name="end", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no memory for it
+                threading.Thread(target=_end, args=(left.code,), name="end", daemon=True).start()
         raise
 
 

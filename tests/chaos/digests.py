@@ -23,6 +23,8 @@ SAYING = ("generation.json", "thresholds.json")
 """Files that are compared by what they say, which a commit is part of."""
 NOT_WRITTEN = re.compile(r"checkpoint of step (\d+) not written, to be tried again")
 """An event; the next checkpoint is of a later step."""
+SHARE = "saving took "
+"""The beginning of an event that clocks decide."""
 GONE = " was not written, as a record says"
 
 
@@ -102,7 +104,8 @@ def _records(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
     """A run's records but those of saves, which stand where the clock has them; steps whose saves are said to fail."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     failed = [NOT_WRITTEN.match(record.get("event", "")) for record in records]
-    kept = [r for r, found in zip(records, failed, strict=True) if r["kind"] != "checkpoint" and not found]
+    apart = lambda record: record["kind"] == "checkpoint" or record.get("event", "").startswith(SHARE)  # noqa: E731
+    kept = [record for record, found in zip(records, failed, strict=True) if not (found or apart(record))]
     return kept, {found[1] for found in failed if found}
 
 
