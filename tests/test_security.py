@@ -277,7 +277,7 @@ def test_pages_escape_what_they_show(ran, tmp_path):
     for name in ("config.json", "summary.json", "status.json", "metrics.jsonl"):
         text = (Path(ran.run.dir) / name).read_text()
         (run / name).write_text(text)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = moma_jax.read_metrics(run)  # without their sums, which would give what is changed away
     evaluated = next(line for line in lines if line["kind"] == "eval")
     lines += [evaluated | {"eval_set": EVIL}, evaluated | {"routing": EVIL}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
