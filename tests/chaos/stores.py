@@ -6,22 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-SERVER = Path(__file__).resolve().parents[1] / "helpers" / "gcs_server.py"
-SETTLED = {
-    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-    "GOOGLE_CLOUD_PROJECT": "p",
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-}
+from buckets import SERVER, known_as_google, serving
+from loopback import free_port
 
 
 class Bucket:
@@ -65,22 +57,11 @@ class Bucket:
 @contextlib.contextmanager
 def bucket(*options: str) -> Iterator[Bucket]:
     """A bucket that this process, and those that it starts meanwhile, know as gs://bucket."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, str(SERVER), str(port), *options], **quiet)
-    url, before = f"http://127.0.0.1:{port}", dict(os.environ)
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.05)
-        os.environ |= SETTLED | {"TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url}
-        yield Bucket(url, process)
-    finally:
-        os.environ.clear()
-        os.environ |= before
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
+    port, before = free_port(), dict(os.environ)
+    with serving(port, SERVER, port, *options) as process:
+        os.environ |= known_as_google(port)
+        try:
+            yield Bucket(os.environ["STORAGE_EMULATOR_HOST"], process)
+        finally:
+            os.environ.clear()
+            os.environ |= before

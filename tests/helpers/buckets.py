@@ -10,34 +10,39 @@ from pathlib import Path
 from loopback import free_port
 
 HELPERS = Path(__file__).parent
+SERVER = HELPERS / "gcs_server.py"
 
 
 @contextlib.contextmanager
 def serving(port, *words):
-    """A server in a process of its own, once it listens."""
+    """The process of a server, once it listens."""
     process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
+
+
+def known_as_google(port):
+    """The environment in which gs:// is the server of `port`."""
+    url = f"http://127.0.0.1:{port}"
+    return {
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "STORAGE_EMULATOR_HOST": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+        "GOOGLE_CLOUD_PROJECT": "p",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
 
 
 @contextlib.contextmanager
 def google(*faults):
     """The environment in which gs:// is a server here."""
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with serving(port, HELPERS / "gcs_server.py", port, *faults):
-        yield {
-            "TENSORSTORE_GCS_HTTP_URL": url,
-            "STORAGE_EMULATOR_HOST": url,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-            "GOOGLE_CLOUD_PROJECT": "p",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}",
-        }
+    with serving(port, SERVER, port, *faults):
+        yield known_as_google(port) | {"PYTHONPATH": f"{HELPERS}:{HELPERS.parents[1]}"}
