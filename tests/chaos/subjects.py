@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import digests
+from loopback import free_port
 from small_pictures import small_training, write_pictures
 from small_stores import make_source
 from stores import Bucket, bucket
@@ -142,12 +142,6 @@ class Subject:
             start([*words, *given, "--hosts.index", str(index)], place, log.with_name(name), **settings)
             for index, name in enumerate(names)
         ]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # The commands ---------------------------------------------------------------------------------------------------------
