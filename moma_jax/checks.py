@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from fractions import Fraction
 
 from moma_jax.config import Config, ModelConfig, with_router
 from moma_jax.errors import InputError, require
@@ -74,7 +75,17 @@ def _check_model(config: Config) -> None:
             f"model.heads: {model.heads} heads do not divide the width {model.width} into even head widths; "
             f"{right} would"
         )
+    _check_rule(config)
     _check_depth(config)
+
+
+def _check_rule(config: Config) -> None:
+    """The routing rule's options, against the experts that it routes to."""
+    model = config.model
+    asked = None if model.capacity is None else Fraction(model.capacity)
+    for group in config.experts.groups if not isinstance(model.router, Unloaded) else ():
+        refused = model.router.refuses(group.experts, asked) if group.routed else None
+        require(refused is None, f"model.{refused}")
 
 
 def _check_depth(config: Config) -> None:

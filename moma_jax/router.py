@@ -80,6 +80,7 @@ class Score(NamedTuple):
       predicted_TE: float32 logits of the auxiliary router, where there is one.
       order_T: int32 tokens of the routing group by position, then row: the order in which `take_entering` gives slots
         away; in training alone.
+      id_T: int32 ids of the tokens. position_T: int32 positions in their documents.
     """
 
     logit_TE: Any
@@ -87,6 +88,8 @@ class Score(NamedTuple):
     plain_TE: Any
     predicted_TE: Any = None
     order_T: Any = None
+    id_T: Any = None
+    position_T: Any = None
 
 
 class Selection(NamedTuple):
@@ -133,6 +136,9 @@ class Router:
       auxiliary: auxiliary routers (paper section 2.4) train beside the model, on stopped gradients.
       causal: which of the causal routings, `CAUSAL` and `THRESHOLD`, `decide` knows.
       exact: `select` takes `quota.take(count)` of every `count` eligible tokens, never more.
+      sees_later: `select` decides about a token by tokens behind it, too.
+      losses: names of the losses that `select` may return.
+      paper: where the rule is from.
       training_name: what the routing of training is called in evaluations.
     """
 
@@ -142,6 +148,9 @@ class Router:
     auxiliary = False
     causal: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
+    sees_later: ClassVar[bool] = True
+    losses: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
     training_name: ClassVar[str] = "training"
 
     def noise_at(self, share):
@@ -190,6 +199,16 @@ class Router:
     def decide(self, score: Score, state: Any, routing: str):
         """(enters_NE bool, gate_NE float32) of every token by itself, under one of `causal`; no noise."""
         raise NotImplementedError
+
+    def copies(self, score: Score, state: Any):
+        """float32 (N,) weight of each token's own input in the layer's output, by experts that pass it on unchanged;
+        None where the rule has none of these. In training and at inference."""
+        return None
+
+    def refuses(self, experts: int, asked: Fraction | None) -> str | None:
+        """Why the rule cannot route to a group of so many experts with its options and `model.capacity`, to stand
+        behind "model."; None where it can."""
+        return None
 
     def lacks(self, routing: str, state: Any) -> str | None:
         """What a model lacks to be used under a causal routing, to stand behind "RUN has "; None where nothing.
@@ -260,6 +279,15 @@ def name_of(router: Router) -> str:
     where = getattr(sys.modules.get(module), "__moma_file__", module)
     defined = f"{where}:{getattr(own, '__qualname__', type(own).__qualname__)}"
     return getattr(own, "__dict__", {}).get("__moma_name__", defined)  # no attribute: a subclass has another name
+
+
+def mixed_bits(bits):
+    """uint32 hashes of whole numbers by the finaliser of MurmurHash3: every input bit flips every output bit about half
+    of the time."""
+    bits = jnp.asarray(bits).astype(jnp.uint32)
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def take_entering(enters_TE, gate_TE, order_T, slots: int) -> Selection:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moma_jax import routers
+from moma_jax.by_token import ByToken
 from moma_jax.errors import InputError
 from moma_jax.fields import setting, shown
 from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS, THRESHOLD, Function, Router, name_of
@@ -112,6 +113,8 @@ def _require_contract(rule: type[Router]) -> None:
     about = f"model.router: {rule.__qualname__}"
     if rule not in (Function, Unloaded) and rule.select is Router.select:
         raise InputError(f"{about} has no select; see moma_jax/router.py")
+    if issubclass(rule, ByToken) and rule.choose is ByToken.choose:
+        raise InputError(f"{about} has no choose; see moma_jax/by_token.py")
     if foreign := set(rule.causal) - set(CAUSAL_ROUTINGS):
         raise InputError(f"{about}: causal names {foreign.pop()!r}; a causal routing is {CAUSAL!r} or {THRESHOLD!r}")
     for field in dataclasses.fields(rule):

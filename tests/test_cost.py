@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import pytest
 from jaxprs import product_flops, program_of, step_jaxpr, tiny
 from paths import ROOT
+from rival_rules import RIVALS
 from tiers import long_but
 
 from moma_jax import recipes
 from moma_jax.cost import cost, flops_per_token, format_cost, peak_flops, total_steps
+from moma_jax.model.decoder import first_routing_state
 from moma_jax.routers.choice import Choice
 from moma_jax.routers.threshold import Threshold
 from moma_jax.training import step as step_lib
@@ -108,6 +110,18 @@ def test_executed_flops_count_the_slack_of_threshold_routing(ffn):
     counted = product_flops(step_jaxpr(config)) / config.batch_tokens
     assert flops["executed"] == pytest.approx(counted, rel=1e-3) and flops["train"] == without["train"]
     assert (flops["executed"] > 1.1 * without["executed"]) == (ffn == "4t4i")
+
+
+@pytest.mark.parametrize("name", long_but("null", "deepseek", "hash", of=[*RIVALS]))
+def test_flops_of_rules_whose_tokens_choose(name):
+    for slack in (1.0, 1.5):
+        config = tiny("4t4i", router=dataclasses.replace(RIVALS[name], slack=slack))
+        counted = product_flops(step_jaxpr(config)) / config.batch_tokens
+        flops = cost(config)["flops_per_token"]
+        assert flops["executed"] == pytest.approx(counted, rel=1e-3)
+        assert slack > 1 or flops["train"] == pytest.approx(counted, rel=0.02)
+    state = step_lib.abstract_state(program_of(config), first_routing_state(config))
+    assert cost(config)["parameters"]["total"] == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
 
 
 SHAPES = {

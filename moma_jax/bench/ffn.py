@@ -57,8 +57,9 @@ def _half_and_half(ffn: str, width: int, hidden: int, tokens: int) -> FfnCase:
     model = ModelConfig(ffn=ffn, width=width, hidden=hidden, dtype="float32")
     first = tokens // 2
     decoder = Decoder(model, (TEXT, IMAGE), (first, tokens - first), 1)
-    modality_BS = (jnp.arange(tokens) >= first).astype(jnp.int32)[None]
-    return FfnCase.of(decoder, jnp.ones((1, tokens), jnp.int32), modality_BS)
+    place_BS = jnp.arange(tokens, dtype=jnp.int32)[None]
+    modality_BS = (place_BS >= first).astype(jnp.int32)
+    return FfnCase.of(decoder, (place_BS, jnp.ones((1, tokens), jnp.int32), place_BS, modality_BS))
 
 
 class FfnCase(NamedTuple):
@@ -71,14 +72,14 @@ class FfnCase(NamedTuple):
     keys: moe.RoutingKeys
 
     @classmethod
-    def of(cls, decoder: Decoder, segment_BS, modality_BS, params=None) -> FfnCase:
-        """The FFN of a decoder on a batch of these segments and modalities.
+    def of(cls, decoder: Decoder, rows, params=None) -> FfnCase:
+        """The FFN of a decoder on a batch; `rows`: its ids, segments, positions and modalities, int32 (B, S) each.
 
         `params` are one layer's; fresh ones where None.
         """
-        model, shape = decoder.model, decoder.shape(segment_BS.shape[1])
-        group_G = jnp.arange(segment_BS.shape[0] // decoder.group_rows)
-        tokens = jax.jit(decoder.tokens)(segment_BS, modality_BS, group_G)
+        batch_rows, sequence = rows[0].shape
+        model, shape = decoder.model, decoder.shape(sequence)
+        tokens = jax.jit(decoder.tokens)(*rows, jnp.arange(batch_rows // decoder.group_rows))
         if params is None:
             params = nn.unbox(jax.jit(FfnParameters(model, shape.groups).init)(jax.random.key(0)))["params"]
         routing = moe.layer_routing(model, shape, decoder.group_rows, None, True)
@@ -105,7 +106,7 @@ class FfnCase(NamedTuple):
             return {"experts": differentiated(_everywhere, (always, x_GTD), times=times)}
 
         def chosen(weights, x_GTD, around):
-            return moe.select(x_GTD, *around, {}, weights, self.routing).selections
+            return moe.select(x_GTD, *around, {}, weights, self.routing)[0].selections
 
         def gates(weights, x_GTD, around):
             return {name: selection.gate_EC for name, selection in chosen(weights, x_GTD, around).items()}

@@ -35,7 +35,8 @@ def measure_parts(
     batch = Batch(*(jnp.asarray(np.asarray(x)[:rows]) for x in batch))
     x_BSD = random(0, (rows, config.data.sequence, config.model.width), config.model.dtype)
     layer = jax.tree.map(lambda x: x[0], state.params["layers"])
-    ffn = FfnCase.of(program.decoder, batch.segment_BS, batch.modality_BS, layer["ffn"])
+    known = batch.token_BS, batch.segment_BS, batch.position_BS, batch.modality_BS
+    ffn = FfnCase.of(program.decoder, known, layer["ffn"])
     attention = _attention(program, layer["attention"], batch, x_BSD)
     seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
     seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)

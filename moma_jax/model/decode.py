@@ -227,10 +227,9 @@ class _Static(NamedTuple):
 
 
 class _New(NamedTuple):
-    """What layers know of new tokens; modality_BQ is -1 behind the count."""
+    """What layers know of new tokens, (B, Q); their modality is -1 behind the count."""
 
-    position_BQ: Any
-    modality_BQ: Any
+    facts: moe.TokenFacts
     angles: Any
 
 
@@ -248,7 +247,7 @@ def _looked_up(embedding_VD, token_BQ, count_B, length_B, vocabulary_modality_V,
 
     places = _spec("embedding_VD"), PartitionSpec()
     x_BQD = sharding.shard_map(look_up, places, PartitionSpec(), check=False)(embedding_VD, token_BQ)
-    return x_BQD, _New(position_BQ, modality_BQ, angles), length_B + count_B
+    return x_BQD, _New(moe.TokenFacts(modality_BQ, token_BQ, position_BQ), angles), length_B + count_B
 
 
 _normed = jax.jit(rms_norm, static_argnums=2)
@@ -270,20 +269,21 @@ def _through_parts(memories, x_BQD, layers, new: _New, length_B, *, static: _Sta
         memory = _without_rewound(memory, length_B)
 
         def through(x_BQD, enters_BQ, memory, layer=layer):
-            modality_N = jnp.where(enters_BQ, new.modality_BQ, -1).reshape(-1)
-            tokens = (memory, new.position_BQ, enters_BQ, new.angles)
-            return _layer(x_BQD, layer, tokens, modality_N, static.of_experts, static.model)
+            modality_BQ = jnp.where(enters_BQ, new.facts.modality_N, -1)
+            facts = moe.TokenFacts(*(x.reshape(-1) for x in new.facts._replace(modality_N=modality_BQ)))
+            tokens = (memory, new.facts.position_N, enters_BQ, new.angles)
+            return _layer(x_BQD, layer, tokens, facts, static.of_experts, static.model)
 
         if layer["depth"]:
-            arguments = (x_BQD, new.modality_BQ, memory, layer["depth"], layer["state"], static.of_depth, through)
+            arguments = (x_BQD, new.facts, memory, layer["depth"], layer["state"], static.of_depth, through)
             x_BQD, memory = enter_cached(*arguments)
         else:
-            x_BQD, memory = through(x_BQD, new.modality_BQ >= 0, memory)
+            x_BQD, memory = through(x_BQD, new.facts.modality_N >= 0, memory)
         written.append(memory)
     return x_BQD, written
 
 
-def _layer(x_BQD, layer, tokens, modality_N, routing: moe.Routing, model: ModelConfig):
+def _layer(x_BQD, layer, tokens, facts: moe.TokenFacts, routing: moe.Routing, model: ModelConfig):
     """`block` on new tokens: (its output, the memory with them)."""
 
     def attend(y_BQD):
@@ -292,9 +292,9 @@ def _layer(x_BQD, layer, tokens, modality_N, routing: moe.Routing, model: ModelC
 
     def experts(y_BQD):
         x_ND = y_BQD.reshape(-1, model.width)
-        arguments = (jnp.zeros_like(x_ND), x_ND, modality_N, routing.groups, layer["ffn"], layer["experts"])
-        y_ND = moe.add_decided(*arguments, layer["state"], routing)[0]
-        return sharding.psum(y_ND, *SPLIT).reshape(y_BQD.shape), None
+        arguments = (jnp.zeros_like(x_ND), x_ND, facts, routing.groups, layer["ffn"], layer["experts"])
+        y_ND, _, copied_N = moe.add_decided(*arguments, layer["state"], routing)
+        return moe.with_copies(sharding.psum(y_ND, *SPLIT), x_ND, copied_N).reshape(y_BQD.shape), None
 
     x_BQD, memory, _ = block(x_BQD, layer, attend, experts, model)
     return x_BQD, memory

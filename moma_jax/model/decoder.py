@@ -104,7 +104,9 @@ class Decoder(nn.Module):
             segment_BS,
             position_BS,
             rotary_angles(position_BS, model.width // model.heads, model.rope_theta),
-            self.tokens(segment_BS, modality_BS, jnp.arange(groups) if group_G is None else group_G),
+            self.tokens(
+                token_BS, segment_BS, position_BS, modality_BS, jnp.arange(groups) if group_G is None else group_G
+            ),
             jitter_key,
             jax.random.fold_in(step_key, step),
             jnp.float32(noise),
@@ -155,13 +157,14 @@ class Decoder(nn.Module):
     def _rows(self, sequence: int) -> GroupRows:
         return GroupRows(self.modalities, self.quotas, self.group_rows, sequence, everyone=self.causal is not None)
 
-    def tokens(self, segment_BS, modality_BS, group_G) -> RoutingTokens:
+    def tokens(self, token_BS, segment_BS, position_BS, modality_BS, group_G) -> RoutingTokens:
         """What routing knows about each token, the same in every layer that all tokens enter."""
         groups, sequence = group_G.shape[0], segment_BS.shape[1]
         modality_GT = jnp.where(segment_BS > 0, modality_BS.astype(jnp.int32), -1).reshape(groups, -1)
         row_GR1 = (group_G[:, None] * self.group_rows + jnp.arange(self.group_rows))[..., None]
         hash_GT = position_hash(row_GR1, jnp.arange(sequence)).reshape(groups, -1)
-        return routing_tokens(self.shape(sequence).groups, modality_GT, hash_GT, group_G)
+        id_GT, position_GT = (x_BS.astype(jnp.int32).reshape(groups, -1) for x_BS in (token_BS, position_BS))
+        return routing_tokens(self.shape(sequence).groups, modality_GT, hash_GT, id_GT, position_GT, group_G)
 
 
 def look_up(table_VD, token_BS, dtype):

@@ -31,7 +31,7 @@ from moma_jax.geometry import DepthShape, GroupSlots, LayerShape, depth_rule
 from moma_jax.model import moe
 from moma_jax.model.attention import rotary_angles
 from moma_jax.model.block import Context, rematerialised
-from moma_jax.model.moe import Routing, RoutingKeys, RoutingTokens, over_shards, routing_tokens
+from moma_jax.model.moe import Routing, RoutingKeys, RoutingTokens, TokenFacts, over_shards, routing_tokens
 from moma_jax.model.parameters import DepthParameters, ExpertWeights, router_axes
 from moma_jax.router import Selection
 
@@ -169,11 +169,12 @@ def choose(x_BSD, tokens: RoutingTokens, keys, state, weights, routing: Routing,
     ranked = tokens._replace(unrouted={}) if routing.rows > 1 else by_row(tokens, rows)
     if routing.causal is None:
         units, count = ranked.modality_GT.shape
-        result = moe.select(x_BSD.reshape(units, count, width), ranked, keys, state, weights, routing)
+        result, _ = moe.select(x_BSD.reshape(units, count, width), ranked, keys, state, weights, routing)
         chosen = jax.vmap(lambda chosen: by_token(list(chosen.values()), count))(result.selections)
         gate_BS, enters_BS = (x.reshape(rows, sequence) for x in chosen)
     else:
-        gate_BS, enters_BS = decide(x_BSD, tokens.modality_GT.reshape(rows, -1), weights, state, routing)
+        facts = (x_GT.reshape(rows, -1) for x_GT in (tokens.modality_GT, tokens.id_GT, tokens.position_GT))
+        gate_BS, enters_BS = decide(x_BSD, TokenFacts(*facts), weights, state, routing)
         zero_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
         result = moe.RoutingResult(state, {}, {}, None, zero_M4, None)
     entered = jax.vmap(lambda gate_S, enters_S: ordered(gate_S, enters_S, depth.inside.sequence))(gate_BS, enters_BS)
@@ -184,7 +185,8 @@ def by_row(tokens: RoutingTokens, rows: int) -> RoutingTokens:
     """What routing knows about tokens, with every row a routing group of its own."""
     group_rows = rows // len(tokens.group_G)
     row_B = (tokens.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
-    return RoutingTokens(tokens.modality_GT.reshape(rows, -1), tokens.hash_GT.reshape(rows, -1), row_B, {})
+    facts = (x_GT.reshape(rows, -1) for x_GT in tokens[:4])
+    return RoutingTokens(*facts, row_B, {})
 
 
 def by_token(selections: list[Selection], tokens: int):
@@ -215,9 +217,9 @@ def take(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, entered: Entered
         return jnp.where(entered.filled_BC, x_BC, empty)
 
     x_BCD = jnp.take_along_axis(x_BSD, entered.index_BC[..., None], axis=1)
-    modality_GT = picked(tokens.modality_GT, -1).reshape(groups, -1)
-    hash_GT = picked(tokens.hash_GT, tokens.hash_GT.dtype.type(0)).reshape(groups, -1)
-    inner = routing_tokens(inside, modality_GT, hash_GT, tokens.group_G)
+    empty = (-1, tokens.hash_GT.dtype.type(0), 0, 0)
+    facts = (picked(x_GT, none).reshape(groups, -1) for x_GT, none in zip(tokens[:4], empty, strict=True))
+    inner = routing_tokens(inside, *facts, tokens.group_G)
     return x_BCD, picked(segment_BS, 0), picked(position_BS, 0), inner
 
 
@@ -235,24 +237,24 @@ def scatter_back(x_BSD, x_BCD, y_BCD, entered: Entered):
 # Token by token -------------------------------------------------------------------------------------------------------
 
 
-def decide(x_BSD, modality_BS, weights: dict[str, ExpertWeights], state, routing: Routing):
+def decide(x_BSD, facts: TokenFacts, weights: dict[str, ExpertWeights], state, routing: Routing):
     """(gate_BS float32, enters_BS bool) of every token by itself; modality -1 never enters."""
-    gate_BS, enters_BS = jnp.zeros(modality_BS.shape, jnp.float32), jnp.zeros(modality_BS.shape, bool)
+    gate_BS, enters_BS = jnp.zeros(x_BSD.shape[:2], jnp.float32), jnp.zeros(x_BSD.shape[:2], bool)
     for own in routing.groups:
         name = own.group.name
-        decision = moe.decide(x_BSD, modality_BS, own, weights[name], (state or {}).get(name), routing)
+        *decision, _ = moe.decide(x_BSD, facts, own, weights[name], (state or {}).get(name), routing)
         own_BS, own_gate_BS = (part[..., 0] for part in decision)
         enters_BS, gate_BS = enters_BS | own_BS, jnp.where(own_BS, own_gate_BS, gate_BS)
     return gate_BS, enters_BS
 
 
-def enter_cached(x_BQD, modality_BQ, memory, weights, state, routing: Routing, layer):
+def enter_cached(x_BQD, facts: TokenFacts, memory, weights, state, routing: Routing, layer):
     """A layer that some tokens alone enter, in cached decoding; where no token of any row does, nothing of it is read.
 
     Args:
-      modality_BQ: -1 for tokens that are not to be computed. layer: (x_BQD, enters_BQ, memory) -> (x_BQD, memory).
+      facts: of the tokens, (B, Q). layer: (x_BQD, enters_BQ, memory) -> (x_BQD, memory).
     """
-    gate_BQ, enters_BQ = decide(x_BQD, modality_BQ, weights, state, routing)
+    gate_BQ, enters_BQ = decide(x_BQD, facts, weights, state, routing)
 
     def enter(x_BQD, memory):
         y_BQD, memory = layer(x_BQD, enters_BQ, memory)

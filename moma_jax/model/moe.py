@@ -37,14 +37,26 @@ class RoutingTokens(NamedTuple):
     Attributes:
       modality_GT: int32 modality, -1 on padding.
       hash_GT: uint32 hash of row and position (`routing.position_hash`).
+      id_GT: int32 ids. position_GT: int32 positions in their documents.
       group_G: int32 index of the routing group within the update.
       unrouted: Selections (G, 1, C) of the groups that have one expert, by name; equal in all layers.
     """
 
     modality_GT: Any
     hash_GT: Any
+    id_GT: Any
+    position_GT: Any
     group_G: Any
     unrouted: dict[str, Selection]
+
+
+class TokenFacts(NamedTuple):
+    """The same of tokens that decide by themselves: int32 modality, -1 for those that are not to be computed, id, and
+    position in the document."""
+
+    modality_N: Any
+    id_N: Any
+    position_N: Any
 
 
 class RoutingKeys(NamedTuple):
@@ -97,14 +109,14 @@ class Routing(NamedTuple):
         return [(number, own) for number, own in enumerate(self.groups) if own.group.routed]
 
 
-def routing_tokens(groups: tuple[GroupSlots, ...], modality_GT, hash_GT, group_G) -> RoutingTokens:
+def routing_tokens(groups: tuple[GroupSlots, ...], modality_GT, hash_GT, id_GT, position_GT, group_G) -> RoutingTokens:
     """RoutingTokens for the experts of these groups; -1 is the modality of padding."""
     unrouted = {}
     for own in groups:
         if not own.group.routed and not own.everywhere:
             eligible_GT = jnp.isin(modality_GT, jnp.array(own.group.modalities))
             unrouted[own.group.name] = jax.vmap(lambda e, quota=own.quota: take_all(e, quota))(eligible_GT)
-    return RoutingTokens(modality_GT, hash_GT, group_G, unrouted)
+    return RoutingTokens(modality_GT, hash_GT, id_GT, position_GT, group_G, unrouted)
 
 
 def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, routing: Routing, model: ModelConfig):
@@ -121,8 +133,9 @@ def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, rout
 
     def local(x_GTD, tokens, keys, state, weights):
         weights = {name: _gathered(own, axes[name], x_GTD.dtype, everyone) for name, own in weights.items()}
-        y_GTD, result = _on_groups(x_GTD, tokens, keys, state, weights, routing)
-        return checkpoint_name(sharding.psum(y_GTD, TENSOR), KEPT), over_shards(result, state)
+        y_GTD, copied_GT, result = _on_groups(x_GTD, tokens, keys, state, weights, routing)
+        y_GTD = with_copies(sharding.psum(y_GTD, TENSOR), x_GTD, copied_GT)
+        return checkpoint_name(y_GTD, KEPT), over_shards(result, state)
 
     split, same = sharding.spec("batch"), sharding.spec()
     specs = jax.tree.map(lambda _, own: sharding.spec(*own), weights, axes)
@@ -163,22 +176,23 @@ def as_before(mean, before):
 
 
 def _on_groups(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, routing: Routing):
-    """The layer on whole routing groups: routed experts, then those that every token passes."""
-    modality_N = tokens.modality_GT.reshape(-1)
+    """The layer on whole routing groups, routed experts, then those that every token passes: (this device's part of
+    y_GTD, copied_GT or None, RoutingResult)."""
+    modality_N, copied_GT = tokens.modality_GT.reshape(-1), None
     always = [own.group.name for own in routing.groups if own.everywhere]
     if len(always) == len(routing.groups):  # dense
         y_GTD, one_N = None, jnp.ones_like(modality_N)
         counts = count_taken(one_N, modality_N, routing.modalities), jnp.zeros((routing.modalities, 4), jnp.int32)
         result = RoutingResult(state, {}, {}, *counts, {})
     elif routing.causal is None:
-        y_GTD, result = _select_and_compute(x_GTD, tokens, keys, state, weights, routing)
+        y_GTD, copied_GT, result = _select_and_compute(x_GTD, tokens, keys, state, weights, routing)
     else:
-        y_GTD, result = _decide_and_compute(x_GTD, tokens, state, weights, routing)
+        y_GTD, copied_GT, result = _decide_and_compute(x_GTD, tokens, state, weights, routing)
     for name in always:
         with jax.named_scope(name):
             own_GTD = everywhere(x_GTD, weights[name])
             y_GTD = own_GTD if y_GTD is None else y_GTD + own_GTD
-    return y_GTD, result
+    return y_GTD, copied_GT, result
 
 
 def everywhere(x_GTD, weights: ExpertWeights):
@@ -193,7 +207,7 @@ def _select_and_compute(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, 
     """Scores, selections, dispatch, experts, combination: every slot is computed, filled or not, since selections fill
     nearly all."""
     with jax.named_scope("select"):
-        chosen = select(x_GTD, tokens, keys, state, weights, routing)
+        chosen, copied_GT = select(x_GTD, tokens, keys, state, weights, routing)
     count, width = x_GTD.shape[1:]
     x_ND = x_GTD.reshape(-1, width)
     placed = {own.group.name: offset(chosen.selections[own.group.name], count) for own in dispatched(routing)}
@@ -208,7 +222,7 @@ def _select_and_compute(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, 
             y_ND = combine(y_ND, own.index_EC, out_ECD)
     times_N = _times_taken(placed, routing, len(x_ND))
     taken_M3 = count_taken(times_N, tokens.modality_GT.reshape(-1), routing.modalities)
-    return y_ND.reshape(x_GTD.shape), chosen._replace(taken_M3=taken_M3)
+    return y_ND.reshape(x_GTD.shape), copied_GT, chosen._replace(taken_M3=taken_M3)
 
 
 def dispatched(routing: Routing) -> list[GroupSlots]:
@@ -234,15 +248,27 @@ def _passed(routing: Routing) -> int:
     return sum(own.everywhere and not own.group.shared for own in routing.groups)
 
 
-def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, routing: Routing) -> RoutingResult:
-    """Who takes which token, with what it leaves behind on this shard (metrics: on all); taken_M3 is None."""
-    selections, losses, metrics, state = dict(tokens.unrouted), {}, {}, dict(state)
+def with_copies(y_GTD, x_GTD, copied_GT):
+    """The layer's output with what tokens take of their own input, by copy experts; `copied_GT`: weights, or None.
+
+    Added when the parts of a mesh's devices are joined: it would be joined with them.
+    """
+    return y_GTD if copied_GT is None else y_GTD + copied_GT[..., None].astype(x_GTD.dtype) * x_GTD
+
+
+def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, routing: Routing):
+    """Who takes which token, with what it leaves behind on this shard (metrics: on all); taken_M3 is None.
+
+    Returns:
+      (RoutingResult, copied_GT of `Router.copies` or None).
+    """
+    selections, losses, metrics, state, copied_GT = dict(tokens.unrouted), {}, {}, dict(state), None
     predicted_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
     for number, own in routing.routed:
         group, before = own.group, state.get(own.group.name)
         score_GTE, predicted_GTE = scores(x_GTD, weights[group.name], routing.rule)
-        answer, quiet = _select_group(score_GTE, predicted_GTE, tokens, keys, before, number, own, routing)
-        selections[group.name] = answer.selection
+        answer, quiet, copied = _select_group(score_GTE, predicted_GTE, tokens, keys, before, number, own, routing)
+        selections[group.name], copied_GT = answer.selection, added(copied_GT, copied)
         if group.name in state:
             state[group.name] = jax.tree.map(lambda new: new.mean(0), answer.state)
         extra = answer.losses
@@ -256,7 +282,12 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
             losses[name] = losses.get(name, 0.0) + loss_G.mean()
         for name, value_G in answer.metrics.items():
             metrics[f"{name}_{group.name}"] = _mean_of_groups(value_G, tokens.modality_GT)
-    return RoutingResult(state, losses, metrics, None, predicted_M4, selections)
+    return RoutingResult(state, losses, metrics, None, predicted_M4, selections), copied_GT
+
+
+def added(one, other):
+    """The sum of what may be None."""
+    return one if other is None else other if one is None else one + other
 
 
 def _mean_of_groups(value_G, modality_GT):
@@ -274,26 +305,31 @@ def scores(x_GTD, weights: ExpertWeights, rule: Router):
 
 
 def _select_group(logit_GTE, predicted_GTE, tokens: RoutingTokens, keys, before, number: int, own, routing: Routing):
-    """The rule's answer for one group of experts, and the selection that it would make without noise, which is what
-    auxiliary routers can learn; every array has a leading axis G."""
+    """The rule's answer for one group of experts, the selection that it would make without noise, which is what
+    auxiliary routers can learn, and its copies; every array has a leading axis G."""
     rule, count = routing.rule, logit_GTE.shape[1]
     order_T = position_order(routing.rows, count)
     eligible_GT = jnp.isin(tokens.modality_GT, jnp.array(own.group.modalities))
 
-    def one(logit_TE, eligible_T, hash_T, index, predicted_TE):
+    def one(logit_TE, eligible_T, hash_T, id_T, position_T, index, predicted_TE):
         key = jax.random.fold_in(jax.random.fold_in(keys.step, index), number)
         noise_key, select_key = jax.random.split(key)
 
         def answer(noise):
-            score = score_of(logit_TE, hash_T, keys.jitter, rule, noise, predicted_TE, order_T)
+            facts = predicted_TE, order_T, id_T, position_T
+            score = score_of(logit_TE, hash_T, keys.jitter, rule, noise, *facts)
             chosen = rule.select(score, eligible_T, own.quota, before, select_key)
-            return checked(chosen, rule, logit_TE.shape, before)
+            copied_T = rule.copies(score, before)
+            copied_T = None if copied_T is None else jnp.where(eligible_T, copied_T, 0.0)
+            return checked(chosen, rule, (count, own.group.experts), before), copied_T
 
         noisy = routing.noise and rule.gumbel
-        given = answer((noise_key, keys.noise) if noisy else None)
-        return given, answer(None).selection if noisy and predicted_TE is not None else given.selection
+        given, copied_T = answer((noise_key, keys.noise) if noisy else None)
+        quiet = answer(None)[0] if noisy and predicted_TE is not None else given
+        return given, quiet.selection, copied_T
 
-    return jax.vmap(one)(logit_GTE, eligible_GT, tokens.hash_GT, tokens.group_G, predicted_GTE)
+    facts = tokens.hash_GT, tokens.id_GT, tokens.position_GT, tokens.group_G
+    return jax.vmap(one)(logit_GTE, eligible_GT, *facts, predicted_GTE)
 
 
 def position_order(rows: int, tokens: int):
@@ -315,48 +351,54 @@ def flat(slots_GEC):
 # Token by token -------------------------------------------------------------------------------------------------------
 
 
-def decide(x_ND, modality_N, own: GroupSlots, weights: ExpertWeights, state, routing: Routing):
-    """(enters_NE bool, gate_NE float32): the experts of a group that each token enters by itself.
+def decide(x_ND, facts: TokenFacts, own: GroupSlots, weights: ExpertWeights, state, routing: Routing):
+    """(enters_NE bool, gate_NE float32, copied_N float32 or None): the experts of a group that each token enters by
+    itself, and what it takes of its own input.
 
     Args:
-      modality_N: -1 for tokens that are not to be computed. state: of this group of experts.
+      facts: of N tokens, any axes. state: of this group of experts.
     """
-    eligible_N1 = jnp.isin(modality_N, jnp.array(own.group.modalities))[..., None]
+    eligible_N1 = jnp.isin(facts.modality_N, jnp.array(own.group.modalities))[..., None]
     if not own.group.routed:
-        return eligible_N1, jnp.ones(eligible_N1.shape, jnp.float32)
+        return eligible_N1, jnp.ones(eligible_N1.shape, jnp.float32), None
     logit_NE, predicted_NE = scores(x_ND, weights, routing.rule)
-    score = Score(logit_NE, logit_NE, logit_NE, predicted_NE)
+    known = {"id_T": facts.id_N, "position_T": facts.position_N}
+    score = Score(logit_NE, logit_NE, logit_NE, predicted_NE, **known)
     enters_NE, gate_NE = routing.rule.decide(score, state, routing.causal)
-    return eligible_N1 & enters_NE, gate_NE
+    copied_N = routing.rule.copies(score, state)
+    return eligible_N1 & enters_NE, gate_NE, None if copied_N is None else jnp.where(eligible_N1[..., 0], copied_N, 0.0)
 
 
-def add_decided(y_ND, x_ND, modality_N, groups: list[GroupSlots], weights, experts, state, routing: Routing):
-    """Adds what every token gets of the experts that it enters, which alone are computed.
+def add_decided(y_ND, x_ND, facts: TokenFacts, groups: list[GroupSlots], weights, experts, state, routing: Routing):
+    """Adds what every token gets of the experts that it enters, which alone are computed; what it takes of its own
+    input is left to the caller, as on a mesh devices' parts of this are summed.
 
     Args:
       weights: ExpertWeights by group, for their routers. experts: what `add_experts` takes, by group.
 
     Returns:
-      (y_ND, (enters_NE, gate_NE) by group of experts).
+      (y_ND, (enters_NE, gate_NE) by group of experts, copied_N or None).
     """
-    decisions = {}
+    decisions, copied_N = {}, None
     for own in groups:
         name = own.group.name
-        decisions[name] = decide(x_ND, modality_N, own, weights[name], (state or {}).get(name), routing)
+        *decision, copied = decide(x_ND, facts, own, weights[name], (state or {}).get(name), routing)
+        decisions[name], copied_N = decision, added(copied_N, copied)
         with jax.named_scope(f"experts_{name}"):
-            y_ND = add_experts(y_ND, x_ND, *decisions[name], experts[name])
-    return y_ND, decisions
+            y_ND = add_experts(y_ND, x_ND, *decision, experts[name])
+    return y_ND, decisions, copied_N
 
 
 def _decide_and_compute(x_GTD, tokens: RoutingTokens, state, weights, routing: Routing):
     """The layer where tokens decide by themselves; every one finds a slot wherever it goes."""
     groups, count, width = x_GTD.shape
-    x_ND, modality_N = x_GTD.reshape(-1, width), tokens.modality_GT.reshape(-1)
+    x_ND = x_GTD.reshape(-1, width)
+    facts = TokenFacts(*(x_GT.reshape(-1) for x_GT in (tokens.modality_GT, tokens.id_GT, tokens.position_GT)))
     zero_ND = sharding.pvary(jnp.zeros_like(x_ND), TENSOR)
-    arguments = (zero_ND, x_ND, modality_N, dispatched(routing), weights, weights, state, routing)
-    y_ND, decisions = add_decided(*arguments)
+    arguments = (zero_ND, x_ND, facts, dispatched(routing), weights, weights, state, routing)
+    y_ND, decisions, copied_N = add_decided(*arguments)
     order_T, selections = position_order(routing.rows, count), {}
-    times_N = jnp.full(len(modality_N), _passed(routing), jnp.int32)
+    times_N = jnp.full(len(x_ND), _passed(routing), jnp.int32)
     for own in dispatched(routing):
         enters_NE, gate_NE = decisions[own.group.name]
         if not own.group.shared:
@@ -364,8 +406,9 @@ def _decide_and_compute(x_GTD, tokens: RoutingTokens, state, weights, routing: R
         in_groups = (part.reshape(groups, count, -1) for part in (enters_NE, gate_NE))
         taken = jax.vmap(lambda enters_TE, gate_TE: take_entering(enters_TE, gate_TE, order_T, count))(*in_groups)
         selections[own.group.name] = taken
-    counts = count_taken(times_N, modality_N, routing.modalities), jnp.zeros((routing.modalities, 4), jnp.int32)
-    return y_ND.reshape(x_GTD.shape), RoutingResult(state, {}, {}, *counts, selections)
+    counts = count_taken(times_N, facts.modality_N, routing.modalities), jnp.zeros((routing.modalities, 4), jnp.int32)
+    copied_GT = None if copied_N is None else copied_N.reshape(groups, count)
+    return y_ND.reshape(x_GTD.shape), copied_GT, RoutingResult(state, {}, {}, *counts, selections)
 
 
 def layer_routing(model: ModelConfig, shape: LayerShape, rows: int, causal: str | None, noise: bool) -> Routing:

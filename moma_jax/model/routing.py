@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moma_jax.errors import InputError
-from moma_jax.router import Quota, Routed, Router, Score, Selection, name_of
+from moma_jax.router import Quota, Routed, Router, Score, Selection, mixed_bits, name_of
 
 
 class RoutingReport(NamedTuple):
@@ -31,7 +31,9 @@ class RoutingReport(NamedTuple):
     entered_PM4: Any
 
 
-def score_of(logit_TE, hash_T, seed, rule: Router, noise=None, predicted_TE=None, order_T=None) -> Score:
+def score_of(
+    logit_TE, hash_T, seed, rule: Router, noise=None, predicted_TE=None, order_T=None, id_T=None, position_T=None
+) -> Score:
     """Logits to a Score: Gumbel noise on logits if `noise` is given, jitter on ranks only.
 
     Args:
@@ -40,30 +42,23 @@ def score_of(logit_TE, hash_T, seed, rule: Router, noise=None, predicted_TE=None
       seed: uint32 scalar of this run's seed and this layer.
       noise: (PRNG key, size) of Gumbel-Sigmoid noise (paper Eq. 5) in logit and rank; the difference of two Gumbel
         samples is one logistic sample.
-      predicted_TE: logits of the auxiliary router. order_T: `Score.order_T`.
+      predicted_TE: logits of the auxiliary router. order_T, id_T, position_T: as of `Score`.
     """
     plain_TE = logit_TE
     if noise is not None:
         key, size = noise
         logit_TE = logit_TE + size * jax.random.logistic(key, logit_TE.shape, jnp.float32)
     expert_E = jnp.arange(logit_TE.shape[1], dtype=jnp.uint32)
-    bits_TE = _mix(hash_T[:, None] ^ _mix(seed + expert_E * jnp.uint32(0x9E3779B9)))
+    bits_TE = mixed_bits(hash_T[:, None] ^ mixed_bits(seed + expert_E * jnp.uint32(0x9E3779B9)))
     # 24 bits are exact in float32.
     uniform_TE = (bits_TE >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
     rank_TE = jax.lax.stop_gradient(logit_TE) + rule.jitter * uniform_TE
-    return Score(logit_TE, rank_TE, plain_TE, predicted_TE, order_T)
+    return Score(logit_TE, rank_TE, plain_TE, predicted_TE, order_T, id_T, position_T)
 
 
 def position_hash(row, position):
     """uint32 hash of a token's row (within the update) and position in the row; broadcasts."""
-    return _mix(_mix(jnp.asarray(row).astype(jnp.uint32) + jnp.uint32(1)) + jnp.asarray(position).astype(jnp.uint32))
-
-
-def _mix(bits):
-    """The finaliser of MurmurHash3: every input bit flips every output bit about half of the time."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
+    return mixed_bits(mixed_bits(jnp.asarray(row) + 1) + jnp.asarray(position).astype(jnp.uint32))
 
 
 def checked(answer: Any, rule: Router, shape: tuple[int, int], state: Any) -> Routed:
@@ -73,7 +68,7 @@ def checked(answer: Any, rule: Router, shape: tuple[int, int], state: Any) -> Ro
     rule says of it.
 
     Args:
-      answer: what `select` returned. shape: (T, E) of its scores. state: the state it was given.
+      answer: what `select` returned. shape: tokens T, experts E. state: the state it was given.
 
     Raises:
       InputError: the form, a shape or a dtype is not that of the contract.

@@ -39,7 +39,10 @@ class Case:
         self.routing = layer_routing(self.model, shape, ROWS, None, False)
         self.keys = RoutingKeys(np.uint32(SEED), jax.random.key(0))
 
-        known = jax.jit(lambda: decoder.tokens(segment_BS, jnp.asarray(modality_BS), jnp.arange(groups)))
+        position_BS = np.broadcast_to(np.arange(segment_BS.shape[1], dtype=np.int32), segment_BS.shape)
+        id_BS = np.random.default_rng(seed + 1).integers(0, 64, segment_BS.shape, dtype=np.int32)
+        rows = id_BS, segment_BS, position_BS, jnp.asarray(modality_BS)
+        known = jax.jit(lambda: decoder.tokens(*rows, jnp.arange(groups)))
         self.tokens = jax.device_get(known())
         rng = np.random.default_rng(seed)
         self.x_GTD, self.dy_GTD = rng.normal(size=(2, groups, tokens, WIDTH)).astype(np.float32)

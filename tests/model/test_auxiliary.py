@@ -152,7 +152,8 @@ def test_routers_beside_noise_let_in_what_the_quiet_experts_take():
     routing = moe.layer_routing(tiny(model_router=rule).model, shape, 2, None, True)
     own, x_GTD = routing.groups[0], jax.random.normal(jax.random.key(0), (16, 32, width))
     modality_GT = jnp.tile(jnp.arange(32) % 2, (16, 1))
-    tokens = moe.RoutingTokens(modality_GT, jnp.zeros((16, 32), jnp.uint32), jnp.arange(16), {})
+    zero_GT = jnp.zeros((16, 32), jnp.int32)
+    tokens = moe.RoutingTokens(modality_GT, zero_GT.astype(jnp.uint32), zero_GT, zero_GT, jnp.arange(16), {})
     state = {group.group.name: rule.state(4) for group in routing.groups}
     router = {"router_DE": jax.random.normal(jax.random.key(1), (width, 4)) / width**0.5}
     first = {"in_DA": jax.random.normal(jax.random.key(2), (width, 64)), "out_AE": jnp.zeros((64, 4))}
@@ -160,7 +161,7 @@ def test_routers_beside_noise_let_in_what_the_quiet_experts_take():
     def answer(auxiliary, step):
         weights = {group.group.name: ExpertWeights(router=router, auxiliary=auxiliary) for group in routing.groups}
         keys = moe.RoutingKeys(jnp.uint32(0), jax.random.key(step))
-        result = moe.select(x_GTD, tokens, keys, state, weights, routing)
+        result, _ = moe.select(x_GTD, tokens, keys, state, weights, routing)
         return result.losses["auxiliary"], result.predicted_M4
 
     @jax.jit

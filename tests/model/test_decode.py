@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from rival_rules import RIVALS
 from tiers import long_but
 from tiny import MODALITIES, tiny
 
@@ -97,6 +98,18 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
     rows = [row[:length] for row, length in zip(token_BS, (16, 9, 1, 13), strict=True)]
     for splits in ([1] * 16, [16], [9, *[1] * 7], [3, 1, 8, 1, 3]):
         for row, hidden_SD, expected_SD in zip(rows, cached(model, routing, rows, splits), expected_BSD, strict=True):
+            np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", long_but("null", "hash", "random", of=[*RIVALS]))
+def test_so_do_rules_whose_tokens_choose(name):
+    config = tiny(model_ffn="4t4i+1x", model_router=RIVALS[name])
+    state = create_state(make_program(config), first_routing_state(config))
+    model, token_BS = (config, state.params, state.routing_state), rows_of(1, 4)
+    expected_BSD, _ = forced(model, CAUSAL, token_BS)
+    rows = [row[:length] for row, length in zip(token_BS, (16, 9, 1, 13), strict=True)]
+    for splits in ([1] * 16, [9, *[1] * 7]):
+        for row, hidden_SD, expected_SD in zip(rows, cached(model, CAUSAL, rows, splits), expected_BSD, strict=True):
             np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
 
 

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 from processes import output, spawn
+from rival_rules import RIVALS
 from tiers import long_but
 from tiny import tiny
 
 import moma_jax
 from moma_jax import sharding
-from moma_jax.config import Config, MeshConfig, RoutersConfig
+from moma_jax.config import Config, MeshConfig, RoutersConfig, with_router
 from moma_jax.data.stream import open_stream
 from moma_jax.model import dispatch
 from moma_jax.model.decoder import first_routing_state
@@ -38,20 +39,24 @@ MESHES = {
 WHOLE = "4t4i"
 """The layout that is tried on every mesh; the others on those of `SOME`, which have every axis between them."""
 SOME = ("fsdp_expert_tensor", "data_expert")
+RULED = [f"{WHOLE}:{name}" for name in RIVALS]
+"""The same layout under other rules, on those of `SOME`."""
 FAST = ("4t4i", "data_fsdp_expert")
 """The layout and mesh of the fast tier: each axis but tensor, and microbatches."""
 STEPS = 12
 
 
 def config(ffn: str, sizes: dict[str, int]) -> Config:
-    """A tiny model whose every axis eight devices divide."""
+    """A tiny model whose every axis eight devices divide; `ffn` may name a rule, FFN:RULE."""
+    ffn, _, rule = ffn.partition(":")
     layers = 2 if ffn.startswith("mod+") else 1
     small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=layers)
     model = dataclasses.replace(small.model, depth_capacity=0.5)
     data = dataclasses.replace(small.data, sequence=8, group_rows=1)
     accumulate = 2 if sizes["data"] == 2 else 1
     train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=accumulate, loss_chunk=24)
-    return dataclasses.replace(small, model=model, data=data, train=train, mesh=MeshConfig(**sizes))
+    small = dataclasses.replace(small, model=model, data=data, train=train, mesh=MeshConfig(**sizes))
+    return with_router(small, RIVALS[rule]) if rule else small
 
 
 def curve(config: Config) -> dict:
@@ -117,11 +122,12 @@ def test_a_mesh_gives_the_curve_of_one_device(tmp_path):
     assert_same_curves(found["one"], found[mesh])
 
 
-EVERY = [(ffn, mesh) for ffn in LAYOUTS for mesh in meshes_of(ffn)]
+EVERY = [(ffn, mesh) for ffn in LAYOUTS + RULED for mesh in meshes_of(ffn)]
+OTHERS = [(f"{WHOLE}:{rule}", "fsdp_expert_tensor") for rule in ("deepseek", "null")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ffn", "mesh"), long_but(*((WHOLE, mesh) for mesh in meshes_of(WHOLE)), of=EVERY))
+@pytest.mark.parametrize(("ffn", "mesh"), long_but(*((WHOLE, mesh) for mesh in meshes_of(WHOLE)), *OTHERS, of=EVERY))
 def test_every_mesh_does(curves, ffn, mesh):
     assert_same_curves(curves(ffn)["one"], curves(ffn)[mesh])
 

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rival_rules import RIVALS
 from tiers import long_but
 from tiny import MODALITIES, tiny
 
 from moma_jax import load, sharding, train
+from moma_jax.by_token import ByToken
 from moma_jax.config import Modality
 from moma_jax.data.stream import open_stream
 from moma_jax.model.decoder import causal_decoder, first_routing_state
@@ -110,6 +112,21 @@ def test_nor_where_slots_run_out(ffn, slack, drops):
 @pytest.mark.parametrize("ffn", long_but("2t2i+1x", of=list(MODELS)))
 def test_expert_choice_fails_the_same_test(ffn):
     assert changed(ffn, lambda program: program.decoder)[0] > 0
+
+
+@pytest.mark.parametrize("name", [*RIVALS, "choice", "threshold"])
+def test_rules_look_ahead_in_training_where_they_say_so_and_never_at_inference(name):
+    rule = {**RIVALS, "choice": Choice(), "threshold": Threshold()}[name]
+    if isinstance(rule, ByToken):
+        rule = dataclasses.replace(rule, slack=1.0)  # tokens are dropped, and must be by position
+    config = tiny(model_ffn="4t4i", model_router=rule)
+    program, first, vocabulary = make_program(config), first_routing_state(config), contiguous(config.data.modalities)
+    params, batch = create_state(program, first).params, next(iter(open_stream(config))).batch
+    run = logits_of(program.decoder, params, first, batch, vocabulary.modality_V)
+    assert (broken(run, batch, vocabulary) > 0) == rule.sees_later
+    state = run(batch.token_BS)[1]
+    causal = causal_decoder(config, rule.causal[-1])
+    assert broken(logits_of(causal, params, state, batch, vocabulary.modality_V), batch, vocabulary) == 0
 
 
 RULES = {"choice": Choice(auxiliary=True), "threshold": Threshold(warmup=5, slack=1.0, auxiliary=True)}

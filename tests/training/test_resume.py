@@ -11,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 from processes import output, spawn
+from rival_rules import RIVALS
 from runs import parameters, records
+from tiers import long_but
 from tiny import tiny
 
 import moma_jax
+from moma_jax.routers.choice import Choice
 from moma_jax.training import token_stage
 
 KILLS, STEPS = 5, 66
@@ -22,9 +25,11 @@ AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
 """What users run is compiled with JAX's own settings."""
 
 
-def config_of(directory, cache, steps):
+def config_of(directory, cache, steps, rule="choice"):
+    rules = RIVALS | {"choice": Choice()}
     return tiny(
-        directory, train_steps=steps, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
+        directory, model_router=rules[rule],
+        train_steps=steps, train_checkpoint_every=3, train_log_every=2, train_eval_every=20,
         run_compilation_cache=cache, run_tensorboard=True,
     )  # fmt: skip
 
@@ -39,10 +44,11 @@ def journal_size(directory):
     return path.stat().st_size if path.exists() else 0
 
 
-def test_killed_once(tmp_path):
+@pytest.mark.parametrize("rule", long_but("choice", "deepseek", of=["choice", *RIVALS]))
+def test_killed_once(tmp_path, rule):
     """Compiled as all tests are: what goes on here is what was killed there."""
-    calm, killed = (config_of(tmp_path / name, None, 12) for name in ("calm", "killed"))
-    process = spawn(__file__, killed.run.dir, 12, 9)
+    calm, killed = (config_of(tmp_path / name, None, 12, rule) for name in ("calm", "killed"))
+    process = spawn(__file__, killed.run.dir, 12, 9, "", rule)
     _, err = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, err[-3000:]
     for config in (killed, calm):
@@ -71,7 +77,7 @@ def test_killed_five_times_at_random(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(killed), parameters(calm))
 
 
-def main(directory, steps, killed_at=0, cache=None):
+def main(directory, steps, killed_at=0, cache="", rule="choice"):
     """Trains; dies before batch `killed_at`, counted from 1, or leaves that to others where it is 0."""
     original = token_stage.open_stream
 
@@ -96,7 +102,7 @@ def main(directory, steps, killed_at=0, cache=None):
         return Slow()
 
     token_stage.open_stream = slow
-    moma_jax.train(config_of(directory, cache, int(steps)))
+    moma_jax.train(config_of(directory, cache or None, int(steps), rule))
 
 
 if __name__ == "__main__":

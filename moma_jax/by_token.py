@@ -1,0 +1,127 @@
+"""Routing rules whose tokens choose, each by itself, so that they are causal by nature: what these share.
+
+A rule is a subclass of `ByToken` with the one method `choose`; moma_jax/routers has several. The contract and the axes
+are those of moma_jax/router.py. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moma_jax.errors import InputError
+from moma_jax.fields import setting
+from moma_jax.late import jax, jnp
+from moma_jax.router import CAUSAL, Routed, Router, Score, name_of, take_entering
+
+
+@dataclass(frozen=True)
+class ByToken(Router):
+    """A rule whose tokens choose, each by itself and in training as at inference: a subclass says how, in `choose`.
+
+    An expert has `slack` times the slots of its share; in training those go to tokens by position, so that what is
+    dropped never depends on later ones, and at inference nothing is dropped. The state says of the latest update how
+    many tokens chose each expert, and `moved` may make something of it for the next.
+    """
+
+    slack: float = setting(2.0, least=1)
+    """Slots of an expert over its even share; beyond them the latest positions are dropped."""
+
+    causal: ClassVar[tuple[str, ...]] = (CAUSAL,)
+    sees_later: ClassVar[bool] = False
+
+    def choose(self, score: Score, state: Any, key=None):
+        """(enters_NE bool, gate_NE float32), gates 0 where a token does not enter.
+
+        Args:
+          state: as `moved`. key: PRNG key in training; None at inference.
+        """
+        raise NotImplementedError
+
+    def moved(self, state: Any) -> Any:
+        """The state with what follows from the latest update, before this one."""
+        return state
+
+    def losses_of(self, score: Score, enters_TE, gate_TE, eligible_T, state: Any) -> dict[str, Any]:
+        """Losses of one routing group by name, `enters_TE` and `gate_TE` of eligible tokens alone."""
+        return {}
+
+    def experts_of_a_token(self, experts: int) -> Fraction:
+        """How many of a group's experts a token enters, on average."""
+        return Fraction(1)
+
+    def state(self, experts: int) -> dict[str, Any]:
+        return {"taken_E": np.zeros(experts, np.float32), "eligible": np.float32(0)}
+
+    def select(self, score, eligible_T, quota, state, key) -> Routed:
+        state = self._told(state)
+        enters_TE, gate_TE = self.choose(score, state, key)
+        enters_TE &= eligible_T[:, None]
+        gate_TE = jnp.where(enters_TE, gate_TE, 0.0)
+        selection = take_entering(enters_TE, gate_TE, score.order_T, self.slots(quota, len(eligible_T)))
+        wanted, filled = enters_TE.sum(), selection.filled_EC.sum()
+        counts = {
+            "taken_E": enters_TE.sum(0, dtype=jnp.float32),
+            "eligible": eligible_T.sum(dtype=jnp.float32),
+        }
+        metrics = {
+            "experts_chosen": wanted / jnp.maximum(eligible_T.sum(), 1),
+            "dropped": 1.0 - filled / jnp.maximum(wanted, 1),
+            "empty_slots": 1.0 - filled / selection.filled_EC.size,
+        }
+        return Routed(selection, state | counts, self.losses_of(score, enters_TE, gate_TE, eligible_T, state), metrics)
+
+    def decide(self, score, state, routing):
+        return self.choose(score, self._told(state))
+
+    def _told(self, state: Any) -> Any:
+        """The state that this update, or inference, begins with."""
+        if not state:
+            raise InputError(
+                f"routing_state: {name_of(self)} needs what it keeps beside the model; pass its routing_state"
+            )
+        return self.moved(state)
+
+    def capacity(self, experts, asked):
+        return self.experts_of_a_token(experts) / experts
+
+    def slots(self, quota, tokens):
+        return min(tokens, math.ceil(quota.slots * self.slack))
+
+    def refuses(self, experts, asked):
+        if asked is not None:
+            return (
+                f"capacity: {float(asked):g}: tokens choose under {name_of(self)}; leave it out and set the rule's own"
+            )
+        most = self.experts_of_a_token(experts)
+        if most > experts:
+            return f"router: {name_of(self)}: {float(most):g} experts of a token, of {experts}; name fewer"
+        return None
+
+
+def mean_of(value_T, eligible_T):
+    """A mean over the eligible tokens of a routing group; 0 where there are none."""
+    return jnp.sum(jnp.where(eligible_T, value_T, 0.0)) / jnp.maximum(eligible_T.sum(), 1)
+
+
+def balance_loss(chance_TE, enters_TE, eligible_T):
+    """E * sum of f_e P_e, 1 where loads are even: the share f of choices that fell on an expert, and the mean P of what
+    the router gave it (Switch Transformers, arXiv 2101.03961, Eq. 4)."""
+    share_E = enters_TE.sum(0) / jnp.maximum(enters_TE.sum(), 1)
+    chance_E = jnp.where(eligible_T[:, None], chance_TE, 0.0).sum(0) / jnp.maximum(eligible_T.sum(), 1)
+    return len(share_E) * jnp.sum(jax.lax.stop_gradient(share_E) * chance_E)
+
+
+def highest(rank_NE, count: int):
+    """Which experts are among the `count` highest of their token, bool (..., E); equal ones go to the lower expert."""
+    _, expert_NK = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), count)
+    return jax.nn.one_hot(expert_NK, rank_NE.shape[-1], dtype=bool).any(-2)
+
+
+def shares(state: Any):
+    """How many of a group's experts an eligible token chose in the latest update, by expert, (..., E); 0 before it."""
+    return state["taken_E"] / jnp.maximum(state["eligible"][..., None], 1.0)

@@ -1,0 +1,67 @@
+"""Top-p: a token enters its likeliest experts until they have a share p of its probability (arXiv 2403.07652).
+
+Tokens of which the router is sure enter one expert, others several. The paper fixes p; here p may follow the load, so
+that a token enters `mean` experts on average and FLOPs are those of other rules. An entropy loss keeps routers from
+being unsure of everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import numpy as np
+
+from moma_jax.by_token import ByToken, balance_loss, mean_of, shares
+from moma_jax.fields import setting
+from moma_jax.late import jax, jnp
+
+
+@dataclass(frozen=True)
+class TopP(ByToken):
+    """Dynamic number of experts."""
+
+    mean: float = setting(2.0, least=1)
+    """Experts of a token on average, which slots and FLOPs are counted for."""
+    share: float = setting(0.4, above=0, below=1)
+    """p in the beginning."""
+    rate: float = setting(0.01, least=0, most=1)
+    """How fast p follows the load, per update and expert too many or too few; 0: it stays."""
+    balance: float = setting(0.01, least=0)
+    """Weight of the load-balancing loss."""
+    entropy: float = setting(1e-4, least=0)
+    """Weight of the entropy of a token's probabilities, in nats."""
+
+    losses: ClassVar[tuple[str, ...]] = ("balance", "entropy")
+    paper: ClassVar[str] = "Harder Tasks Need More Experts 2403.07652"
+
+    def state(self, experts):
+        return super().state(experts) | {"share": np.float32(self.share)}
+
+    def moved(self, state):
+        surplus = jnp.where(state["eligible"] > 0, shares(state).sum(-1) - self.mean, 0.0)
+        return state | {"share": jnp.clip(state["share"] - self.rate * surplus, 0.01, 0.99)}
+
+    def choose(self, score, state, key=None):
+        chance_NE = jax.nn.softmax(score.logit_TE)
+        order_NE = jnp.argsort(jax.lax.stop_gradient(-chance_NE), axis=-1)
+        sorted_NE = jnp.take_along_axis(jax.lax.stop_gradient(chance_NE), order_NE, axis=-1)
+        before_NE = jnp.cumsum(sorted_NE, axis=-1) - sorted_NE  # of likelier experts; the likeliest always enters
+        rank_NE = jnp.argsort(order_NE, axis=-1)
+        enters_NE = jnp.take_along_axis(before_NE < state["share"], rank_NE, axis=-1)
+        return enters_NE, jnp.where(enters_NE, chance_NE, 0.0)
+
+    def losses_of(self, score, enters_TE, gate_TE, eligible_T, state):
+        chance_TE = jax.nn.softmax(score.logit_TE)
+        nats_T = -(chance_TE * jax.nn.log_softmax(score.logit_TE)).sum(-1)
+        return {
+            "balance": self.balance * balance_loss(chance_TE, enters_TE, eligible_T),
+            "entropy": self.entropy * mean_of(nats_T, eligible_T),
+        }
+
+    def experts_of_a_token(self, experts):
+        return Fraction(self.mean).limit_denominator(10000)
+
+    def first_gate(self, experts):
+        return Fraction(1, experts)
