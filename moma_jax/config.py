@@ -69,6 +69,9 @@ class ModelConfig:
     group, so that rows let in more or fewer, as they do under thresholds."""
     depth_room: float = setting(2.0, least=1)
     """depth_over=group: slots of a row over its share; beyond them the latest positions pass the layer by."""
+    attention_weights: Literal["shared", "by_modality"] = "shared"
+    """Projections and norms of the attention, and the layers' norms: one for all tokens, or each modality's own, with
+    attention over all (Mixture-of-Transformers); the FLOPs are the same."""
     router: Router = Choice()
     """The routing rule with its options: choice (the paper's expert choice; sees the future), threshold, or your own,
     file.py:attribute or package.module:attribute (moma_jax/router.py); in Python a name or a Router."""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.errors import InputError
-from moma_jax.ffn import ExpertGroup
+from moma_jax.ffn import ExpertGroup, projection_groups
 from moma_jax.geometry import LayerShape, block_queries, depth_of, depth_rule, group_capacity, layer_of
 from moma_jax.router import Parameter
 
@@ -114,7 +114,8 @@ def parameter_count(config: Config) -> dict[str, int]:
     qk_norm = 4 * d  # scale and bias for every head of q and of k
     attention = 4 * d * d + qk_norm
     norms = 2 * d
-    inside = attention + norms + sum(g.width for g in layout.shared) * expert
+    owners = len(projection_groups(model.attention_weights, config.data.modalities)) or 1
+    inside = owners * (attention + norms) + sum(g.width for g in layout.shared) * expert
     routed = layers * sum(g.experts * expert + _router_size(config, g) for g in layout.groups)
     passed = attention + norms + sum(_share(config, g) * g.width for g in layout.shared) * expert
     for g in layout.groups:
@@ -139,6 +140,11 @@ def _entered_layers(config: Config) -> Fraction:
     return Fraction(layers) if not config.depth else layers // 2 * (1 + depth_of(config).share)
 
 
+def _inside_share(config: Config) -> Fraction:
+    """Slots of a row inside a layer that some tokens enter, over its positions."""
+    return Fraction(depth_of(config).inside.sequence, config.data.sequence)
+
+
 class _Predictor(NamedTuple):
     """An auxiliary router in training: layers that have it, its columns and parameters, and the times that a position
     meets it."""
@@ -152,8 +158,8 @@ class _Predictor(NamedTuple):
 def _predictors(config: Config) -> list[_Predictor]:
     """The auxiliary routers in training; those of experts see the slots of a layer that some tokens enter."""
     rule, of_depth = config.model.router, depth_rule(config.model)
-    layers, sequence, pairs = config.model.layers, config.data.sequence, config.model.layers // 2
-    met = Fraction(layers) if not config.depth else pairs * (1 + Fraction(depth_of(config).inside.sequence, sequence))
+    layers, pairs = config.model.layers, config.model.layers // 2
+    met = Fraction(layers) if not config.depth else pairs * (1 + _inside_share(config))
     found = [(rule, layers, g, met) for g in config.experts.groups if g.routed]
     found += [(of_depth, pairs, g, Fraction(pairs)) for g in config.depth]
     return [
@@ -195,11 +201,11 @@ def _forward_by_part(config: Config) -> dict[str, Fraction | int]:
         taken += share * group.experts * group_capacity(model, group)
         scored += share * _router_flops(config, group)
     beside = sum((_share(config, g) * g.width for g in config.experts.shared), Fraction(0))
-    whole = _Layers(model.layers, Fraction(1), taken, beside, scored)
+    whole = _Layers(model.layers, Fraction(1), Fraction(1), taken, beside, scored)
     if not config.depth:
         return _by_part(config, [whole])
     share, pairs = depth_of(config).share, model.layers // 2
-    skipped = _Layers(pairs, share, share * taken, share * beside, share * scored)
+    skipped = _Layers(pairs, share, share, share * taken, share * beside, share * scored)
     return _by_part(config, [skipped, whole._replace(number=pairs)], columns=1)
 
 
@@ -220,7 +226,9 @@ def _executed_layers(config: Config, number: int, shape: LayerShape) -> _Layers:
         of_one = shape.tokens if own.everywhere else own.slots
         slots[own.group.shared] += own.group.experts * own.group.width * of_one
     taken, beside = (Fraction(slots[shared], config.group_tokens) for shared in (False, True))
-    return _Layers(number, share, taken, beside, share * sum(_router_flops(config, own.group) for own in shape.groups))
+    scored = share * sum(_router_flops(config, own.group) for own in shape.groups)
+    projected = Fraction(sum(own.slots for own in shape.projections) or shape.tokens, config.group_tokens)
+    return _Layers(number, share, projected, taken, beside, scored)
 
 
 def _auxiliary_flops(config: Config) -> Fraction:
@@ -231,11 +239,13 @@ def _auxiliary_flops(config: Config) -> Fraction:
 
 
 class _Layers(NamedTuple):
-    """Layers alike, and what an average position of the model does in one of them: the `share` of it that enters, the
-    routed experts that it passes, the shared ones (in hidden sizes), and the FLOPs of the routers that score it."""
+    """Layers alike, and what an average position of the model does in one of them: the `share` of it that enters and
+    that is `projected` by the attention, the routed experts that it passes, the shared ones (in hidden sizes), and the
+    FLOPs of the routers that score it."""
 
     number: int
     share: Fraction
+    projected: Fraction
     taken: Fraction
     beside: Fraction
     scored: Fraction
@@ -248,7 +258,7 @@ def _by_part(config: Config, layers: list[_Layers], columns: int = 0) -> dict[st
     expert = 3 * 2 * d * model.hidden
     scores = 2 * 2 * config.data.sequence * d
     parts = {
-        "attention_projections": sum(own.number * own.share for own in layers) * 4 * 2 * d * d,
+        "attention_projections": sum(own.number * own.projected for own in layers) * 4 * 2 * d * d,
         "attention_scores": sum(own.number * own.share**2 for own in layers) * scores,
         "router": sum(own.number * own.scored for own in layers),
         "experts": sum(own.number * own.taken for own in layers) * expert,
@@ -278,7 +288,7 @@ def activation_bytes(config: Config) -> int:
     config = resolve(config)
     model, data = config.model, config.data
     d, hidden = model.width, model.hidden
-    layers = _executed_by_part(config)["attention_projections"] / (8 * d * d)  # full ones, or as many parts of them
+    layers = Fraction(model.layers) if not config.depth else model.layers // 2 * (1 + _inside_share(config))
     width = FLOAT32 if model.dtype == "float32" else 2
     positions = config.batch_tokens // config.train.accumulate
     executed = _executed_by_part(config)

@@ -90,6 +90,13 @@ def depth_groups(by: str, modalities) -> tuple[ExpertGroup, ...]:
     return (ExpertGroup("depth_all", tuple(range(len(modalities))), 1, gated=True),)
 
 
+def projection_groups(weights: str, modalities) -> tuple[ExpertGroup, ...]:
+    """Who has attention weights of its own (`model.attention_weights`): each modality, or () where all share them."""
+    if weights == "shared":
+        return ()
+    return tuple(ExpertGroup(m.name, (index,), 1) for index, m in enumerate(modalities))
+
+
 def _modality_groups(notation, counts, modalities) -> tuple[ExpertGroup, ...]:
     letters = {m.letter: index for index, m in enumerate(modalities)}
     by_letter = {letter: int(n) for n, letter in counts}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.errors import InputError
-from moma_jax.ffn import ExpertGroup, depth_groups, parse_ffn
+from moma_jax.ffn import ExpertGroup, depth_groups, parse_ffn, projection_groups
 from moma_jax.router import Quota, Router
 from moma_jax.routers.choice import Choice
 
@@ -44,12 +44,14 @@ class GroupRows(NamedTuple):
 @dataclass(frozen=True)
 class LayerShape:
     """A kind of layer: rows of `sequence` positions, or slots, with at most `quotas` tokens of each modality in a
-    routing group of `tokens`; its groups of experts, shared ones last."""
+    routing group of `tokens`; its groups of experts, shared ones last; and the modalities whose tokens have attention
+    weights of their own, none where all share them."""
 
     sequence: int
     tokens: int
     quotas: tuple[int, ...]
     groups: tuple[GroupSlots, ...]
+    projections: tuple[GroupSlots, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ def layer_shape(model: ModelConfig, own: GroupRows) -> LayerShape:
         slots = model.router.slots(quota, tokens) if group.routed else quota.slots
         everywhere = not group.routed and len(group.modalities) == len(modalities)
         groups.append(GroupSlots(group, quota, tokens if everyone else slots, everywhere))
-    return LayerShape(sequence, tokens, quotas, tuple(groups))
+    bounds = [tokens if everyone else min(tokens, quota) for quota in quotas]
+    projections = tuple(
+        GroupSlots(group, Quota(bound, Fraction(1)), bound)
+        for group, bound in zip(projection_groups(model.attention_weights, modalities), bounds, strict=False)
+    )
+    return LayerShape(sequence, tokens, quotas, tuple(groups), projections)
 
 
 def depth_shape(model: ModelConfig, own: GroupRows) -> DepthShape:

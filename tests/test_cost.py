@@ -74,12 +74,15 @@ def test_paper_recipes_fit_routers_by_table_6():
 VARIANTS = ["dense", "8x", "1t1i", "4t4i", "7t1i", "2t2i+1x", "4t4i+2x", "4t4i+1t2i", "dense+1x", "dense+1t1i"]
 
 
-@pytest.mark.parametrize("ffn", VARIANTS)
-def test_parameters_are_those_of_the_initialised_model(ffn):
-    config = tiny(ffn)
+@pytest.mark.parametrize(
+    ("ffn", "weights"), [*((ffn, "shared") for ffn in VARIANTS), ("dense", "by_modality"), ("2t2i+1x", "by_modality")]
+)
+def test_parameters_are_those_of_the_initialised_model(ffn, weights):
+    config = tiny(ffn, attention_weights=weights)
     state = step_lib.abstract_state(program_of(config), {})
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     figures = cost(config)
+    assert figures["parameters"]["active"] == cost(tiny(ffn))["parameters"]["active"]
     assert figures["parameters"]["total"] == count and figures["parameters"]["auxiliary"] == 0
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert figures["bytes"] == {**figures["bytes"], "parameters": 4 * count, "optimizer": 4 * moments}
@@ -129,11 +132,12 @@ SHAPES = {
     "wide": {"width": 64, "layers": 3, "sequence": 32, "norm": "pre"},
     "accumulated": {"width": 48, "heads": 6, "sequence": 128, "group_rows": 1, "accumulate": 2},
     "uneven": {"ffn_width": 256, "quotas": (0.75, 0.25)},
+    "own": {"attention_weights": "by_modality"},
 }
 # Every shape twice, every layer in one of the shapes that are special.
 PAIRS = [
     ("dense", "square"), ("dense", "uneven"), ("8x", "wide"), ("8x", "accumulated"), ("1t1i", "wide"),
-    ("4t4i", "square"), ("4t4i", "accumulated"), ("2t2i+1x", "uneven"),
+    ("4t4i", "square"), ("4t4i", "accumulated"), ("2t2i+1x", "uneven"), ("1t1i", "own"),
 ]  # fmt: skip
 
 
@@ -154,6 +158,13 @@ def test_executed_flops_count_the_slots_of_generous_quotas(ffn):
     flops = cost(config)["flops_per_token"]
     assert flops["executed"] == pytest.approx(product_flops(step_jaxpr(config)) / config.batch_tokens, rel=1e-3)
     assert ffn == "8x" or flops["executed"] > 1.03 * flops["train"]
+
+
+def test_executed_flops_count_the_slots_of_projections():
+    config = tiny("1t1i", quotas=(0.75, 0.5), attention_weights="by_modality")
+    flops, shared = (cost(c)["flops_per_token"] for c in (config, tiny("1t1i", quotas=(0.75, 0.5))))
+    assert flops["executed"] == pytest.approx(product_flops(step_jaxpr(config)) / config.batch_tokens, rel=1e-3)
+    assert flops["train"] == shared["train"] and flops["executed"] > 1.01 * shared["executed"]
 
 
 def test_remat_costs_a_forward_pass_of_the_layers():

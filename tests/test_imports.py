@@ -28,6 +28,7 @@ FLOORS = [
     ["config"],
     ["rules"],
     ["routers"],
+    ["by_token"],
     ["router"],
     ["fields", "ffn", "vocab", "hosts"],
     ["storage"],

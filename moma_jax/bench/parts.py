@@ -37,7 +37,7 @@ def measure_parts(
     layer = jax.tree.map(lambda x: x[0], state.params["layers"])
     known = batch.token_BS, batch.segment_BS, batch.position_BS, batch.modality_BS
     ffn = FfnCase.of(program.decoder, known, layer["ffn"])
-    attention = _attention(program, layer["attention"], batch, x_BSD)
+    attention = _attention(program, layer["attention"], batch, ffn.tokens.projected, x_BSD)
     seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
     seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
     seconds |= in_turns({"optimizer": _optimizer(program, state)}, repeats)
@@ -46,15 +46,16 @@ def measure_parts(
     return {name: times[name] * median.get(name, 0.0) for name in PARTS}
 
 
-def _attention(program: step_lib.Program, params, batch: Batch, x_BSD) -> Callable:
+def _attention(program: step_lib.Program, params, batch: Batch, projected, x_BSD) -> Callable:
     """Projections, norms and rotations of q and k, scores, output projection."""
     model = program.config.model
     rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.width // model.heads, model.rope_theta))
 
     def attend(params, x_BSD, around):
-        return attend_rows(x_BSD, params, *around, model)
+        *rows, projected = around
+        return attend_rows(x_BSD, params, *rows, model, projected)
 
-    around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS))
+    around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS), projected)
     return differentiated(attend, (params, x_BSD), around, times=model.layers)
 
 

@@ -108,6 +108,8 @@ def _dense_config(run: str) -> Config:
     config = config_of(run)
     if config.model.ffn != "dense":
         raise InputError(f"{run}: model.ffn is {config.model.ffn}; only dense runs fit Chameleon's layout")
+    if config.model.attention_weights != "shared":
+        raise InputError(f"{run}: its modalities have attention weights of their own; a Chameleon has one for all")
     return config
 
 

@@ -14,13 +14,14 @@ from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.geometry import block_queries
 from moma_jax.model.blockwise import attend_blocks, scored, softmaxed
+from moma_jax.model.dispatch import combine, dispatch_all
 from moma_jax.model.kernels import refusal, warn
 from moma_jax.model.kernels.splash import attend_fused
 from moma_jax.model.kernels.triton import attend_triton
 from moma_jax.model.kernels.turned import Norm, turned
 from moma_jax.model.parameters import ATTENTION_AXES as AXES
 from moma_jax.model.precision import wide
-from moma_jax.sharding import TENSOR
+from moma_jax.sharding import BATCH, TENSOR
 
 NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every one."""
@@ -46,13 +47,15 @@ def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
     A query sees the keys of its segment at its own position and before. Padding is a segment of its own (0): its rows
     are finite, and no real token sees them. At most `chunk` queries are scored at a time, the backward pass included.
 
-    Scores are written out, but on a GPU that has a fused kernel for it; a TPU's is part of `attend_rows`.
+    Scores are written out where the device has no fused kernel for it; `attend_rows` has more of them for a TPU.
     """
     chex.assert_equal_shape((q_BSHK, k_BSHK, v_BSHK))
     chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
     narrow = q_BSHK.dtype.itemsize == 2  # wider ones would be rounded on the way into a GPU's matrix units
     if sharding.platform() == "gpu" and narrow and _refused(*q_BSHK.shape[1:]) is None:
         return attend_triton(q_BSHK, k_BSHK, v_BSHK, segment_BS)
+    if sharding.platform() == "tpu" and _refused(*q_BSHK.shape[1:]) is None:
+        return attend_splash(q_BSHK, k_BSHK, v_BSHK, segment_BS)
     return attend_written(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=chunk)
 
 
@@ -112,12 +115,17 @@ def project_out(y_BSHK, weights: dict[str, Any]):
     return jnp.einsum("bshk,hkd->bsd", y_BSHK, weights["out_HKD"].astype(y_BSHK.dtype))
 
 
-def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig):
+def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig, projected=None):
     """The attention sub-layer on whole rows: projections without bias, QK-norm, rotary positions, `attend`.
 
     x_BSD in compute dtype; returns the same shape and dtype. Each device has its own rows and heads. A TPU has kernels
     for what lies between the products; where they do not fit, it is written out.
+
+    Args:
+      weights: as the module has them; by modality where these have their own, whose tokens `projected` then has.
     """
+    if projected:
+        return _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model, projected)
     heads, width = weights["query_norm"]["scale_HK"].shape
     local = x_BSD.shape[1], heads // sharding.size(TENSOR), width
     if sharding.platform() == "tpu" and _refused(*local) is None:
@@ -161,13 +169,79 @@ def _attend_rows_fused(x_BSD, weights: dict[str, Any], segment_BS, angles, model
     return _finished(mixed(*qkv, norms, angles, segment_BS), heads, weights["out_HKD"], "bhsk,hkd->bsd")
 
 
+def _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model: ModelConfig, projected):
+    """`attend_rows` where modalities have weights of their own (Mixture-of-Transformers, arXiv 2411.04996).
+
+    Tokens of a modality are gathered to as many slots as its quota has, projected, normed and turned there, and
+    scattered back to their rows, where all attend to all. Padding has queries, keys and values of 0.
+    """
+
+    def prepare(x_BSD, weights, projected, angles):
+        angles_N = [a_BSK.reshape(-1, a_BSK.shape[-1]) for a_BSK in angles]
+
+        def project_slots(name, x_1ND, index_1N):
+            turns = [a_NK[index_1N] for a_NK in angles_N]
+            return project(x_1ND, _whole(weights[name], x_1ND.dtype), turns, model.norm_epsilon)
+
+        return _on_slots(project_slots, x_BSD, projected)
+
+    def finish(y_BSHK, weights, projected):
+        def project_slots(name, y_1NHK, _):
+            return (project_out(y_1NHK, _whole(weights[name], y_1NHK.dtype)),)
+
+        return sharding.psum(*_on_slots(project_slots, y_BSHK, projected), TENSOR)
+
+    rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
+    outward = {name: {"out_HKD": own["out_HKD"]} for name, own in weights.items()}
+    inward = {name: {key: w for key, w in own.items() if key != "out_HKD"} for name, own in weights.items()}
+    qkv = sharding.shard_map(prepare, (rows, _specs(inward), rows, rows), (heads,) * 3)
+    mix = sharding.shard_map(
+        functools.partial(attend, chunk=model.attention_chunk), (heads,) * 3 + (rows,) * 2, heads, check=False
+    )
+    y_BSHK = mix(*qkv(x_BSD, inward, projected, angles), segment_BS, position_BS)
+    return sharding.shard_map(finish, (heads, _specs(outward), rows), rows)(y_BSHK, outward, projected)
+
+
+def _on_slots(run: Callable, x_BSX, projected: dict[str, Any]) -> tuple:
+    """What `run` (modality, its slots' x_1NX, their tokens index_1N) gives, every token's in its place, 0 for padding;
+    several arrays."""
+    tokens, found = x_BSX.shape[0] * x_BSX.shape[1], None
+    slots = {name: _slots(own, tokens) for name, own in projected.items()}
+    inputs = dispatch_all(x_BSX.reshape(tokens, *x_BSX.shape[2:]), [index_1N for index_1N, _ in slots.values()])
+    for x_1NX, (name, (index_1N, filled_1N)) in zip(inputs, slots.items(), strict=True):
+        outs = run(name, x_1NX, index_1N)
+        if found is None:
+            empty = (jnp.zeros((tokens, *out.shape[2:]), out.dtype) for out in outs)
+            found = [sharding.pvary(zero, *BATCH, TENSOR) for zero in empty]
+        filled = (jnp.where(filled_1N.reshape(1, -1, *[1] * (out.ndim - 2)), out, 0) for out in outs)
+        found = [combine(sum_N, index_1N, out_1N) for sum_N, out_1N in zip(found, filled, strict=True)]
+    return tuple(sum_N.reshape(*x_BSX.shape[:2], *sum_N.shape[1:]) for sum_N in found)
+
+
+def _slots(selection, tokens: int):
+    """(index_1N, filled_1N) of a modality's slots in all routing groups of some tokens, one after the other."""
+    groups = len(selection.index_EC)
+    start_G11 = jnp.arange(groups, dtype=jnp.int32)[:, None, None] * (tokens // groups)
+    return (selection.index_EC + start_G11).reshape(1, -1), selection.filled_EC.reshape(1, -1)
+
+
+def _whole(weights: dict[str, Any], dtype) -> dict[str, Any]:
+    """Weights as a device computes with them; norms stay float32."""
+    return weights | gathered({name: w for name, w in weights.items() if name in AXES}, dtype)
+
+
+def _specs(weights: dict[str, Any]) -> dict[str, Any]:
+    """Where the attention's weights lie, by name, whatever is around them."""
+    norm = dict.fromkeys(("scale_HK", "bias_HK"), ("heads", "head"))
+    axes = AXES | norm
+    return {name: sharding.spec(*axes[name]) if name in axes else _specs(own) for name, own in weights.items()}
+
+
 def _parts_of(weights: dict[str, Any]):
     """(matrices before the attention, norms, and the specs of both)."""
     matrices = {name: weights[name] for name in AXES if name != "out_HKD"}
     norms = {name: own for name, own in weights.items() if name not in AXES}
-    norm = dict.fromkeys(("scale_HK", "bias_HK"), sharding.spec("heads", "head"))
-    specs = {name: sharding.spec(*AXES[name]) for name in matrices}
-    return matrices, norms, specs, dict.fromkeys(norms, norm)
+    return matrices, norms, _specs(matrices), _specs(norms)
 
 
 def gathered(matrices: dict[str, Any], dtype) -> dict[str, Any]:
@@ -199,13 +273,17 @@ class Memory(NamedTuple):
     position_BP: Any = None
 
 
-def attend_cached(x_BQD, weights: dict[str, Any], memory: Memory, position_BQ, enters_BQ, angles, epsilon: float):
+def attend_cached(
+    x_BQD, weights: dict[str, Any], memory: Memory, position_BQ, enters_BQ, angles, epsilon: float, of=None
+):
     """The attention sub-layer on new tokens and all that their rows hold; (its output, the memory with them).
 
     Args:
       position_BQ: of the new tokens, in their rows. enters_BQ: bool; the others leave no key.
+      of: where modalities have weights of their own, (their names and numbers, modality_BQ).
     """
-    q_BQHK, k_BQHK, v_BQHK = project(x_BQD, weights, angles, epsilon)
+    into = functools.partial(project, angles=angles, epsilon=epsilon)
+    q_BQHK, k_BQHK, v_BQHK = into(x_BQD, weights) if of is None else _each(into, x_BQD, weights, *of)
     key_BPHK, value_BPHK, place_BP = memory
     rows, positions = key_BPHK.shape[:2]
     row_B1 = jnp.arange(rows)[:, None]
@@ -223,4 +301,24 @@ def attend_cached(x_BQD, weights: dict[str, Any], memory: Memory, position_BQ, e
     visible_BQP = position_BQ[:, :, None] >= key_position_BP[:, None, :]
     q_BHQK, k_BHPK, v_BHPK = (x.swapaxes(1, 2) for x in (q_BQHK, key_BPHK, value_BPHK))
     y_BHQK, _ = softmaxed(scored(q_BHQK, k_BHPK, visible_BQP), v_BHPK)
-    return project_out(y_BHQK.swapaxes(1, 2), weights), Memory(key_BPHK, value_BPHK, place_BP)
+    y_BQHK = y_BHQK.swapaxes(1, 2)
+    out_BQD = project_out(y_BQHK, weights) if of is None else _each(project_out, y_BQHK, weights, *of)
+    return out_BQD, Memory(key_BPHK, value_BPHK, place_BP)
+
+
+def _each(run: Callable, x_BQX, weights: dict[str, Any], modalities: dict[str, int], modality_BQ):
+    """What `run(x, weights)` gives each token under the weights of its modality, computed for those that are there."""
+    found = jax.tree.map(
+        lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(run, x_BQX, next(iter(weights.values())))
+    )
+    for name, number in modalities.items():
+        here_BQ = modality_BQ == number
+
+        def add(found, name=name, here_BQ=here_BQ):
+            def chosen(new, old):
+                return jnp.where(here_BQ.reshape(*here_BQ.shape, *[1] * (new.ndim - 2)), new, old)
+
+            return jax.tree.map(chosen, run(x_BQX, weights[name]), found)
+
+        found = jax.lax.cond(here_BQ.any(), add, lambda same: same, found)
+    return found

@@ -7,6 +7,7 @@ cached decoding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
-from moma_jax.geometry import LayerShape
+from moma_jax.geometry import GroupSlots, LayerShape
 from moma_jax.model import moe
 from moma_jax.model.attention import attend_rows
 from moma_jax.model.kernels import splash
 from moma_jax.model.moe import RoutingKeys, RoutingTokens, layer_routing
-from moma_jax.model.parameters import AttentionParameters, FfnParameters, NormParameters
+from moma_jax.model.parameters import AttentionParameters, FfnParameters, NormParameters, owned
 from moma_jax.model.precision import wide
 from moma_jax.sharding import EXPERT, FSDP
 
@@ -30,7 +31,8 @@ def block(x_BSD, weights: dict[str, Any], attend: Callable, experts: Callable, m
     """One layer.
 
     Args:
-      weights: "attention_norm" and "ffn_norm", scales (D,); what else the callables need they know.
+      weights: "attention_norm" and "ffn_norm", scales (D,) or each token's own (B, S, D); what else the callables need
+        they know.
       attend: activations -> (activations, memory). experts: activations -> (activations, result of routing).
       dropout: (activations, number of the sub-layer) -> activations; None: none.
 
@@ -39,12 +41,12 @@ def block(x_BSD, weights: dict[str, Any], attend: Callable, experts: Callable, m
     """
     drop = dropout or (lambda y_BSD, _: y_BSD)
 
-    def sub_layer(x_BSD, body, scale_D, number):
+    def sub_layer(x_BSD, body, scale, number):
         if model.norm == "pre":  # Chameleon-7B
-            y_BSD, result = body(rms_norm(x_BSD, scale_D, model.norm_epsilon))
+            y_BSD, result = body(rms_norm(x_BSD, scale, model.norm_epsilon))
         else:  # swin: Chameleon-34B, MoMa
             y_BSD, result = body(x_BSD)
-            y_BSD = rms_norm(y_BSD, scale_D, model.norm_epsilon)
+            y_BSD = rms_norm(y_BSD, scale, model.norm_epsilon)
         return x_BSD + drop(y_BSD, number), result
 
     with jax.named_scope("attention"):
@@ -54,11 +56,22 @@ def block(x_BSD, weights: dict[str, Any], attend: Callable, experts: Callable, m
     return x_BSD, memory, result
 
 
-def rms_norm(x_BSD, scale_D, epsilon: float):
-    """Root-mean-square norm over the width, in float32, back in the dtype of x."""
+def rms_norm(x_BSD, scale, epsilon: float):
+    """Root-mean-square norm over the width, in float32, back in the dtype of x; `scale` is (D,) or (B, S, D)."""
     wide_BSD = wide(x_BSD)
     square_BS1 = jnp.square(wide_BSD).mean(-1, keepdims=True)
-    return (wide_BSD * jax.lax.rsqrt(square_BS1 + epsilon) * scale_D).astype(x_BSD.dtype)
+    return (wide_BSD * jax.lax.rsqrt(square_BS1 + epsilon) * scale).astype(x_BSD.dtype)
+
+
+def scale_of(scales: Any, projections: tuple[GroupSlots, ...], modality_BS):
+    """A norm's scale (D,), or, where modalities have their own, that of each token (B, S, D); padding has 0."""
+    if not projections:
+        return scales
+    own_BSD = (
+        jnp.where((modality_BS == own.group.modalities[0])[..., None], scales[own.group.name], 0.0)
+        for own in projections
+    )
+    return sum(own_BSD)
 
 
 class Context(NamedTuple):
@@ -92,19 +105,21 @@ class Layer(nn.Module):
     def __call__(self, x_BSD, scanned, context: Context):
         number, state = scanned
         model, key = self.model, jax.random.fold_in(context.step_key, number)
+        projections, modality_BS = self.shape.projections, context.tokens.modality_GT.reshape(x_BSD.shape[:2])
+        norm = functools.partial(NormParameters, model.width)
         weights = {
-            "attention": AttentionParameters(model, name="attention")(),
-            "attention_norm": NormParameters(model.width, name="attention_norm")(),
-            "ffn_norm": NormParameters(model.width, name="ffn_norm")(),
+            "attention": owned(functools.partial(AttentionParameters, model), projections, "attention"),
             "ffn": FfnParameters(model, self.shape.groups, name="ffn")(),
         }
+        for name in ("attention_norm", "ffn_norm"):
+            weights[name] = scale_of(owned(norm, projections, name), projections, modality_BS)
         jitter = jax.random.bits(jax.random.fold_in(context.jitter_key, number))
         keys = RoutingKeys(jitter, jax.random.fold_in(key, 0), context.noise)
         routing = layer_routing(model, self.shape, self.group_rows, self.causal, self.train)
 
         def attend(y_BSD):
             rows = context.segment_BS, context.position_BS, context.angles
-            return attend_rows(y_BSD, weights["attention"], *rows, model), None
+            return attend_rows(y_BSD, weights["attention"], *rows, model, context.tokens.projected), None
 
         def experts(y_BSD):
             y_GTD = y_BSD.reshape(-1, self.group_rows * y_BSD.shape[1], model.width)

@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec
 from moma_jax import sharding
 from moma_jax.config import Config, ModelConfig
 from moma_jax.errors import InputError
-from moma_jax.geometry import depth_of, layer_of
+from moma_jax.geometry import GroupSlots, depth_of, layer_of
 from moma_jax.model import moe
 from moma_jax.model.attention import NOWHERE, Memory, attend_cached, rotary_angles
-from moma_jax.model.block import block, rms_norm
+from moma_jax.model.block import block, rms_norm, scale_of
 from moma_jax.model.depth import depth_routing, enter_cached
-from moma_jax.model.parameters import MATRICES, ExpertWeights, weights_of
+from moma_jax.model.parameters import ATTENTION_AXES, MATRICES, ExpertWeights, weights_of
 from moma_jax.model.precision import compute_dtype
 
 TOGETHER = 4
@@ -100,13 +100,12 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
         own = jax.tree.map(lambda x_L: x_L[number // 2 if config.depth else number], params["layers"])
         depth = weights_of(own.pop("depth", {})) if number % 2 == 0 else {}
         own = own[("even", "odd")[number % 2]] if config.depth else own
-        matrices = {name: w.astype(dtype) for name, w in own["attention"].items() if not name.endswith("_norm")}
         ffn = weights_of(own["ffn"])
         place = {name: number // 2 if name in pairs else number for name in routing_state or {}}
         return _placed({
-            "attention": own["attention"] | matrices,
-            "attention_norm": own["attention_norm"]["scale_D"],
-            "ffn_norm": own["ffn_norm"]["scale_D"],
+            "attention": _in_dtype(own["attention"], dtype),
+            "attention_norm": _scales(own["attention_norm"]),
+            "ffn_norm": _scales(own["ffn_norm"]),
             "ffn": {name: weights._replace(gate_EDF=None, up_EDF=None, down_EFD=None) for name, weights in ffn.items()},
             "experts": {name: _apart(weights, dtype) for name, weights in ffn.items()},
             "depth": depth,
@@ -153,6 +152,22 @@ def _placed(tree: Any) -> Any:
     if sharding.size(*sharding.AXES) == 1:
         return tree
     return jax.device_put(tree, jax.tree.map(sharding.placed_by, specs_of(tree)))
+
+
+def _in_dtype(attention: dict[str, Any], dtype) -> dict[str, Any]:
+    """The attention's weights, of all or by modality, with matrices in compute dtype."""
+
+    def one(name: str, own: Any) -> Any:
+        if name in ATTENTION_AXES:
+            return own.astype(dtype)
+        return own if name.endswith("_norm") else _in_dtype(own, dtype)
+
+    return {name: one(name, own) for name, own in attention.items()}
+
+
+def _scales(norm: dict[str, Any]) -> Any:
+    """A norm's scale, or that of each modality by name."""
+    return norm["scale_D"] if "scale_D" in norm else {name: own["scale_D"] for name, own in norm.items()}
 
 
 def _apart(weights: ExpertWeights, dtype) -> tuple[ExpertWeights, ...]:
@@ -205,7 +220,8 @@ def extend(
     """
     model, depth = config.model, depth_of(config)
     of_depth = depth_routing(model, depth, len(config.data.modalities), routing) if depth else None
-    static = _Static(model, moe.layer_routing(model, layer_of(config), 1, routing, False), of_depth)
+    shape = layer_of(config)
+    static = _Static(model, moe.layer_routing(model, shape, 1, routing, False), of_depth, shape.projections)
     arguments = (token_BQ, count_B, cache.length_B, jnp.asarray(vocabulary_modality_V, jnp.int32))
     x_BQD, new, length_B = _looked_up(weights["embedding_VD"], *arguments, model=model)
     memories = []
@@ -224,6 +240,7 @@ class _Static(NamedTuple):
     model: ModelConfig
     of_experts: moe.Routing
     of_depth: moe.Routing | None
+    projections: tuple[GroupSlots, ...]
 
 
 class _New(NamedTuple):
@@ -270,9 +287,8 @@ def _through_parts(memories, x_BQD, layers, new: _New, length_B, *, static: _Sta
 
         def through(x_BQD, enters_BQ, memory, layer=layer):
             modality_BQ = jnp.where(enters_BQ, new.facts.modality_N, -1)
-            facts = moe.TokenFacts(*(x.reshape(-1) for x in new.facts._replace(modality_N=modality_BQ)))
             tokens = (memory, new.facts.position_N, enters_BQ, new.angles)
-            return _layer(x_BQD, layer, tokens, facts, static.of_experts, static.model)
+            return _layer(x_BQD, layer, tokens, new.facts._replace(modality_N=modality_BQ), static)
 
         if layer["depth"]:
             arguments = (x_BQD, new.facts, memory, layer["depth"], layer["state"], static.of_depth, through)
@@ -283,20 +299,24 @@ def _through_parts(memories, x_BQD, layers, new: _New, length_B, *, static: _Sta
     return x_BQD, written
 
 
-def _layer(x_BQD, layer, tokens, facts: moe.TokenFacts, routing: moe.Routing, model: ModelConfig):
-    """`block` on new tokens: (its output, the memory with them)."""
+def _layer(x_BQD, layer, tokens, facts: moe.TokenFacts, static: _Static):
+    """`block` on new tokens, whose `facts` are (B, Q): (its output, the memory with them)."""
+    model, routing, modality_BQ = static.model, static.of_experts, facts.modality_N
+    numbers = {own.group.name: own.group.modalities[0] for own in static.projections}
+    scales = {name: scale_of(layer[name], static.projections, modality_BQ) for name in ("attention_norm", "ffn_norm")}
 
     def attend(y_BQD):
-        y_BQD, memory = attend_cached(y_BQD, layer["attention"], *tokens, model.norm_epsilon)
+        of = (numbers, modality_BQ) if numbers else None
+        y_BQD, memory = attend_cached(y_BQD, layer["attention"], *tokens, model.norm_epsilon, of)
         return sharding.psum(y_BQD, *SPLIT), memory
 
     def experts(y_BQD):
-        x_ND = y_BQD.reshape(-1, model.width)
-        arguments = (jnp.zeros_like(x_ND), x_ND, facts, routing.groups, layer["ffn"], layer["experts"])
+        x_ND, of_N = y_BQD.reshape(-1, model.width), moe.TokenFacts(*(x_BQ.reshape(-1) for x_BQ in facts))
+        arguments = (jnp.zeros_like(x_ND), x_ND, of_N, routing.groups, layer["ffn"], layer["experts"])
         y_ND, _, copied_N = moe.add_decided(*arguments, layer["state"], routing)
         return moe.with_copies(sharding.psum(y_ND, *SPLIT), x_ND, copied_N).reshape(y_BQD.shape), None
 
-    x_BQD, memory, _ = block(x_BQD, layer, attend, experts, model)
+    x_BQD, memory, _ = block(x_BQD, scales, attend, experts, model)
     return x_BQD, memory
 
 

@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         row_GR1 = (group_G[:, None] * self.group_rows + jnp.arange(self.group_rows))[..., None]
         hash_GT = position_hash(row_GR1, jnp.arange(sequence)).reshape(groups, -1)
         id_GT, position_GT = (x_BS.astype(jnp.int32).reshape(groups, -1) for x_BS in (token_BS, position_BS))
-        return routing_tokens(self.shape(sequence).groups, modality_GT, hash_GT, id_GT, position_GT, group_G)
+        return routing_tokens(self.shape(sequence), modality_GT, hash_GT, id_GT, position_GT, group_G)
 
 
 def look_up(table_VD, token_BS, dtype):

@@ -150,7 +150,7 @@ def gather_entering(
             for name, own in weights.items()
         }
         entered, result = choose(x_BSD, tokens, keys, state, weights, routing, depth)
-        taken = take(x_BSD, segment_BS, position_BS, tokens, entered, depth.inside.groups)
+        taken = take(x_BSD, segment_BS, position_BS, tokens, entered, depth.inside)
         return (*taken, entered, over_shards(result, state))
 
     split, same = sharding.spec("batch"), sharding.spec()
@@ -186,7 +186,7 @@ def by_row(tokens: RoutingTokens, rows: int) -> RoutingTokens:
     group_rows = rows // len(tokens.group_G)
     row_B = (tokens.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
     facts = (x_GT.reshape(rows, -1) for x_GT in tokens[:4])
-    return RoutingTokens(*facts, row_B, {})
+    return RoutingTokens(*facts, row_B, {}, {})
 
 
 def by_token(selections: list[Selection], tokens: int):
@@ -208,7 +208,7 @@ def ordered(gate_S, enters_S, slots: int) -> Entered:
     return Entered(index_C, jnp.where(filled_C, gate_S[index_C], 0.0), filled_C)
 
 
-def take(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, entered: Entered, inside: tuple[GroupSlots, ...]):
+def take(x_BSD, segment_BS, position_BS, tokens: RoutingTokens, entered: Entered, inside: LayerShape):
     """(x_BCD, segment_BC, position_BC, RoutingTokens) of those who entered; an empty slot is padding."""
     rows, groups = len(x_BSD), len(tokens.group_G)
 

@@ -40,6 +40,7 @@ class RoutingTokens(NamedTuple):
       id_GT: int32 ids. position_GT: int32 positions in their documents.
       group_G: int32 index of the routing group within the update.
       unrouted: Selections (G, 1, C) of the groups that have one expert, by name; equal in all layers.
+      projected: Selections (G, 1, C) of the tokens of each modality that has attention weights of its own, by name.
     """
 
     modality_GT: Any
@@ -48,6 +49,7 @@ class RoutingTokens(NamedTuple):
     position_GT: Any
     group_G: Any
     unrouted: dict[str, Selection]
+    projected: dict[str, Selection]
 
 
 class TokenFacts(NamedTuple):
@@ -109,14 +111,16 @@ class Routing(NamedTuple):
         return [(number, own) for number, own in enumerate(self.groups) if own.group.routed]
 
 
-def routing_tokens(groups: tuple[GroupSlots, ...], modality_GT, hash_GT, id_GT, position_GT, group_G) -> RoutingTokens:
-    """RoutingTokens for the experts of these groups; -1 is the modality of padding."""
-    unrouted = {}
-    for own in groups:
-        if not own.group.routed and not own.everywhere:
-            eligible_GT = jnp.isin(modality_GT, jnp.array(own.group.modalities))
-            unrouted[own.group.name] = jax.vmap(lambda e, quota=own.quota: take_all(e, quota))(eligible_GT)
-    return RoutingTokens(modality_GT, hash_GT, id_GT, position_GT, group_G, unrouted)
+def routing_tokens(shape: LayerShape, modality_GT, hash_GT, id_GT, position_GT, group_G) -> RoutingTokens:
+    """RoutingTokens for a layer of this shape; -1 is the modality of padding."""
+
+    def all_of(own: GroupSlots) -> Selection:
+        eligible_GT = jnp.isin(modality_GT, jnp.array(own.group.modalities))
+        return jax.vmap(lambda eligible_T: take_all(eligible_T, own.quota))(eligible_GT)
+
+    alone = (own for own in shape.groups if not own.group.routed and not own.everywhere)
+    taken = [{own.group.name: all_of(own) for own in some} for some in (alone, shape.projections)]
+    return RoutingTokens(modality_GT, hash_GT, id_GT, position_GT, group_G, *taken)
 
 
 def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, routing: Routing, model: ModelConfig):

@@ -23,6 +23,9 @@ All float32; layers are stacked with a leading axis L, also where there is one (
     final_norm/scale_D                      [norm]
     unembedding/kernel_DV                   [embed, vocab]
 
+Where modalities have attention weights of their own (model.attention_weights) each has attention, attention_norm and
+ffn_norm under its name: layers/attention/text/query_DHK, layers/attention_norm/image/scale_D.
+
 With mixture of depths (mod+4t4i) layers come in pairs, of which only some tokens enter the first: layers/even/... and
 layers/odd/... have half of the layers each, and layers/depth/<router>/router_DE [layers, embed, -] decides, with
 <router> "depth_<modality>", or "depth_all" (model.depth_by); its auxiliary router is layers/depth/<router>_auxiliary.
@@ -39,6 +42,7 @@ start. Projections into the residual stream are scaled by a further 1/sqrt(2L) u
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -71,6 +75,8 @@ class ExpertWeights(NamedTuple):
 
 MATRICES = ("gate_EDF", "up_EDF", "down_EFD")
 
+OWNED = ("attention", "attention_norm", "ffn_norm")
+"""Parameters of a layer that modalities may have of their own (`model.attention_weights`)."""
 ATTENTION_AXES = {
     "query_DHK": ("embed", "heads", "head"),
     "key_DHK": ("embed", "heads", "head"),
@@ -163,6 +169,22 @@ class QkNormParameters(_Declares):
         axes = ("heads", "head")
         scale_HK = self.weight("scale_HK", axes, nn.initializers.ones, self.shape)
         return {"scale_HK": scale_HK, "bias_HK": self.weight("bias_HK", axes, nn.initializers.zeros, self.shape)}
+
+
+class ByModality(nn.Module):
+    """Parameters that modalities have of their own, by name; `make` gives each module its name."""
+
+    make: Callable[..., nn.Module]
+    projections: tuple[GroupSlots, ...]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        return {own.group.name: self.make(name=own.group.name)() for own in self.projections}
+
+
+def owned(make: Callable[..., nn.Module], projections: tuple[GroupSlots, ...], name: str):
+    """What a module's parameters are under this name: one for all, or a dictionary by modality."""
+    return ByModality(make, projections, name=name)() if projections else make(name=name)()
 
 
 class AttentionParameters(_Declares):

@@ -9,6 +9,9 @@ with the share c of the group's tokens that an expert takes and its gate g, befo
 one expert had no router: c = g = 1. Its new router is zero, so g' = 1/2, and k experts have 2 / (k * c'): 2 for
 1t1i -> 4t4i; 1/2 with model.capacity 1.0, where the output is the old one token by token. Where there is a router its
 columns are copied with the experts: g = g', and with equal capacity all copies take what the expert took.
+
+Where modalities get attention weights of their own (`model.attention_weights`) each begins with the seed's: the same
+function of every token.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from moma_jax.errors import InputError
 from moma_jax.geometry import group_capacity
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.decoder import first_routing_state
-from moma_jax.model.parameters import MATRICES
+from moma_jax.model.parameters import MATRICES, OWNED
 from moma_jax.training.step import Program, TrainState, abstract_state, init_params
 
 
@@ -50,7 +53,12 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
     for what, one, other in (("shared experts", *shared), ("mod+", before.depth, after.depth)):
         if one != other:
             raise InputError(f"model.ffn: {names}: {what} must be the seed's ({one} -> {other})")
-    if before == after:
+    weights = [each.model.attention_weights for each in (seed, config)]
+    if weights == ["by_modality", "shared"]:
+        raise InputError(
+            "model.attention_weights: the seed's modalities have weights of their own; leave it by_modality"
+        )
+    if before == after and weights[0] == weights[1]:
         raise InputError(f"model.ffn: {names} makes no experts; name more of them, or train with run.init_from")
     copied = {}
     for group in after.groups:
@@ -116,7 +124,10 @@ def grown(old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copi
 
     result = {}
     for name, part in fresh.items():
-        if name == "ffn":
+        if name in OWNED and (new := set(part) - set(old[name])):  # modalities, where one was for all
+            factor = scale(Copied(name, len(new), 1.0), False)
+            result[name] = dict.fromkeys(part, jax.tree.map(lambda leaf, by=factor: by * leaf, old[name]))
+        elif name == "ffn":
             result[name] = {group: experts(old[name], group, weights) for group, weights in part.items()}
         elif isinstance(part, dict):  # auxiliary routers are also those of mixture of depths
             result[name] = part if name.endswith(SUFFIX) else grown(old[name], part, copied, scale)

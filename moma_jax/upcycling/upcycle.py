@@ -50,10 +50,11 @@ MAY_CHANGE = (
     "model.ffn_width",  # of which only the hidden size matters
     "model.capacity",
     "model.router",
+    "model.attention_weights",
     "model.dropout",
     "model.dtype",
 )
-"""Fields of the model that the parameters taken over do not depend on."""
+"""Fields of the model that the parameters taken over do not depend on, or are copied for."""
 
 
 def upcycle(

@@ -106,12 +106,19 @@ def attention(x_SD, segment_S, position_S, weights, *, theta=10000.0, epsilon=1e
 
     weights: query_DHK, key_DHK, value_DHK, out_HKD, and query_norm, key_norm: {scale_HK, bias_HK}.
     """
-    x_SD, (_, heads, width) = np.asarray(x_SD, np.float64), np.shape(weights["query_DHK"])
-    y_SD = np.zeros_like(x_SD)
+    names = {"theta": theta, "epsilon": epsilon}
+    return attention_by_modality(x_SD, segment_S, position_S, ["all"] * len(x_SD), {"all": weights}, **names)
+
+
+def attention_by_modality(x_SD, segment_S, position_S, name_S, weights, *, theta=10000.0, epsilon=1e-5):
+    """`attention` where each token is projected, in and out, by its own modality's weights: `weights` by the names that
+    `name_S` has of the tokens."""
+    x_SD, y_SD = np.asarray(x_SD, np.float64), np.zeros(np.shape(x_SD))
+    _, heads, width = np.shape(weights[name_S[0]]["query_DHK"])
 
     def projected(s, h, which):
-        v = x_SD[s] @ np.asarray(weights[f"{which}_DHK"], np.float64)[:, h]
-        norm = weights[f"{which}_norm"]
+        own = weights[name_S[s]]
+        v, norm = x_SD[s] @ np.asarray(own[f"{which}_DHK"], np.float64)[:, h], own[f"{which}_norm"]
         v = (v - v.mean()) / np.sqrt(v.var() + epsilon) * norm["scale_HK"][h] + norm["bias_HK"][h]
         return rotary(v, position_S[s], theta)
 
@@ -121,8 +128,8 @@ def attention(x_SD, segment_S, position_S, weights, *, theta=10000.0, epsilon=1e
             seen = [r for r in range(s + 1) if segment_S[r] == segment_S[s]]
             score = np.array([q[s] @ k[r] / np.sqrt(width) for r in seen])
             weight = np.exp(score - score.max())
-            mixed = (weight / weight.sum()) @ np.array([x_SD[r] @ weights["value_DHK"][:, h] for r in seen])
-            y_SD[s] += mixed @ weights["out_HKD"][h]
+            values = np.array([x_SD[r] @ weights[name_S[r]]["value_DHK"][:, h] for r in seen])
+            y_SD[s] += (weight / weight.sum()) @ values @ weights[name_S[s]]["out_HKD"][h]
     return y_SD
 
 

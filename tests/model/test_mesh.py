@@ -41,6 +41,8 @@ WHOLE = "4t4i"
 SOME = ("fsdp_expert_tensor", "data_expert")
 RULED = [f"{WHOLE}:{name}" for name in RIVALS]
 """The same layout under other rules, on those of `SOME`."""
+OWN = ["4t4i:own", "mod+2t2i:own"]
+"""Attention weights of each modality's own."""
 FAST = ("4t4i", "data_fsdp_expert")
 """The layout and mesh of the fast tier: each axis but tensor, and microbatches."""
 STEPS = 12
@@ -51,12 +53,13 @@ def config(ffn: str, sizes: dict[str, int]) -> Config:
     ffn, _, rule = ffn.partition(":")
     layers = 2 if ffn.startswith("mod+") else 1
     small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=layers)
-    model = dataclasses.replace(small.model, depth_capacity=0.5)
+    weights = "by_modality" if rule == "own" else "shared"
+    model = dataclasses.replace(small.model, depth_capacity=0.5, attention_weights=weights)
     data = dataclasses.replace(small.data, sequence=8, group_rows=1)
     accumulate = 2 if sizes["data"] == 2 else 1
     train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=accumulate, loss_chunk=24)
     small = dataclasses.replace(small, model=model, data=data, train=train, mesh=MeshConfig(**sizes))
-    return with_router(small, RIVALS[rule]) if rule else small
+    return with_router(small, RIVALS[rule]) if rule in RIVALS else small
 
 
 def curve(config: Config) -> dict:
@@ -122,8 +125,8 @@ def test_a_mesh_gives_the_curve_of_one_device(tmp_path):
     assert_same_curves(found["one"], found[mesh])
 
 
-EVERY = [(ffn, mesh) for ffn in LAYOUTS + RULED for mesh in meshes_of(ffn)]
-OTHERS = [(f"{WHOLE}:{rule}", "fsdp_expert_tensor") for rule in ("deepseek", "null")]
+EVERY = [(ffn, mesh) for ffn in LAYOUTS + RULED + OWN for mesh in meshes_of(ffn)]
+OTHERS = [(f"{WHOLE}:{rule}", "fsdp_expert_tensor") for rule in ("deepseek", "null", "own")]
 
 
 @pytest.mark.slow

@@ -49,6 +49,17 @@ def test_logits_from_other_seeds(before, after, norm, capacity, scale):
     np.testing.assert_allclose(logits(new, made.params, batch), expected, atol=1e-5)
 
 
+def test_modalities_begin_with_the_seeds_attention():
+    seed = {"model_norm": "pre", "router_jitter": 0.0, "model_capacity": 1.0}
+    for before, after in (("dense", "1t1i"), ("2t2i", "2t2i"), ("mod+1t1i", "mod+1t1i")):
+        configs = [tiny(model_ffn=before, **seed), tiny(model_ffn=after, model_attention_weights="by_modality", **seed)]
+        old, state, new, made = grow(*configs)
+        batch = batch_of(configs[0])
+        np.testing.assert_allclose(logits(new, made.params, batch), logits(old, state.params, batch), atol=1e-5)
+    with pytest.raises(InputError, match="leave it by_modality"):
+        copied_groups(configs[1], tiny(model_ffn="mod+2t2i"))
+
+
 def test_default_capacity_keeps_the_mean_over_tokens():
     """A token that m of the four copies took has m times the seed's output; the mean of m is 1."""
     modality_GT = mixed(2, groups=8, padding=0.0)
