@@ -54,6 +54,36 @@ def _only_rule(module: Any) -> type[Router]:
     return rule
 
 
+def described() -> list[dict[str, Any]]:
+    """What the built-in rules say of themselves, by their files: "name", "about", "paper", "causal" (routings that can
+    generate), "sees_later" (in training), "losses", "state" and "options" with their defaults."""
+    return [
+        {
+            "name": name,
+            "about": inspect.getdoc(sys.modules[rule.__module__]).partition("\n")[0],
+            "paper": rule.paper,
+            "causal": list(rule.causal),
+            "sees_later": rule.sees_later,
+            "losses": list(rule.losses),
+            "state": sorted(rule().state(2)),
+            "options": options_of(rule()),
+        }
+        for name, rule in sorted(built_in().items())
+    ]
+
+
+def as_table() -> str:
+    """The built-in rules as a table of Markdown."""
+    rows = [("`model.router`", "from", "who takes which token", "causal routings", "in training", "losses", "state")]
+    rows.append(("---",) * len(rows[0]))
+    for own in described():
+        names = (", ".join(f"`{name}`" for name in own[key]) or "-" for key in ("causal", "losses", "state"))
+        causal, losses, state = names
+        sees = "sees later tokens" if own["sees_later"] else "causal"
+        rows.append((f"`{own['name']}`", own["paper"], own["about"], causal, sees, losses, state))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def loaded_rule(name: str) -> Router:
     """The rule of a name with its default options; runs the code of the file or module that it names.
 

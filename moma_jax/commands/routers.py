@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pkgutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import tyro
 
 import moma_jax
-from moma_jax.command_line import first_line
+from moma_jax import rules
 from moma_jax.commands import DEVICES, Run, print_list
 from moma_jax.config import MeshConfig, RoutersConfig
 
@@ -68,16 +66,17 @@ def calibrate(
         print(f"{name}: of the tokens that experts choose, thresholds let in {mean:.2f} ({spread}); set to 1")
 
 
-def list(json: bool = False) -> None:
+def list(json: bool = False, markdown: bool = False) -> None:
     """List the routing rules that `--model.router` knows by name.
 
     Args:
-      json: Print JSON.
+      json: Print JSON: each rule's paper, causal routings, losses, state and options, too.
+      markdown: Print the table of docs/routers.md.
     """
-    import moma_jax.routers as home
-
-    names = sorted(module.name for module in pkgutil.iter_modules(home.__path__) if not module.name.startswith("_"))
-    print_list([{"name": n, "about": first_line(Path(home.__path__[0], f"{n}.py"))} for n in names], json)
+    if markdown:
+        print(rules.as_table())
+    else:
+        print_list(rules.described(), json)
 
 
 SUBCOMMANDS = {"list": list, "fit": fit, "calibrate": calibrate}

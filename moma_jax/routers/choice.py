@@ -47,6 +47,7 @@ class Choice(Router):
 
     causal: ClassVar[tuple[str, ...]] = (CAUSAL, THRESHOLD)
     exact: ClassVar[bool] = True
+    paper: ClassVar[str] = "MoMa 2407.21770, expert choice 2202.09368"
     training_name: ClassVar[str] = "choice"
 
     def state(self, experts: int) -> State:

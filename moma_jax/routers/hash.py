@@ -1,4 +1,4 @@
-"""Hash routing, a control: a token's id alone says which expert it enters, by a fixed random table (arXiv 2106.04426).
+"""Hash routing, a control: a token's id alone says which expert it enters, by a fixed table.
 
 Nothing is learned and nothing of the context is seen. The same in all layers. Frequent ids make loads uneven, which
 `routing_dropped_<group>` and `routing_empty_slots_<group>` tell.

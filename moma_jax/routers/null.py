@@ -1,4 +1,4 @@
-"""Null experts: token choice among real experts and such as compute nothing (AdaMoE 2406.13233, MoE++ 2410.07348).
+"""Null experts: token choice among real experts and such as compute nothing or pass the token on.
 
 A token whose choices fall on null experts passes fewer real ones, so the number of experts varies by token. Zero
 experts give nothing, copy experts give the token itself, weighted by its gate. Their loads are balanced as one: which

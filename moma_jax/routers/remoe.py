@@ -1,4 +1,4 @@
-"""ReMoE: a token enters every expert whose logit is positive, weighted by the logit (arXiv 2412.14711).
+"""ReMoE: a token enters every expert whose logit is positive, weighted by the logit.
 
 Gates are continuous, so the router learns by gradients alone. An L1 term on the gates, heavier for experts that take
 much, makes them sparse: its weight grows by `factor` after every update in which tokens entered more than `mean`

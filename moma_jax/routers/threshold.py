@@ -1,6 +1,6 @@
-"""Thresholds as the training rule: after a warm-up of expert choice, every token enters the experts whose running
-threshold its logit reaches, so training is causal.
+"""Thresholds in training: after a warm-up of expert choice a token enters every expert whose threshold it reaches.
 
+From then on training is causal, as every token decides by itself. The thresholds are the running ones of expert choice.
 No expert can starve for long: its threshold follows the scores of all tokens of its modality, not of those it took, so
 where nothing passes it sinks to where the expert's share does. Noise on scores is for the warm-up alone.
 """
@@ -27,6 +27,7 @@ class Threshold(Choice):
     """Slots of an expert over those of expert choice; beyond them the latest positions are dropped."""
 
     exact: ClassVar[bool] = False
+    paper: ClassVar[str] = "ours; for text alone 2603.11535"
 
     def select(self, score: Score, eligible_T, quota: Quota, state: State, key) -> Routed:
         slots = self.slots(quota, len(eligible_T))

@@ -1,9 +1,9 @@
-"""Token choice: every token enters its best k experts (arXiv 2101.03961, 2202.08906, 2408.15664).
+"""Token choice: every token enters its best k experts, whose loads a loss or a bias evens.
 
 Loads are kept even by a loss (Switch Transformers), or without one by a bias that is added to the scores for choosing
-alone, and that rises where fewer tokens came than the mean and sinks where more did (DeepSeek). The z loss keeps logits
-small (ST-MoE). Fine-grained experts beside shared ones (DeepSeekMoE, arXiv 2401.06066) are `model.ffn` 16t16i+1x, a
-quarter of the hidden size, and `top` 4.
+alone, and that rises where fewer tokens came than the mean and sinks where more did (DeepSeek-V3). The z loss keeps
+logits small (ST-MoE). Fine-grained experts beside a shared one (DeepSeekMoE, arXiv 2401.06066) are `model.ffn`
+16t16i+1x, a quarter of the hidden size, and `top` 3.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenChoice(ByToken):
     """How fast biases follow the load, per update; 0: there are none."""
 
     losses: ClassVar[tuple[str, ...]] = ("balance", "z")
-    paper: ClassVar[str] = "Switch Transformers 2101.03961, ST-MoE 2202.08906, DeepSeek-V3 2408.15664"
+    paper: ClassVar[str] = "Switch Transformers 2101.03961, ST-MoE 2202.08906, loss-free 2408.15664"
 
     def state(self, experts):
         bias = {"bias_E": np.zeros(experts, np.float32)} if self.bias_rate else {}

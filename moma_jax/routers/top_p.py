@@ -1,4 +1,4 @@
-"""Top-p: a token enters its likeliest experts until they have a share p of its probability (arXiv 2403.07652).
+"""Top-p: a token enters its likeliest experts until they have a share p of its probability.
 
 Tokens of which the router is sure enter one expert, others several. The paper fixes p; here p may follow the load, so
 that a token enters `mean` experts on average and FLOPs are those of other rules. An entropy loss keeps routers from

@@ -338,4 +338,10 @@ def test_show_of_damaged_files_is_one_line(capsys, tmp_path):
 def test_routing_rules_are_the_files_of_their_folder(capsys):
     pytest.importorskip("moma_jax.routers")
     code, out, _ = run(capsys, "routers", "list", "--json")
-    assert code == 0 and all(rule["name"] and rule["about"] for rule in json.loads(out))
+    rules = {rule["name"]: rule for rule in json.loads(out)}
+    files = {path.stem for path in (ROOT / "moma_jax/routers").glob("*.py")} - {"__init__"}
+    assert code == 0 and set(rules) == files and all(rule["about"] and rule["paper"] for rule in rules.values())
+    assert rules["token_choice"]["options"]["top"] == 1 and rules["token_choice"]["losses"] == ["balance", "z"]
+    code, table, _ = run(capsys, "routers", "list", "--markdown")
+    page = (ROOT / "docs/routers.md").read_text()
+    assert code == 0 and page.partition("<!-- rules -->\n")[2].partition("<!-- end -->")[0] == table
