@@ -4,6 +4,7 @@ from moma_jax.routers.hash import Hash
 from moma_jax.routers.null import Null
 from moma_jax.routers.random import Random
 from moma_jax.routers.remoe import ReMoE
+from moma_jax.routers.sinkhorn import Sinkhorn
 from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.routers.top_p import TopP
 
@@ -15,4 +16,5 @@ RIVALS = {
     "null": Null(zero=2, copy=2),
     "hash": Hash(),
     "random": Random(),
+    "sinkhorn": Sinkhorn(),
 }

@@ -78,15 +78,30 @@ def at_random(rule, logit_E, state, token, experts):
     return dict.fromkeys(best(draws, rule.top), 1 / rule.top), 0.0
 
 
+def sinkhorn(rule, logit_E, state, token, experts):
+    """At the prices that `sinkhorn_prices` found for the routing group."""
+    ranked = [x - price for x, price in zip(logit_E, token["prices"], strict=True)]
+    return {e: 1 / (1 + math.exp(-logit_E[e])) for e in best(ranked, rule.top)}, 0.0
+
+
+def sinkhorn_prices(rule, logits, experts):
+    price_E = [0.0] * experts
+    for _ in range(rule.iterations):
+        shares = [softmax([x - p for x, p in zip(row, price_E, strict=True)]) for row in logits]
+        price_E = [p + math.log(max(sum(row[e] for row in shares), 1e-9)) for e, p in enumerate(price_E)]
+    return price_E
+
+
 ORACLES = {
     "token_choice": token_choice, "top_p": top_p, "remoe": remoe, "null": null, "hash": by_hash, "random": at_random,
+    "sinkhorn": sinkhorn,
 }  # fmt: skip
 
 
 def losses(name, rule, logits, choices, state, experts):
     """The rule's losses of one routing group's eligible tokens: their logits, and what they chose before any drop."""
     count = max(len(logits), 1)
-    if name in ("hash", "random"):
+    if name in ("hash", "random", "sinkhorn"):
         return {}
     if name == "remoe":
         weight = math.exp(float(state["log_weight"]))
@@ -132,10 +147,12 @@ def layer(name, rule, x_GTD, tokens, groups, weights, states, slots, rows):
     for g in range(len(x_GTD)):
         for own, modalities, experts in groups:
             w, used, logits, choices = weights[own], [0] * experts, [], []
-            for t in (t for t in order if tokens["modality"][g, t] in modalities):
+            mine = [t for t in order if tokens["modality"][g, t] in modalities]
+            prices = sinkhorn_prices(rule, x_GTD[g, mine] @ w["router_DE"], experts) if name == "sinkhorn" else None
+            for t in mine:
                 x = x_GTD[g, t]
                 logit_E = list(x @ w["router_DE"]) if "router_DE" in w else []
-                token = {key: int(tokens[key][g, t]) for key in ("id", "position")}
+                token = {key: int(tokens[key][g, t]) for key in ("id", "position")} | {"prices": prices}
                 chosen, copied = ORACLES[name](rule, logit_E, states[own], token, experts)
                 logits.append(logit_E)
                 choices.append(chosen)

@@ -20,6 +20,7 @@ from moma_jax.routers.hash import Hash
 from moma_jax.routers.null import Null
 from moma_jax.routers.random import Random
 from moma_jax.routers.remoe import ReMoE
+from moma_jax.routers.sinkhorn import Sinkhorn
 from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.routers.top_p import TopP
 
@@ -44,6 +45,7 @@ RULES = {
     "null": Null(top=2, zero=2, copy=1, balance=0.3, slack=1.5),
     "hash": Hash(top=2, seed=3, slack=1.0),
     "random": Settled(slack=1.0),
+    "sinkhorn": Sinkhorn(top=2, slack=1.0),
 }
 ORACLE = {"switch": "token_choice", "deepseek": "token_choice"}
 KINDS = {
@@ -146,6 +148,16 @@ def test_biases_even_the_load_without_a_loss():
         state = select(score._replace(logit_TE=score.logit_TE + lean_E), state)
         spread.append(float(shares(state).max() - shares(state).min()))
     assert np.mean(spread[:5]) > 0.4 and np.mean(spread[-50:]) < 0.1
+
+
+def test_sinkhorns_prices_even_a_lean():
+    rng, lean_E = np.random.default_rng(0), jnp.array([2.0, 0.5, 0.0, -1.0])
+    score, quota = scored(rng, 512, 4), Quota(512, Fraction(1, 4))
+    score = score._replace(logit_TE=score.logit_TE + lean_E, rank_TE=score.rank_TE + lean_E)
+    rule, eligible_T = Sinkhorn(), jnp.ones(512, bool)
+    at_prices = shares(rule.select(score, eligible_T, quota, rule.state(4), jax.random.key(0)).state)
+    without = rule.choose(score, rule.state(4))[0].mean(0)
+    assert float(without.max()) > 0.5 and float(at_prices.min()) > 0.15 and float(at_prices.max()) < 0.35
 
 
 def test_top_p_holds_the_mean_number_of_experts():
