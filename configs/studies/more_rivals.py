@@ -1,14 +1,14 @@
 """More rivals, one seed each: what one seed cannot say is left undecided (configs/studies/rivals.py has three seeds).
 
 Token choice by a bias that follows the load instead of a loss, fine-grained experts beside a shared one, top-p, ReMoE,
-and null experts. Rules under which tokens enter a varying number of experts are matched at the mean that they aim at;
-what was measured, and how many slots stayed empty, is in the runs' records (routing_experts_chosen_...,
-routing_empty_slots_...).
+and null experts; and attention weights of each modality's own (Mixture-of-Transformers, -mot). Rules under which tokens
+enter a varying number of experts are matched at the mean that they aim at; what was measured, and how many slots stayed
+empty, is in the runs' records (routing_experts_chosen_..., routing_empty_slots_...).
 
 Command:   moma study configs/studies/more_rivals.py
            moma study configs/studies/more_rivals.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      20 trials of 0.3 of the budget, then 5 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      32 trials of 0.3 of the budget, then 8 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 """
 
 from moma_jax import recipes, shipped
@@ -24,6 +24,7 @@ def ruled(name: str, rule: str, ffn: str = "4t4i", **options) -> Variant:
 def study() -> Study:
     """The study."""
     base = recipes.load(shipped.neighbour(__file__, "corpus_study"))
+    own = {"model.attention_weights": "by_modality"}
     return Study(
         base=base,
         variants=(
@@ -35,6 +36,9 @@ def study() -> Study:
             ruled("top-p", "top_p", ffn="8t8i", mean=2.0),
             ruled("remoe", "remoe"),
             ruled("null", "null", top=2, zero=4),
+            Variant("dense-mot", {"model.ffn": "dense", **own}),
+            Variant("1t1i-mot", {"model.ffn": "1t1i", **own}),
+            Variant("4t4i-mot", {"model.ffn": "4t4i", **own}, match="model.hidden"),
         ),
         seeds=(0,),
         tokens=base.train.tokens,

@@ -26,6 +26,8 @@ from moma_jax.errors import RunError
 from moma_jax.geometry import layer_of
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.process import is_exhausted
+from moma_jax.studies.matching import match_variants
+from moma_jax.studies.study import Study
 from moma_jax.training import step as step_lib
 from moma_jax.vocab import contiguous
 
@@ -68,22 +70,36 @@ def bench_step(
     Raises:
       InputError: the config or a variant contradicts itself. RunError: a step ran out of device memory.
     """
-    configs = [_variant_of(config, name) for name in ffn]
-    rows = min(rows_that_fit(c) for c in configs)
-    configs = [with_rows(c, rows) for c in configs]
-    batch = synthetic_batch(configs[0])
+    configs = {name: _variant_of(config, name) for name in ffn}
+    return {"bench": "step"} | _measured(configs, "dense", _variant_of(config, "dense"), repeats, parts)
+
+
+def bench_study(study: Study, *, repeats: int = 9, parts: bool = False) -> dict[str, Any]:
+    """`bench_step` of a study's variants, as it matches them at its first size; "relative_to_dense" and
+    "relative_flops" are of its baseline."""
+    first = next(iter(study.sizes))
+    matched = [each for each in match_variants(study) if each.size == first and each.budget == 1]
+    configs = {each.variant.name: on_synthetic_tokens(each.config) for each in matched}
+    return {"bench": "step"} | _measured(configs, study.baseline, configs[study.baseline], repeats, parts)
+
+
+def _measured(configs: dict[str, Config], base: str, baseline: Config, repeats: int, parts: bool) -> dict[str, Any]:
+    """What `bench_step` says of these configs; `base`: which of them is the one that others are compared with."""
+    asked = next(iter(configs.values()))
+    rows = min(map(rows_that_fit, configs.values()))
+    configs = {name: with_rows(config, rows) for name, config in configs.items()}
+    batch = synthetic_batch(next(iter(configs.values())))
     with _out_of_memory_is_named():
-        variants = [_compile(name, c) for name, c in zip(ffn, configs, strict=True)]
+        variants = [_compile(name, config) for name, config in configs.items()]
         seconds = _step_seconds(variants, batch, repeats)
-    dense = _variant_of(config, "dense")
-    figures = {v.name: _figures(v, seconds[v.name], seconds.get("dense"), dense, batch) for v in variants}
+    figures = {v.name: _figures(v, seconds[v.name], seconds.get(base), baseline, batch) for v in variants}
     for variant in [v for v in variants if parts and not v.program.config.depth]:
         say(f"where the time of {variant.name} goes")
         with _out_of_memory_is_named():
             measured = measure_parts(variant.program, variant.fresh(), batch, repeats=min(repeats, 5))
         own = figures[variant.name]
         own["parts"] = {**measured, "other": own["step_seconds"] - sum(measured.values())}
-    return {"bench": "step", **_setting(variants[0].program, config), "variants": figures}
+    return _setting(variants[0].program, asked) | {"variants": figures}
 
 
 def synthetic_batch(config: Config) -> Batch:
@@ -94,11 +110,15 @@ def synthetic_batch(config: Config) -> Batch:
 
 
 def _variant_of(config: Config, ffn: str) -> Config:
-    """The config with another FFN, on synthetic tokens, in the type that this hardware computes in."""
-    model = dataclasses.replace(config.model, ffn=ffn)
+    """The config with another FFN, on synthetic tokens."""
+    return on_synthetic_tokens(dataclasses.replace(config, model=dataclasses.replace(config.model, ffn=ffn)))
+
+
+def on_synthetic_tokens(config: Config) -> Config:
+    """The config on random tokens, in the type that this hardware computes in."""
     data = dataclasses.replace(config.data, kind="synthetic", stores=())
     train = dataclasses.replace(config.train, eval_sets=())
-    return step_lib.with_dtype(resolve(dataclasses.replace(config, model=model, data=data, train=train)))
+    return step_lib.with_dtype(resolve(dataclasses.replace(config, data=data, train=train)))
 
 
 def _compile(name: str, config: Config) -> StepVariant:

@@ -9,6 +9,7 @@ from moma_jax.bench.suite import told
 from moma_jax.codec.folder import open_codec
 from moma_jax.commands import print_result
 from moma_jax.recipes import RecipeOption
+from moma_jax.studies import load_study
 
 
 def step(
@@ -25,6 +26,19 @@ def step(
       json: Print JSON.
     """
     _print(benches.bench_step(recipe.resolved(), ffn=ffn, repeats=repeats), json)
+
+
+def study(
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="STUDY")]], repeats: int = 9, json: bool = False
+) -> None:
+    """Training-step speed of a study's variants at equal FLOPs, interleaved in one process.
+
+    Args:
+      path: A .py file with `def study() -> Study`, or a name that `moma recipes` lists.
+      repeats: Timed steps of each variant.
+      json: Print JSON.
+    """
+    _print(benches.bench_study(load_study(path), repeats=repeats), json)
 
 
 def generate(
@@ -126,6 +140,7 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
 
 SUBCOMMANDS = {
     "step": step,
+    "study": study,
     "generate": generate,
     "data": data,
     "ffn": ffn,

@@ -24,6 +24,7 @@ from moma_jax.errors import InputError
 from moma_jax.model import moe
 from moma_jax.model.parameters import weights_of
 from moma_jax.recipes import override
+from moma_jax.studies import Study, Variant
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,17 @@ def test_without_dense_nothing_is_relative_to_it(measured, slack_config):
     assert figures["relative_to_dense"] is None
     assert figures["relative_flops"] == measured["variants"]["4t4i"]["relative_flops"]
     assert "FLOPs of dense" in bench.format_bench(alone)
+
+
+@pytest.mark.slow
+def test_a_studys_variants_are_measured_as_it_matches_them():
+    dense, own = Variant("base", {"model.ffn": "dense"}), {"model.attention_weights": "by_modality"}
+    ruled = Variant("ruled", {"model.ffn": "2t2i", "model.router": "token_choice", **own})
+    base = tiny(train_batch_rows=8, train_eval_sets=())
+    study = Study(base, (dense, ruled), baseline="base", tokens=1024, tolerance=0.1, budgets=(0.5,))
+    figures = bench.bench_study(study, repeats=1)["variants"]
+    assert list(figures) == ["base", "ruled"] and figures["base"]["relative_to_dense"] == 1
+    assert figures["ruled"]["relative_flops"] == pytest.approx(1, abs=0.1) and figures["ruled"]["quota_slack"] > 0.4
 
 
 @pytest.mark.slow
