@@ -82,7 +82,7 @@ def test_a_studys_variants_are_measured_as_it_matches_them():
     dense, own = Variant("base", {"model.ffn": "dense"}), {"model.attention_weights": "by_modality"}
     ruled = Variant("ruled", {"model.ffn": "2t2i", "model.router": "token_choice", **own})
     base = tiny(train_batch_rows=8, train_eval_sets=())
-    study = Study(base, (dense, ruled), baseline="base", tokens=1024, tolerance=0.1, budgets=(0.5,))
+    study = Study(base, (dense, ruled), baseline="base", tokens=1024, tolerance=0.1, budgets=(0.5,), dir="runs/none")
     figures = bench.bench_study(study, repeats=1)["variants"]
     assert list(figures) == ["base", "ruled"] and figures["base"]["relative_to_dense"] == 1
     assert figures["ruled"]["relative_flops"] == pytest.approx(1, abs=0.1) and figures["ruled"]["quota_slack"] > 0.4
