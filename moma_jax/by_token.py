@@ -32,6 +32,7 @@ class ByToken(Router):
     """Slots of an expert over its even share; beyond them the latest positions are dropped."""
 
     causal: ClassVar[tuple[str, ...]] = (CAUSAL,)
+    starts_from_zero: ClassVar[bool] = False
     sees_later: ClassVar[bool] = False
 
     def choose(self, score: Score, state: Any, key=None):

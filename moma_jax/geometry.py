@@ -15,7 +15,7 @@ from typing import NamedTuple
 from moma_jax.config import Config, Modality, ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup, depth_groups, parse_ffn, projection_groups
-from moma_jax.router import Quota, Router
+from moma_jax.router import CAUSAL, THRESHOLD, Quota, Router
 from moma_jax.routers.choice import Choice
 
 
@@ -66,8 +66,10 @@ class DepthShape:
 
 
 def depth_rule(model: ModelConfig) -> Router:
-    """The rule of the routers of mixture of depths."""
-    return model.router.for_depth() or Choice()
+    """The rule of the routers of mixture of depths; by default expert choice, with auxiliary routers where no threshold
+    could stand for them in the causal routings of the experts' rule."""
+    rule = model.router
+    return rule.for_depth() or Choice(auxiliary=CAUSAL in rule.causal and THRESHOLD not in rule.causal)
 
 
 def rule_of(model: ModelConfig, group: ExpertGroup) -> Router:

@@ -137,6 +137,7 @@ class Router:
       causal: which of the causal routings, `CAUSAL` and `THRESHOLD`, `decide` knows.
       exact: `select` takes `quota.take(count)` of every `count` eligible tokens, never more.
       sees_later: `select` decides about a token by tokens behind it, too.
+      starts_from_zero: a score network whose last weights are 0 is a fair start, as ranks break ties.
       losses: names of the losses that `select` may return.
       paper: where the rule is from.
       training_name: what the routing of training is called in evaluations.
@@ -149,6 +150,7 @@ class Router:
     causal: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = False
     sees_later: ClassVar[bool] = True
+    starts_from_zero: ClassVar[bool] = True
     losses: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     training_name: ClassVar[str] = "training"
@@ -231,7 +233,11 @@ class Router:
         return 2 * width * experts
 
     def first_gate(self, experts: int) -> Fraction:
-        """The gate of a token that entered where the score network's last weights are 0, as in an upcycled model."""
+        """The gate of a token that entered where the score network's last weights are 0, as in an upcycled model.
+
+        Raises:
+          InputError: such a network lets nothing through.
+        """
         return Fraction(1, 2)
 
     def for_depth(self) -> Router | None:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from moma_jax.by_token import ByToken, shares
+from moma_jax.errors import InputError
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 
@@ -51,6 +52,11 @@ class ReMoE(ByToken):
         load_E = enters_TE.sum(0) * (enters_TE.shape[1] / self.mean) / count
         mean_E = gate_TE.sum(0) / count
         return {"l1": jnp.exp(state["log_weight"]) * jnp.sum(load_E * mean_E)}
+
+    def first_gate(self, experts):
+        raise InputError(
+            "model.router: remoe lets nothing in where a new router's logits are 0; upcycle to another rule"
+        )
 
     def experts_of_a_token(self, experts):
         return Fraction(self.mean).limit_denominator(10000)

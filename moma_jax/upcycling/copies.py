@@ -6,9 +6,13 @@ the layer's output stays the old one's, a mean over tokens, the copies' down-pro
     scale = (c * g) / (times * c' * g')
 
 with the share c of the group's tokens that an expert takes and its gate g, before and after (primes). A group that had
-one expert had no router: c = g = 1. Its new router is zero, so g' = 1/2, and k experts have 2 / (k * c'): 2 for
-1t1i -> 4t4i; 1/2 with model.capacity 1.0, where the output is the old one token by token. Where there is a router its
-columns are copied with the experts: g = g', and with equal capacity all copies take what the expert took.
+one expert had no router: c = g = 1. Its new router is zero, so g' = 1/2 under expert choice, and k experts have
+2 / (k * c'): 2 for 1t1i -> 4t4i; 1/2 with model.capacity 1.0, where the output is the old one token by token. Where
+there is a router its columns are copied with the experts: g = g', and with equal capacity all copies take what the
+expert took.
+
+Rules whose tokens choose would give them all to the first of equal experts. There a new router is SMALL times a fresh
+one, and a router's columns cannot be copied.
 
 Where modalities get attention weights of their own (`model.attention_weights`) each begins with the seed's: the same
 function of every token.
@@ -31,7 +35,11 @@ from moma_jax.geometry import group_capacity
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.model.parameters import MATRICES, OWNED
+from moma_jax.router import name_of
 from moma_jax.training.step import Program, TrainState, abstract_state, init_params
+
+SMALL = 0.01
+"""Of a fresh router: logits of 0.01 tell equal experts apart, and change gates by a percent."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,13 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
                 f"model.ffn: {names}: {group.experts} experts for {group.name} are no multiple of the seed's "
                 f"{source.experts}; use {max(times, 1) * source.experts}"
             )
-        gate = config.model.router.first_gate(group.experts) if source.experts == 1 < group.experts else 1
+        rule = config.model.router
+        if 1 < source.experts < group.experts and not rule.starts_from_zero:
+            raise InputError(
+                f"model.ffn: {names}: under {name_of(rule)} all tokens would go to one of equal experts; grow a seed "
+                f"with one expert for {group.name}"
+            )
+        gate = rule.first_gate(group.experts) if source.experts == 1 < group.experts else 1
         share = group_capacity(config.model, group) * times * gate
         copied[group.name] = Copied(source.name, times, float(group_capacity(seed.model, source) / share))
     return copied
@@ -89,7 +103,8 @@ def grown_state(
 
     def make(old, old_moments):
         fresh = sharding.unboxed(init_params(program, routing_state))
-        params = grown(old, fresh, copied, lambda own, down: own.scale if down else 1.0)
+        first = 0.0 if program.config.model.router.starts_from_zero else SMALL
+        params = grown(old, fresh, copied, lambda own, down: own.scale if down else 1.0, first)
         params = perturbed(params, copied, perturb, perturb_seed)
         opt_state = program.optimizer.transformation.init(params)
         if old_moments is not None:
@@ -100,12 +115,15 @@ def grown_state(
     return jax.jit(make, out_shardings=shardings)(params, moments)
 
 
-def grown(old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copied, bool], float]) -> Any:
+def grown(
+    old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copied, bool], float], first: float = 0.0
+) -> Any:
     """Parameters, or their moments, of the new model from those of the seed.
 
     Args:
       fresh: a tree of the new model; auxiliary routers stay what they are in it.
       scale: (group, whether it is a down-projection) -> factor of its experts' and their router's arrays.
+      first: factor of a fresh router's arrays where there was none.
     """
 
     def experts(old, name, weights):
@@ -118,7 +136,7 @@ def grown(old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copi
 
     def array(given, weight, own, like):
         if given is None:  # a router where there was none
-            return jnp.zeros_like(like)
+            return first * like
         axis = -3 if weight in MATRICES else -1  # of the experts; a router's columns are its last
         return scale(own, weight.startswith("down")) * jnp.repeat(given, own.times, axis=axis)
 
@@ -130,7 +148,7 @@ def grown(old: Any, fresh: Any, copied: dict[str, Copied], scale: Callable[[Copi
         elif name == "ffn":
             result[name] = {group: experts(old[name], group, weights) for group, weights in part.items()}
         elif isinstance(part, dict):  # auxiliary routers are also those of mixture of depths
-            result[name] = part if name.endswith(SUFFIX) else grown(old[name], part, copied, scale)
+            result[name] = part if name.endswith(SUFFIX) else grown(old[name], part, copied, scale, first)
         else:
             result[name] = old[name]
     return result

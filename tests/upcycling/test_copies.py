@@ -10,6 +10,8 @@ from tiny import tiny
 from moma_jax import sharding
 from moma_jax.errors import InputError
 from moma_jax.model.decoder import first_routing_state
+from moma_jax.routers.hash import Hash
+from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.training.step import create_state, run_decoder
 from moma_jax.upcycling.copies import Copied, copied_groups, grown_state, perturbed
 
@@ -47,6 +49,28 @@ def test_logits_from_other_seeds(before, after, norm, capacity, scale):
     batch = batch_of(configs[0])
     expected = logits(old, state.params, batch)
     np.testing.assert_allclose(logits(new, made.params, batch), expected, atol=1e-5)
+
+
+def test_tokens_that_choose_are_shared_out_among_copies():
+    """Gates that are divided by their sum are 1 together, whatever the router: the same function, token by token."""
+    seed = {"model_norm": "pre"}
+    for rule in (TokenChoice(top=2, normalise=True, slack=4.0), Hash(slack=4.0)):
+        configs = tiny(model_ffn="1t1i", **seed), tiny(model_ffn="4t4i", model_router=rule, **seed)
+        old, state, new, made = grow(*configs)
+        batch = batch_of(configs[0])
+        np.testing.assert_allclose(logits(new, made.params, batch), logits(old, state.params, batch), atol=1e-4)
+        if rule.parameters(1, 4):
+            of_experts = np.asarray(made.params["layers"]["ffn"]["text"]["router_DE"])
+            assert 0 < np.abs(of_experts).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("before", "rule", "said"),
+    [("1t1i", "remoe", "lets nothing in"), ("2t2i", "token_choice", "grow a seed with one expert for text")],
+)
+def test_rules_that_cannot_begin_are_refused(before, rule, said):
+    with pytest.raises(InputError, match=said):
+        copied_groups(tiny(model_ffn=before), tiny(model_ffn="4t4i", model_router=rule))
 
 
 def test_modalities_begin_with_the_seeds_attention():
