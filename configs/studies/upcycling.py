@@ -7,7 +7,7 @@ goes without it, swin has the paper's norms, and the seed of 4t4i-from-10-consta
 Command:   moma study configs/studies/upcycling.py
            moma study configs/studies/upcycling.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      28 trials of 0.3 of the budget, then 7 runs; dense and 4t4i are those of configs/studies/ffn.py.
+Runs:      28 trials of 0.3 of the budget, then 21 runs; dense and 4t4i are those of configs/studies/ffn.py.
 """
 
 from moma_jax import recipes, shipped
@@ -34,7 +34,7 @@ def study() -> Study:
             Variant("4t4i-swin", {**noisy, **swin}, match="model.hidden"),
             Variant("4t4i-from-10-swin", {**noisy, **swin}, match="model.hidden", upcycled=Upcycled(seed, 0.1)),
         ),
-        seeds=(0,),
+        seeds=(0, 1, 2),
         tokens=base.train.tokens,
         budgets=(0.5, 0.71, 1.41, 2.0),
         sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2, 4e-2), share=0.3),
