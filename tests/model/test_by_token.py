@@ -13,9 +13,11 @@ from tiny import tiny
 
 from moma_jax.by_token import ByToken, shares
 from moma_jax.errors import InputError
+from moma_jax.geometry import depth_rule
 from moma_jax.model.moe import moe, position_order
 from moma_jax.model.parameters import weights_of
 from moma_jax.router import Quota, Score, name_of
+from moma_jax.routers.choice import Choice
 from moma_jax.routers.hash import Hash
 from moma_jax.routers.null import Null
 from moma_jax.routers.random import Random
@@ -212,6 +214,12 @@ def test_no_eligible_token_leaves_controllers_where_they_are():
         moved = rule.moved(state)
         for key in set(moved) - {"taken_E", "eligible"}:
             np.testing.assert_array_equal(moved[key], rule.state(2)[key], err_msg=f"{name}: {key}")
+
+
+def test_depth_in_front_of_them_has_auxiliary_routers():
+    """Their one causal routing is `causal`, and expert choice knows that by auxiliary routers alone."""
+    config = tiny(model_ffn="mod+2t2i", model_router=TokenChoice(), train_eval_routings=("training", "causal"))
+    assert depth_rule(config.model) == Choice(auxiliary=True) and depth_rule(tiny().model) == Choice()
 
 
 REFUSED = {

@@ -57,9 +57,13 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
             np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", long_but("null", "hash", "random", of=[*RIVALS]))
-def test_so_do_rules_whose_tokens_choose(name):
-    config = tiny(model_ffn="4t4i+1x", model_router=RIVALS[name])
+OF_RULES = [*((name, "4t4i+1x") for name in RIVALS), ("token_choice", "mod+2t2i")]
+FEW = [(name, "4t4i+1x") for name in ("null", "hash", "random")]
+
+
+@pytest.mark.parametrize(("name", "ffn"), long_but(*FEW, ("token_choice", "mod+2t2i"), of=OF_RULES))
+def test_so_do_rules_whose_tokens_choose(name, ffn):
+    config = tiny(model_ffn=ffn, model_router=RIVALS[name])
     state = create_state(make_program(config), first_routing_state(config))
     model, token_BS = (config, state.params, state.routing_state), rows_of(1, 4)
     expected_BSD, _ = forced(model, CAUSAL, token_BS)
