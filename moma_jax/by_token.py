@@ -91,7 +91,7 @@ class ByToken(Router):
         return self.experts_of_a_token(experts) / experts
 
     def slots(self, quota, tokens):
-        return min(tokens, math.ceil(quota.slots * self.slack))
+        return min(tokens, quota.tokens, math.ceil(quota.slots * self.slack))
 
     def refuses(self, experts, asked):
         if asked is not None:

@@ -233,7 +233,8 @@ class Router:
         return 2 * width * experts
 
     def first_gate(self, experts: int) -> Fraction:
-        """The gate of a token that entered where the score network's last weights are 0, as in an upcycled model.
+        """The gate of a token that entered where the score network's last weights are 0, as in an upcycled model: the
+        sum of a token's gates, over as many experts as `capacity` says.
 
         Raises:
           InputError: such a network lets nothing through.

@@ -40,7 +40,7 @@ MODEL_FLOORS = [
     ["depth"],
     ["block"],
     ["attention", "moe"],
-    ["dispatch"],
+    ["dispatch", "by_modality"],
     ["parameters"],
     ["auxiliary", "routing"],
     ["kernels", "precision", "blockwise"],

@@ -12,6 +12,7 @@ from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.bench.ffn import FfnCase
 from moma_jax.bench.timing import differentiated, in_turns, random, summarise
+from moma_jax.geometry import layer_of
 from moma_jax.model.attention import attend_rows, rotary_angles
 from moma_jax.training import objective
 from moma_jax.training import step as step_lib
@@ -37,7 +38,7 @@ def measure_parts(
     layer = jax.tree.map(lambda x: x[0], state.params["layers"])
     known = batch.token_BS, batch.segment_BS, batch.position_BS, batch.modality_BS
     ffn = FfnCase.of(program.decoder, known, layer["ffn"])
-    attention = _attention(program, layer["attention"], batch, ffn.tokens.projected, x_BSD)
+    attention = _attention(program, layer["attention"], batch, ffn.tokens.by_modality, x_BSD)
     seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
     seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
     seconds |= in_turns({"optimizer": _optimizer(program, state)}, repeats)
@@ -46,16 +47,17 @@ def measure_parts(
     return {name: times[name] * median.get(name, 0.0) for name in PARTS}
 
 
-def _attention(program: step_lib.Program, params, batch: Batch, projected, x_BSD) -> Callable:
+def _attention(program: step_lib.Program, params, batch: Batch, by_modality, x_BSD) -> Callable:
     """Projections, norms and rotations of q and k, scores, output projection."""
     model = program.config.model
     rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.width // model.heads, model.rope_theta))
 
     def attend(params, x_BSD, around):
-        *rows, projected = around
-        return attend_rows(x_BSD, params, *rows, model, projected)
+        *rows, by_modality = around
+        sort = None if by_modality is None else (layer_of(program.config).projections, by_modality)
+        return attend_rows(x_BSD, params, *rows, model, sort)
 
-    around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS), projected)
+    around = (batch.segment_BS, batch.position_BS, rotate(batch.position_BS), by_modality)
     return differentiated(attend, (params, x_BSD), around, times=model.layers)
 
 

@@ -14,14 +14,14 @@ from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.geometry import block_queries
 from moma_jax.model.blockwise import attend_blocks, scored, softmaxed
-from moma_jax.model.dispatch import combine, dispatch_all
+from moma_jax.model.by_modality import on_slots
 from moma_jax.model.kernels import refusal, warn
 from moma_jax.model.kernels.splash import attend_fused
 from moma_jax.model.kernels.triton import attend_triton
 from moma_jax.model.kernels.turned import Norm, turned
 from moma_jax.model.parameters import ATTENTION_AXES as AXES
 from moma_jax.model.precision import wide
-from moma_jax.sharding import BATCH, TENSOR
+from moma_jax.sharding import TENSOR
 
 NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every one."""
@@ -115,17 +115,18 @@ def project_out(y_BSHK, weights: dict[str, Any]):
     return jnp.einsum("bshk,hkd->bsd", y_BSHK, weights["out_HKD"].astype(y_BSHK.dtype))
 
 
-def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig, projected=None):
+def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles, model: ModelConfig, sort=None):
     """The attention sub-layer on whole rows: projections without bias, QK-norm, rotary positions, `attend`.
 
     x_BSD in compute dtype; returns the same shape and dtype. Each device has its own rows and heads. A TPU has kernels
     for what lies between the products; where they do not fit, it is written out.
 
     Args:
-      weights: as the module has them; by modality where these have their own, whose tokens `projected` then has.
+      weights: as the module has them; by modality where these have their own.
+      sort: (slots of the modalities that have weights of their own, Sorted); None: all tokens share them.
     """
-    if projected:
-        return _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model, projected)
+    if sort is not None:
+        return _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model, sort)
     heads, width = weights["query_norm"]["scale_HK"].shape
     local = x_BSD.shape[1], heads // sharding.size(TENSOR), width
     if sharding.platform() == "tpu" and _refused(*local) is None:
@@ -169,27 +170,29 @@ def _attend_rows_fused(x_BSD, weights: dict[str, Any], segment_BS, angles, model
     return _finished(mixed(*qkv, norms, angles, segment_BS), heads, weights["out_HKD"], "bhsk,hkd->bsd")
 
 
-def _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model: ModelConfig, projected):
-    """`attend_rows` where modalities have weights of their own (Mixture-of-Transformers, arXiv 2411.04996).
+def _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model: ModelConfig, sort):
+    """`attend_rows` where modalities have weights of their own (Mixture-of-Transformers, arXiv 2411.04996): tokens are
+    projected, normed and turned sorted by modality, and attend to all in their rows. Padding has queries, keys and
+    values of 0."""
+    projections, where = sort
 
-    Tokens of a modality are gathered to as many slots as its quota has, projected, normed and turned there, and
-    scattered back to their rows, where all attend to all. Padding has queries, keys and values of 0.
-    """
+    def grouped(x_BSX, where):
+        return x_BSX.reshape(*where.slot_GT.shape, *x_BSX.shape[2:])
 
-    def prepare(x_BSD, weights, projected, angles):
-        angles_N = [a_BSK.reshape(-1, a_BSK.shape[-1]) for a_BSK in angles]
+    def prepare(x_BSD, weights, where, angles):
+        def project_slots(name, x_GCD, *turns):
+            return project(x_GCD, _whole(weights[name], x_GCD.dtype), turns, model.norm_epsilon)
 
-        def project_slots(name, x_1ND, index_1N):
-            turns = [a_NK[index_1N] for a_NK in angles_N]
-            return project(x_1ND, _whole(weights[name], x_1ND.dtype), turns, model.norm_epsilon)
+        turns = [grouped(a_BSK, where) for a_BSK in angles]
+        qkv_GTHK = on_slots(project_slots, grouped(x_BSD, where), where, projections, turns)
+        return tuple(y_GTHK.reshape(*x_BSD.shape[:2], *y_GTHK.shape[2:]) for y_GTHK in qkv_GTHK)
 
-        return _on_slots(project_slots, x_BSD, projected)
+    def finish(y_BSHK, weights, where):
+        def project_slots(name, y_GCHK):
+            return (project_out(y_GCHK, _whole(weights[name], y_GCHK.dtype)),)
 
-    def finish(y_BSHK, weights, projected):
-        def project_slots(name, y_1NHK, _):
-            return (project_out(y_1NHK, _whole(weights[name], y_1NHK.dtype)),)
-
-        return sharding.psum(*_on_slots(project_slots, y_BSHK, projected), TENSOR)
+        (out_GTD,) = on_slots(project_slots, grouped(y_BSHK, where), where, projections)
+        return sharding.psum(out_GTD.reshape(*y_BSHK.shape[:2], -1), TENSOR)
 
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
     outward = {name: {"out_HKD": own["out_HKD"]} for name, own in weights.items()}
@@ -198,31 +201,8 @@ def _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, mo
     mix = sharding.shard_map(
         functools.partial(attend, chunk=model.attention_chunk), (heads,) * 3 + (rows,) * 2, heads, check=False
     )
-    y_BSHK = mix(*qkv(x_BSD, inward, projected, angles), segment_BS, position_BS)
-    return sharding.shard_map(finish, (heads, _specs(outward), rows), rows)(y_BSHK, outward, projected)
-
-
-def _on_slots(run: Callable, x_BSX, projected: dict[str, Any]) -> tuple:
-    """What `run` (modality, its slots' x_1NX, their tokens index_1N) gives, every token's in its place, 0 for padding;
-    several arrays."""
-    tokens, found = x_BSX.shape[0] * x_BSX.shape[1], None
-    slots = {name: _slots(own, tokens) for name, own in projected.items()}
-    inputs = dispatch_all(x_BSX.reshape(tokens, *x_BSX.shape[2:]), [index_1N for index_1N, _ in slots.values()])
-    for x_1NX, (name, (index_1N, filled_1N)) in zip(inputs, slots.items(), strict=True):
-        outs = run(name, x_1NX, index_1N)
-        if found is None:
-            empty = (jnp.zeros((tokens, *out.shape[2:]), out.dtype) for out in outs)
-            found = [sharding.pvary(zero, *BATCH, TENSOR) for zero in empty]
-        filled = (jnp.where(filled_1N.reshape(1, -1, *[1] * (out.ndim - 2)), out, 0) for out in outs)
-        found = [combine(sum_N, index_1N, out_1N) for sum_N, out_1N in zip(found, filled, strict=True)]
-    return tuple(sum_N.reshape(*x_BSX.shape[:2], *sum_N.shape[1:]) for sum_N in found)
-
-
-def _slots(selection, tokens: int):
-    """(index_1N, filled_1N) of a modality's slots in all routing groups of some tokens, one after the other."""
-    groups = len(selection.index_EC)
-    start_G11 = jnp.arange(groups, dtype=jnp.int32)[:, None, None] * (tokens // groups)
-    return (selection.index_EC + start_G11).reshape(1, -1), selection.filled_EC.reshape(1, -1)
+    y_BSHK = mix(*qkv(x_BSD, inward, where, angles), segment_BS, position_BS)
+    return sharding.shard_map(finish, (heads, _specs(outward), rows), rows)(y_BSHK, outward, where)
 
 
 def _whole(weights: dict[str, Any], dtype) -> dict[str, Any]:

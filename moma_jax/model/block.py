@@ -119,7 +119,8 @@ class Layer(nn.Module):
 
         def attend(y_BSD):
             rows = context.segment_BS, context.position_BS, context.angles
-            return attend_rows(y_BSD, weights["attention"], *rows, model, context.tokens.projected), None
+            sort = (projections, context.tokens.by_modality) if projections else None
+            return attend_rows(y_BSD, weights["attention"], *rows, model, sort), None
 
         def experts(y_BSD):
             y_GTD = y_BSD.reshape(-1, self.group_rows * y_BSD.shape[1], model.width)

@@ -186,7 +186,7 @@ def by_row(tokens: RoutingTokens, rows: int) -> RoutingTokens:
     group_rows = rows // len(tokens.group_G)
     row_B = (tokens.group_G[:, None] * group_rows + jnp.arange(group_rows)).reshape(-1)
     facts = (x_GT.reshape(rows, -1) for x_GT in tokens[:4])
-    return RoutingTokens(*facts, row_B, {}, {})
+    return RoutingTokens(*facts, row_B, {})
 
 
 def by_token(selections: list[Selection], tokens: int):

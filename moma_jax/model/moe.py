@@ -21,6 +21,7 @@ from moma_jax.config import ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.geometry import GroupSlots, LayerShape
 from moma_jax.model import auxiliary
+from moma_jax.model.by_modality import Sorted, sort_by_modality
 from moma_jax.model.dispatch import add_experts, combine, dispatch_all, exchange_and_compute, swiglu
 from moma_jax.model.parameters import MATRICES, ExpertWeights, matrix_axes, router_axes
 from moma_jax.model.routing import checked, count_taken, score_of, take_all
@@ -40,7 +41,7 @@ class RoutingTokens(NamedTuple):
       id_GT: int32 ids. position_GT: int32 positions in their documents.
       group_G: int32 index of the routing group within the update.
       unrouted: Selections (G, 1, C) of the groups that have one expert, by name; equal in all layers.
-      projected: Selections (G, 1, C) of the tokens of each modality that has attention weights of its own, by name.
+      by_modality: where they stand when sorted by modality, if these have attention weights of their own; else None.
     """
 
     modality_GT: Any
@@ -49,7 +50,7 @@ class RoutingTokens(NamedTuple):
     position_GT: Any
     group_G: Any
     unrouted: dict[str, Selection]
-    projected: dict[str, Selection]
+    by_modality: Sorted | None = None
 
 
 class TokenFacts(NamedTuple):
@@ -114,13 +115,15 @@ class Routing(NamedTuple):
 def routing_tokens(shape: LayerShape, modality_GT, hash_GT, id_GT, position_GT, group_G) -> RoutingTokens:
     """RoutingTokens for a layer of this shape; -1 is the modality of padding."""
 
-    def all_of(own: GroupSlots) -> Selection:
-        eligible_GT = jnp.isin(modality_GT, jnp.array(own.group.modalities))
-        return jax.vmap(lambda eligible_T: take_all(eligible_T, own.quota))(eligible_GT)
-
-    alone = (own for own in shape.groups if not own.group.routed and not own.everywhere)
-    taken = [{own.group.name: all_of(own) for own in some} for some in (alone, shape.projections)]
-    return RoutingTokens(modality_GT, hash_GT, id_GT, position_GT, group_G, *taken)
+    unrouted = {}
+    for own in shape.groups:
+        if not own.group.routed and not own.everywhere:
+            eligible_GT = jnp.isin(modality_GT, jnp.array(own.group.modalities))
+            unrouted[own.group.name] = jax.vmap(lambda e, quota=own.quota: take_all(e, quota))(eligible_GT)
+    facts = modality_GT, hash_GT, id_GT, position_GT, group_G
+    return RoutingTokens(
+        *facts, unrouted, sort_by_modality(shape.projections, modality_GT) if shape.projections else None
+    )
 
 
 def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, routing: Routing, model: ModelConfig):

@@ -2,7 +2,8 @@
 
 A token whose choices fall on null experts passes fewer real ones, so the number of experts varies by token. Zero
 experts give nothing, copy experts give the token itself, weighted by its gate. Their loads are balanced as one: which
-of them a token meets does not matter.
+of them a token meets does not matter. Gates are softmax probabilities, as in MoE++; AdaMoE divides those of a token's
+real experts by their sum.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from moma_jax.late import jax, jnp
 class ReMoE(ByToken):
     """ReLU routing."""
 
-    mean: float = setting(1.0, above=0)
+    mean: float = setting(1.0, least=0.01)
     """Experts of a token on average."""
     first: float = setting(1e-8, above=0)
     """Weight of the L1 term in the beginning."""

@@ -75,6 +75,6 @@ class TokenChoice(ByToken):
         return Fraction(self.top)
 
     def first_gate(self, experts):
-        if self.gates == "sigmoid" and not self.normalise:
-            return Fraction(1, 2)
-        return Fraction(1, self.top if self.normalise and self.top > 1 else experts)
+        if self.normalise and self.top > 1:
+            return Fraction(1, self.top)
+        return Fraction(1, 2) if self.gates == "sigmoid" else Fraction(1, experts)

@@ -7,6 +7,7 @@ being unsure of everything.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -40,6 +41,8 @@ class TopP(ByToken):
         return super().state(experts) | {"share": np.float32(self.share)}
 
     def moved(self, state):
+        if not self.rate:
+            return state
         surplus = jnp.where(state["eligible"] > 0, shares(state).sum(-1) - self.mean, 0.0)
         return state | {"share": jnp.clip(state["share"] - self.rate * surplus, 0.01, 0.99)}
 
@@ -64,4 +67,6 @@ class TopP(ByToken):
         return Fraction(self.mean).limit_denominator(10000)
 
     def first_gate(self, experts):
-        return Fraction(1, experts)
+        # So many equal probabilities are a share of `share`, whatever number slots are counted for.
+        entered = math.ceil(Fraction(self.share).limit_denominator(10000) * experts)
+        return Fraction(entered, experts) / self.experts_of_a_token(experts)

@@ -180,13 +180,10 @@ def with_auxiliary(config: Config) -> Config:
 
 
 def fingerprint(params: Any) -> str:
-    """SHA-256, as hex, of the embedding's first rows and of every norm's scale: which model these parameters are of."""
+    """SHA-256, as hex, of the embedding's first rows and of the norms' scales: which model these parameters are of."""
     layers = params["layers"]
-    parts = [
-        params["embedding"]["kernel_VD"][:8],
-        params["final_norm"]["scale_D"],
-        layers.get("odd", layers)["ffn_norm"]["scale_D"],
-    ]
+    norms = layers.get("odd", layers)["ffn_norm"]  # one, or each modality's
+    parts = [params["embedding"]["kernel_VD"][:8], params["final_norm"]["scale_D"], *jax.tree.leaves(norms)]
     whole = [part if part.is_fully_addressable else process_allgather(part, tiled=True) for part in parts]
     return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in whole)).hexdigest()
 

@@ -85,6 +85,12 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
                 f"model.ffn: {names}: under {name_of(rule)} all tokens would go to one of equal experts; grow a seed "
                 f"with one expert for {group.name}"
             )
+        known, own = (each.model.router.parameters(config.model.width, group.experts) for each in (seed, config))
+        if source.experts > 1 and any(known[name].shape != own[name].shape for name in known.keys() & own.keys()):
+            raise InputError(
+                f"model.router: {name_of(rule)} has a router of another form than the seed's; grow a seed with one "
+                f"expert for {group.name}"
+            )
         gate = rule.first_gate(group.experts) if source.experts == 1 < group.experts else 1
         share = group_capacity(config.model, group) * times * gate
         copied[group.name] = Copied(source.name, times, float(group_capacity(seed.model, source) / share))

@@ -153,7 +153,7 @@ def test_routers_beside_noise_let_in_what_the_quiet_experts_take():
     own, x_GTD = routing.groups[0], jax.random.normal(jax.random.key(0), (16, 32, width))
     modality_GT = jnp.tile(jnp.arange(32) % 2, (16, 1))
     zero_GT = jnp.zeros((16, 32), jnp.int32)
-    tokens = moe.RoutingTokens(modality_GT, zero_GT.astype(jnp.uint32), zero_GT, zero_GT, jnp.arange(16), {}, {})
+    tokens = moe.RoutingTokens(modality_GT, zero_GT.astype(jnp.uint32), zero_GT, zero_GT, jnp.arange(16), {})
     state = {group.group.name: rule.state(4) for group in routing.groups}
     router = {"router_DE": jax.random.normal(jax.random.key(1), (width, 4)) / width**0.5}
     first = {"in_DA": jax.random.normal(jax.random.key(2), (width, 64)), "out_AE": jnp.zeros((64, 4))}

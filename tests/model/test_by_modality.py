@@ -12,8 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tiers import long_but
 from tiny import tiny
 
+import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
+from moma_jax.geometry import layer_of
 from moma_jax.model.attention import attend_rows, rotary_angles
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.routers.token_choice import TokenChoice
@@ -79,6 +81,7 @@ def test_with_equal_weights_it_is_the_shared_model(ffn, norm):
     hidden_BSD, gradient = outputs(shared, params, batch)
     own_BSD, own_gradient = outputs(own, params_of_own, batch)
     np.testing.assert_allclose(own_BSD, hidden_BSD, atol=1e-6 * np.abs(hidden_BSD).max())
+    largest = max(np.abs(value).max() for value in gradient.values())
     for path, value in gradient.items():
         place = next((at + 1 for at, part in enumerate(path) if part in OWNED), None)
         if place is None:
@@ -87,7 +90,9 @@ def test_with_equal_weights_it_is_the_shared_model(ffn, norm):
             parts = [own_gradient[(*path[:place], name, *path[place:])] for name in ("text", "image")]
             assert all(np.abs(part).max() > 0 for part in parts), path
             found = sum(parts)  # each modality's tokens tell its own weights
-        np.testing.assert_allclose(found, value, atol=1e-5 * np.abs(value).max(), err_msg=str(path))
+        # Behind a swin norm a router's gradient is what is left of large terms that cancel.
+        atol = 1e-5 * max(np.abs(value).max(), 0.01 * largest)
+        np.testing.assert_allclose(found, value, atol=atol, err_msg=str(path))
 
 
 def test_tokens_pass_the_weights_of_their_modality_and_attend_to_all():
@@ -101,9 +106,9 @@ def test_tokens_pass_the_weights_of_their_modality_and_attend_to_all():
     rows = batch.token_BS, batch.segment_BS, batch.position_BS, batch.modality_BS
     groups = jnp.arange(len(x_BSD) // config.data.group_rows)
     angles = rotary_angles(batch.position_BS, config.model.width // config.model.heads, config.model.rope_theta)
-    projected = program.decoder.tokens(*map(jnp.asarray, rows), groups).projected
+    sort = layer_of(config).projections, program.decoder.tokens(*map(jnp.asarray, rows), groups).by_modality
     found_BSD = jax.jit(
-        lambda x, w: attend_rows(x, w, batch.segment_BS, batch.position_BS, angles, config.model, projected)
+        lambda x, w: attend_rows(x, w, batch.segment_BS, batch.position_BS, angles, config.model, sort)
     )(x_BSD, weights)
     for row in range(len(x_BSD)):
         slow_SD = oracles.attention_by_modality(
@@ -132,3 +137,17 @@ def test_cached_decoding_equals_teacher_forcing(ffn):
     for splits in ([1] * SEQUENCE, [9, *[1] * 7]):
         for row, hidden_SD, expected_SD in zip(rows, cached(model, routing, rows, splits), expected_BSD, strict=True):
             np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_of_it_is_calibrated_saved_loaded_evaluated_and_grows(tmp_path):
+    fields = {"model_attention_weights": "by_modality", "train_steps": 4, "train_eval_every": 4}
+    moma_jax.train(tiny(tmp_path / "run", model_ffn="1t1i", **fields), quiet=True)
+    grown = tiny(tmp_path / "grown", model_ffn="2t2i", **fields)
+    moma_jax.upcycle(str(tmp_path / "run"), grown, quiet=True)
+    moma_jax.train(grown, quiet=True)
+    assert (tmp_path / "grown" / "thresholds.json").exists()
+    found = moma_jax.evaluate(str(tmp_path / "grown"))
+    assert found["threshold"]["loss"] == pytest.approx(found["choice"]["loss"], rel=0.1)
+    norms = moma_jax.load(str(tmp_path / "grown")).params["layers"]["ffn_norm"]
+    assert not np.array_equal(norms["text"]["scale_D"], norms["image"]["scale_D"])  # each learned its own

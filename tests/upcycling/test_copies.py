@@ -5,15 +5,18 @@ import numpy as np
 import pytest
 from ffn_cases import Case, mixed
 from programs import batch_of, logits, program_of
+from rival_rules import RIVALS
 from tiny import tiny
 
 from moma_jax import sharding
 from moma_jax.errors import InputError
 from moma_jax.model.decoder import first_routing_state
+from moma_jax.router import Score
 from moma_jax.routers.hash import Hash
 from moma_jax.routers.token_choice import TokenChoice
+from moma_jax.routers.top_p import TopP
 from moma_jax.training.step import create_state, run_decoder
-from moma_jax.upcycling.copies import Copied, copied_groups, grown_state, perturbed
+from moma_jax.upcycling.copies import SMALL, Copied, copied_groups, grown_state, perturbed
 
 
 def grow(before, after):
@@ -64,9 +67,28 @@ def test_tokens_that_choose_are_shared_out_among_copies():
             assert 0 < np.abs(of_experts).max() < 0.02
 
 
+@pytest.mark.parametrize("name", [*(name for name in RIVALS if name != "remoe"), "top_p of few", "sigmoid"])
+def test_a_first_router_gives_tokens_what_their_one_expert_did(name):
+    """In the mean over tokens: gates add up to what the copies' down-projections are divided by."""
+    rule = RIVALS | {"top_p of few": TopP(share=0.3), "sigmoid": TokenChoice(gates="sigmoid", normalise=True)}
+    rule, experts = rule[name], 8
+    columns = rule.parameters(16, experts).get("router_DE")
+    shape = (4096, 1 if columns is None else columns.shape[1])
+    logit_NE = SMALL * jax.random.normal(jax.random.key(0), shape)
+    id_N = np.arange(4096, dtype=np.int32)
+    score = Score(logit_NE, logit_NE, logit_NE, id_T=id_N, position_T=id_N)
+    gate_NE = rule.decide(score, rule.state(experts), "causal")[1]
+    expected = experts * rule.capacity(experts, None) * rule.first_gate(experts)
+    np.testing.assert_allclose(gate_NE.sum(-1).mean(), float(expected), rtol=0.03)
+
+
 @pytest.mark.parametrize(
     ("before", "rule", "said"),
-    [("1t1i", "remoe", "lets nothing in"), ("2t2i", "token_choice", "grow a seed with one expert for text")],
+    [
+        ("1t1i", "remoe", "lets nothing in"),
+        ("1t4i", "null", "of another form"),
+        ("2t2i", "token_choice", "grow a seed with one expert for text"),
+    ],
 )
 def test_rules_that_cannot_begin_are_refused(before, rule, said):
     with pytest.raises(InputError, match=said):
