@@ -44,8 +44,8 @@ def test_every_recipe_resolves(name):
         (["eval", "nowhere"], "nowhere"),
         (["prepare", "scenes"], "--out"),
         (["prepare", "scenes", "--out", "x", "--part", "3/2"], "'3/2' is not K/N"),
-        (["bench"], "moma bench: expected one of {step, generate, data, ffn, codec, prepare, suite}"),
-        (["bench", "stop"], "stop: no such command; moma bench has step, generate, data, ffn"),
+        (["bench"], "moma bench: expected one of {step, study, generate, data, ffn, codec, prepare, suite}"),
+        (["bench", "stop"], "stop: no such command; moma bench has step, study, generate, data, ffn"),
         (["frain"], "frain: no such command"),
     ],
 )
