@@ -120,3 +120,8 @@ def test_config_cost_and_the_store_work_without_jax():
     light = "config, cost, recipes, vocab, batch, data.store, data.prepare, data.packing"
     code = f"import sys\nfor m in '{light}'.split(', '): __import__('moma_jax.' + m)\nassert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_suite_of_an_accelerator_works_without_what_reads_recipes():
+    code = "import sys, moma_jax.bench.suite, moma_jax.bench.step\nassert 'tyro' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,9 +10,8 @@ from moma_jax.late import attributes
 
 _HOME = {
     f"bench_{name}": f"moma_jax.bench.{name}"
-    for name in ("codec", "data", "ffn", "generate", "prepare", "step", "suite")
+    for name in ("codec", "data", "ffn", "generate", "prepare", "step", "study", "suite")
 }
-_HOME["bench_study"] = "moma_jax.bench.step"
 _HOME["format_bench"] = "moma_jax.bench.report"
 __all__ = sorted(_HOME)
 __getattr__ = attributes(__name__, _HOME)  # each needs its own libraries

@@ -26,8 +26,6 @@ from moma_jax.errors import RunError
 from moma_jax.geometry import layer_of
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.process import is_exhausted
-from moma_jax.studies.matching import match_variants
-from moma_jax.studies.study import Study
 from moma_jax.training import step as step_lib
 from moma_jax.vocab import contiguous
 
@@ -71,19 +69,10 @@ def bench_step(
       InputError: the config or a variant contradicts itself. RunError: a step ran out of device memory.
     """
     configs = {name: _variant_of(config, name) for name in ffn}
-    return {"bench": "step"} | _measured(configs, "dense", _variant_of(config, "dense"), repeats, parts)
+    return measured(configs, "dense", _variant_of(config, "dense"), repeats=repeats, parts=parts)
 
 
-def bench_study(study: Study, *, repeats: int = 9, parts: bool = False) -> dict[str, Any]:
-    """`bench_step` of a study's variants, as it matches them at its first size; "relative_to_dense" and
-    "relative_flops" are of its baseline."""
-    first = next(iter(study.sizes))
-    matched = [each for each in match_variants(study) if each.size == first and each.budget == 1]
-    configs = {each.variant.name: on_synthetic_tokens(each.config) for each in matched}
-    return {"bench": "step"} | _measured(configs, study.baseline, configs[study.baseline], repeats, parts)
-
-
-def _measured(configs: dict[str, Config], base: str, baseline: Config, repeats: int, parts: bool) -> dict[str, Any]:
+def measured(configs: dict[str, Config], base: str, baseline: Config, *, repeats: int, parts: bool) -> dict[str, Any]:
     """What `bench_step` says of these configs; `base`: which of them is the one that others are compared with."""
     asked = next(iter(configs.values()))
     rows = min(map(rows_that_fit, configs.values()))
@@ -96,10 +85,10 @@ def _measured(configs: dict[str, Config], base: str, baseline: Config, repeats: 
     for variant in [v for v in variants if parts and not v.program.config.depth]:
         say(f"where the time of {variant.name} goes")
         with _out_of_memory_is_named():
-            measured = measure_parts(variant.program, variant.fresh(), batch, repeats=min(repeats, 5))
+            pieces = measure_parts(variant.program, variant.fresh(), batch, repeats=min(repeats, 5))
         own = figures[variant.name]
-        own["parts"] = {**measured, "other": own["step_seconds"] - sum(measured.values())}
-    return _setting(variants[0].program, asked) | {"variants": figures}
+        own["parts"] = {**pieces, "other": own["step_seconds"] - sum(pieces.values())}
+    return {"bench": "step", **_setting(variants[0].program, asked), "variants": figures}
 
 
 def synthetic_batch(config: Config) -> Batch:
