@@ -104,6 +104,37 @@ class ByToken(Router):
         return None
 
 
+@dataclass(frozen=True)
+class Unlearned(ByToken):
+    """A rule without a score network: `top` experts of a token, each with the weight 1 / top."""
+
+    top: int = setting(1, above=0)
+    """Experts of a token; each weighs 1 / top."""
+
+    def parameters(self, width, experts):
+        return {}
+
+    def logits(self, x_ND, weights):
+        return jnp.zeros((*x_ND.shape[:-1], 1), jnp.float32)
+
+    def flops(self, width, experts):
+        return 0
+
+    def entered(self, score: Score, experts: int, key):
+        """enters_NE bool, `top` of each token. Args: key: as of `choose`."""
+        raise NotImplementedError
+
+    def choose(self, score, state, key=None):
+        enters_NE = self.entered(score, state["taken_E"].shape[-1], key)
+        return enters_NE, enters_NE.astype(jnp.float32) / self.top
+
+    def experts_of_a_token(self, experts):
+        return Fraction(self.top)
+
+    def first_gate(self, experts):
+        return Fraction(1, self.top)
+
+
 def mean_of(value_T, eligible_T):
     """A mean over the eligible tokens of a routing group; 0 where there are none."""
     return jnp.sum(jnp.where(eligible_T, value_T, 0.0)) / jnp.maximum(eligible_T.sum(), 1)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from fractions import Fraction
 
 from moma_jax.config import Config, ModelConfig, with_router
 from moma_jax.errors import InputError, require
 from moma_jax.ffn import parse_ffn
 from moma_jax.fields import read
+from moma_jax.geometry import asked_capacity
 from moma_jax.router import CAUSAL, CAUSAL_ROUTINGS
 from moma_jax.rules import Unloaded, as_rule
 from moma_jax.vocab import SPECIAL_NAMES
@@ -82,9 +82,8 @@ def _check_model(config: Config) -> None:
 def _check_rule(config: Config) -> None:
     """The routing rule's options, against the experts that it routes to."""
     model = config.model
-    asked = None if model.capacity is None else Fraction(model.capacity)
     for group in config.experts.groups if not isinstance(model.router, Unloaded) else ():
-        refused = model.router.refuses(group.experts, asked) if group.routed else None
+        refused = model.router.refuses(group.experts, asked_capacity(model)) if group.routed else None
         require(refused is None, f"model.{refused}")
 
 

@@ -122,10 +122,12 @@ def depth_shape(model: ModelConfig, own: GroupRows) -> DepthShape:
 
 def group_capacity(model: ModelConfig, group: ExpertGroup) -> Fraction:
     """Share of eligible tokens that each expert of a group takes, exact (paper: c_e = 1/|E|)."""
-    if not group.routed:
-        return Fraction(1)
-    asked = None if model.capacity is None else Fraction(model.capacity).limit_denominator(10000)
-    return model.router.capacity(group.experts, asked)
+    return model.router.capacity(group.experts, asked_capacity(model)) if group.routed else Fraction(1)
+
+
+def asked_capacity(model: ModelConfig) -> Fraction | None:
+    """`model.capacity`, exact."""
+    return None if model.capacity is None else Fraction(model.capacity).limit_denominator(10000)
 
 
 def layer_of(config: Config) -> LayerShape:

@@ -138,11 +138,15 @@ def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles,
 
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
     qkv = sharding.shard_map(prepare, (rows, specs, norm_specs, rows), (heads,) * 3)
-    mix = sharding.shard_map(
-        functools.partial(attend, chunk=model.attention_chunk), (heads,) * 3 + (rows,) * 2, heads, check=False
-    )
-    y_BSHK = mix(*qkv(x_BSD, matrices, norms, angles), segment_BS, position_BS)
+    y_BSHK = _mixed(qkv(x_BSD, matrices, norms, angles), segment_BS, position_BS, model)
     return _finished(y_BSHK, heads, weights["out_HKD"], "bshk,hkd->bsd")
+
+
+def _mixed(qkv, segment_BS, position_BS, model: ModelConfig):
+    """`attend` on each device's own rows and heads."""
+    rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads", "head")
+    mix = functools.partial(attend, chunk=model.attention_chunk)
+    return sharding.shard_map(mix, (heads,) * 3 + (rows,) * 2, heads, check=False)(*qkv, segment_BS, position_BS)
 
 
 def _attend_rows_fused(x_BSD, weights: dict[str, Any], segment_BS, angles, model: ModelConfig):
@@ -198,10 +202,7 @@ def _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, mo
     outward = {name: {"out_HKD": own["out_HKD"]} for name, own in weights.items()}
     inward = {name: {key: w for key, w in own.items() if key != "out_HKD"} for name, own in weights.items()}
     qkv = sharding.shard_map(prepare, (rows, _specs(inward), rows, rows), (heads,) * 3)
-    mix = sharding.shard_map(
-        functools.partial(attend, chunk=model.attention_chunk), (heads,) * 3 + (rows,) * 2, heads, check=False
-    )
-    y_BSHK = mix(*qkv(x_BSD, inward, where, angles), segment_BS, position_BS)
+    y_BSHK = _mixed(qkv(x_BSD, inward, where, angles), segment_BS, position_BS, model)
     return sharding.shard_map(finish, (heads, _specs(outward), rows), rows)(y_BSHK, outward, where)
 
 

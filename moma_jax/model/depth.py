@@ -173,8 +173,7 @@ def choose(x_BSD, tokens: RoutingTokens, keys, state, weights, routing: Routing,
         chosen = jax.vmap(lambda chosen: by_token(list(chosen.values()), count))(result.selections)
         gate_BS, enters_BS = (x.reshape(rows, sequence) for x in chosen)
     else:
-        facts = (x_GT.reshape(rows, -1) for x_GT in (tokens.modality_GT, tokens.id_GT, tokens.position_GT))
-        gate_BS, enters_BS = decide(x_BSD, TokenFacts(*facts), weights, state, routing)
+        gate_BS, enters_BS = decide(x_BSD, tokens.facts(rows, -1), weights, state, routing)
         zero_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
         result = moe.RoutingResult(state, {}, {}, None, zero_M4, None)
     entered = jax.vmap(lambda gate_S, enters_S: ordered(gate_S, enters_S, depth.inside.sequence))(gate_BS, enters_BS)

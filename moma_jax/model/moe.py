@@ -52,10 +52,14 @@ class RoutingTokens(NamedTuple):
     unrouted: dict[str, Selection]
     by_modality: Sorted | None = None
 
+    def facts(self, *shape: int) -> TokenFacts:
+        """What tokens that decide by themselves may know, in this shape."""
+        return TokenFacts(*(x_GT.reshape(shape) for x_GT in (self.modality_GT, self.id_GT, self.position_GT)))
+
 
 class TokenFacts(NamedTuple):
-    """The same of tokens that decide by themselves: int32 modality, -1 for those that are not to be computed, id, and
-    position in the document."""
+    """Of tokens that decide by themselves: int32 modality, -1 for those that are not to be computed, id, and position
+    in the document."""
 
     modality_N: Any
     id_N: Any
@@ -400,7 +404,7 @@ def _decide_and_compute(x_GTD, tokens: RoutingTokens, state, weights, routing: R
     """The layer where tokens decide by themselves; every one finds a slot wherever it goes."""
     groups, count, width = x_GTD.shape
     x_ND = x_GTD.reshape(-1, width)
-    facts = TokenFacts(*(x_GT.reshape(-1) for x_GT in (tokens.modality_GT, tokens.id_GT, tokens.position_GT)))
+    facts = tokens.facts(-1)
     zero_ND = sharding.pvary(jnp.zeros_like(x_ND), TENSOR)
     arguments = (zero_ND, x_ND, facts, dispatched(routing), weights, weights, state, routing)
     y_ND, decisions, copied_N = add_decided(*arguments)

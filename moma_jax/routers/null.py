@@ -58,7 +58,7 @@ class Null(ByToken):
 
     def losses_of(self, score, enters_TE, gate_TE, eligible_T, state):
         experts, nulls = enters_TE.shape[1], self.zero + self.copy
-        enters_TX = highest(score.logit_TE, self.top) & eligible_T[:, None]
+        enters_TX = self._of_all(score)[0] & eligible_T[:, None]
         null_T1 = enters_TX[:, experts:].sum(-1, keepdims=True) / max(nulls, 1)  # as if each had its even part
         even_TX = jnp.concatenate([enters_TX[:, :experts].astype(jnp.float32), jnp.repeat(null_T1, nulls, axis=1)], 1)
         return {"balance": self.balance * balance_loss(jax.nn.softmax(score.logit_TE), even_TX, eligible_T)}

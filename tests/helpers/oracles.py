@@ -10,14 +10,15 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def mix(bits: int) -> int:
+    """The finaliser of MurmurHash3."""
+    bits = ((bits ^ bits >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    bits = ((bits ^ bits >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    return bits ^ bits >> 16
+
+
 def jitter(seed: int, row: int, position: int, expert: int) -> float:
     """The tie-breaking term of `routing.score_of`, in Python integers: 0 to 1."""
-
-    def mix(bits):
-        bits = ((bits ^ bits >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
-        bits = ((bits ^ bits >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
-        return bits ^ bits >> 16
-
     place = mix((mix(int(row) + 1) + int(position)) & 0xFFFFFFFF)
     return (mix(place ^ mix((seed + expert * 0x9E3779B9) & 0xFFFFFFFF)) >> 8) / 2**24
 

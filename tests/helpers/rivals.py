@@ -7,6 +7,7 @@ rule's state and options say.
 import math
 
 import numpy as np
+from oracles import mix, sigmoid
 
 
 def softmax(logit_E):
@@ -19,15 +20,8 @@ def best(value_E, count):
     return sorted(range(len(value_E)), key=lambda e: (-value_E[e], e))[:count]
 
 
-def mix(bits):
-    """The finaliser of MurmurHash3."""
-    bits = ((bits ^ bits >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
-    bits = ((bits ^ bits >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
-    return bits ^ bits >> 16
-
-
 def affinities(rule, logit_E):
-    return softmax(logit_E) if rule.gates == "softmax" else [1 / (1 + math.exp(-x)) for x in logit_E]
+    return softmax(logit_E) if rule.gates == "softmax" else [sigmoid(x) for x in logit_E]
 
 
 def token_choice(rule, logit_E, state, token, experts):
@@ -81,7 +75,7 @@ def at_random(rule, logit_E, state, token, experts):
 def sinkhorn(rule, logit_E, state, token, experts):
     """At the prices that `sinkhorn_prices` found for the routing group."""
     ranked = [x - price for x, price in zip(logit_E, token["prices"], strict=True)]
-    return {e: 1 / (1 + math.exp(-logit_E[e])) for e in best(ranked, rule.top)}, 0.0
+    return {e: sigmoid(logit_E[e]) for e in best(ranked, rule.top)}, 0.0
 
 
 def sinkhorn_prices(rule, logits, experts):
@@ -168,4 +162,4 @@ def layer(name, rule, x_GTD, tokens, groups, weights, states, slots, rows):
 
 def swiglu(x, w, e):
     a, b = x @ w["gate_EDF"][e], x @ w["up_EDF"][e]
-    return (a / (1 + np.exp(-a)) * b) @ w["down_EFD"][e]
+    return (a * sigmoid(a) * b) @ w["down_EFD"][e]

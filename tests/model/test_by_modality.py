@@ -25,13 +25,17 @@ FFNS = ("dense", "4t4i", "1t1i+1x", "mod+2t2i")
 OWNED = ("attention", "attention_norm", "ffn_norm")
 
 
+def own_paths(path, names=("text", "image")):
+    """Where a parameter of the model with shared weights is in the other: once for each modality, or once."""
+    place = next((at + 1 for at, part in enumerate(path) if part in OWNED), None)
+    return [(*path[:place], name, *path[place:]) for name in names] if place else [path]
+
+
 def copied(params, names=("text", "image")):
     """Parameters of a model whose modalities have equal weights of their own."""
     found = {}
     for path, leaf in flatten_dict(params).items():
-        place = next((at + 1 for at, part in enumerate(path) if part in OWNED), None)
-        of = [(*path[:place], name, *path[place:]) for name in names] if place else [path]
-        found |= dict.fromkeys(of, leaf)
+        found |= dict.fromkeys(own_paths(path, names), leaf)
     return unflatten_dict(found)
 
 
@@ -83,13 +87,9 @@ def test_with_equal_weights_it_is_the_shared_model(ffn, norm):
     np.testing.assert_allclose(own_BSD, hidden_BSD, atol=1e-6 * np.abs(hidden_BSD).max())
     largest = max(np.abs(value).max() for value in gradient.values())
     for path, value in gradient.items():
-        place = next((at + 1 for at, part in enumerate(path) if part in OWNED), None)
-        if place is None:
-            found = own_gradient[path]
-        else:
-            parts = [own_gradient[(*path[:place], name, *path[place:])] for name in ("text", "image")]
-            assert all(np.abs(part).max() > 0 for part in parts), path
-            found = sum(parts)  # each modality's tokens tell its own weights
+        parts = [own_gradient[own] for own in own_paths(path)]
+        assert len(parts) == 1 or all(np.abs(part).max() > 0 for part in parts), path
+        found = sum(parts)  # each modality's tokens tell its own weights
         # Behind a swin norm a router's gradient is what is left of large terms that cancel.
         atol = 1e-5 * max(np.abs(value).max(), 0.01 * largest)
         np.testing.assert_allclose(found, value, atol=atol, err_msg=str(path))
