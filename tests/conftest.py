@@ -36,6 +36,14 @@ def pytest_configure(config):
         share()
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """A process that runs hundreds of modules does not keep every program it ever compiled."""
+    if nextitem is not None and nextitem.path != item.path:
+        from traced import forget_excess
+
+        forget_excess()
+
+
 def pytest_xdist_auto_num_workers(config):
     """A worker per CPU this process may use; a single file runs right here, where -s and a debugger work."""
     if len(config.args) == 1 and ".py" in config.args[0]:

@@ -6,12 +6,18 @@ programs share it. tests/conftest.py calls `share` before anybody else imports t
 
 import dataclasses
 import functools
+import gc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moma_jax.training import step
+
+MAPS = 15_000
+"""Memory maps a process may hold when a test module ends. Each compiled program takes some 24 of them; where Linux has
+no more to give (vm.max_map_count, 65,530), the compiler does not say so, it crashes."""
 
 HOST_ONLY = {
     "run": None,
@@ -34,9 +40,23 @@ def share():
     router_step.compile_routers_step = _once(router_step.compile_routers_step)
 
 
+def forget_excess():
+    """Forgets what was traced and compiled, where that has become too much; what is needed again is read from disk."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        for made in _shared:
+            made.clear()
+        jax.clear_caches()
+        gc.collect()
+
+
+_shared = []
+
+
 def _once(function):
     """The function, called once for equal arguments."""
     made = {}
+    _shared.append(made)
 
     @functools.wraps(function)
     def once(*arguments):
