@@ -50,7 +50,11 @@ class ModelConfig:
     width: int = setting(512, above=0)
     """Model width d."""
     heads: int = setting(8, above=0)
-    """Attention heads; they divide the width."""
+    """Attention heads; they divide the width where head_width is None."""
+    kv_heads: int | None = setting(None, above=0)
+    """Heads of keys and values, each for as many heads of queries (grouped-query attention); heads where None."""
+    head_width: int | None = setting(None, above=0)
+    """Channels of a head; width / heads where None."""
     ffn_width: int = setting(2048, above=0)
     """The paper's ffn column; the SwiGLU hidden size is 2/3 of it, rounded up to a multiple of 128."""
     hidden: int | None = setting(None, above=0)
@@ -87,6 +91,16 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products' results, or whole layers."""
     attention_chunk: int = setting(512, above=0, unit="positions", may_change=True)
     """Queries attended at once, in positions: bounds the memory of attention scores."""
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head, K."""
+        return self.width // self.heads if self.head_width is None else self.head_width
 
 
 @dataclass(frozen=True)

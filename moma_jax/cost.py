@@ -111,8 +111,8 @@ def parameter_count(config: Config) -> dict[str, int]:
     model, layout = config.model, config.experts
     d, hidden, layers = model.width, model.hidden, model.layers
     expert = 3 * d * hidden
-    qk_norm = 4 * d  # scale and bias for every head of q and of k
-    attention = 4 * d * d + qk_norm
+    head, norm = model.head_size, 2  # scale and bias for every head of q and of k
+    attention = (model.heads + model.key_heads) * head * (2 * d + norm)
     norms = 2 * d
     owners = len(projection_groups(model.attention_weights, config.data.modalities)) or 1
     inside = owners * (attention + norms) + sum(g.width for g in layout.shared) * expert
@@ -256,9 +256,10 @@ def _by_part(config: Config, layers: list[_Layers], columns: int = 0) -> dict[st
     model = config.model
     d = model.width
     expert = 3 * 2 * d * model.hidden
-    scores = 2 * 2 * config.data.sequence * d
+    scores = 2 * 2 * config.data.sequence * model.heads * model.head_size
+    projections = 2 * 2 * d * (model.heads + model.key_heads) * model.head_size
     parts = {
-        "attention_projections": sum(own.number * own.projected for own in layers) * 4 * 2 * d * d,
+        "attention_projections": sum(own.number * own.projected for own in layers) * projections,
         "attention_scores": sum(own.number * own.share**2 for own in layers) * scores,
         "router": sum(own.number * own.scored for own in layers),
         "experts": sum(own.number * own.taken for own in layers) * expert,
@@ -278,8 +279,8 @@ def activation_bytes(config: Config) -> int:
     float32 and 2 otherwise (auto is taken to be bfloat16). Kept per position and layer, by `model.remat`:
 
       full: the layer's input, d.
-      dots: besides, the results of its products: q, k, v, the attention's output and projection (5d), and gate, up and
-        down of every slot (2F + d).
+      dots: besides, the results of its products: q, k, v, the attention's output and projection (5d where heads share
+        no keys), and gate, up and down of every slot (2F + d).
       none: besides, the operands of norms and rotations and the slots' inputs (about 9d).
 
     The layer that is being differentiated holds what `none` keeps, with the scores of one block of queries. The
@@ -293,7 +294,8 @@ def activation_bytes(config: Config) -> int:
     positions = config.batch_tokens // config.train.accumulate
     executed = _executed_by_part(config)
     slots = (executed["experts"] + executed["shared_experts"]) / (layers * 6 * d * hidden)
-    products = 6 * d + slots * (2 * hidden + d)
+    heads = 2 * (model.heads + model.key_heads) * model.head_size  # q, k, v and what they give
+    products = heads + 2 * d + slots * (2 * hidden + d)
     one_block = FLOAT32 * model.heads * block_queries(data.sequence, model.attention_chunk)
     predictors = sum(own.met for own in _predictors(config)) / layers
     inner = FLOAT32 * (d // 2) * predictors  # of auxiliary routers; kept before and after SiLU

@@ -169,7 +169,8 @@ def require_split(config: Config, mesh: Mapping[str, int]) -> None:
         raise InputError(
             f"mesh.fsdp x mesh.expert: {stored} devices do not divide model.width {model.width}; use a divisor of it"
         )
-    split = {"model.heads": model.heads, "model.hidden": model.hidden, "the vocabulary's": config.vocabulary_size}
+    split = {"model.heads": model.heads, "model.kv_heads": model.key_heads, "model.hidden": model.hidden}
+    split["the vocabulary's"] = config.vocabulary_size
     for name, size in split.items():
         if size % tensor:
             raise InputError(f"mesh.tensor: {tensor} devices do not divide {name} {size}; use a divisor of it")

@@ -54,6 +54,8 @@ def valid(**sections) -> Config:
     ("sections", "message"),
     [
         ({"model": {"heads": 3}}, "model.heads: 3 heads .* 2 would"),
+        ({"model": {"kv_heads": 3}}, "model.kv_heads: 3 do not divide model.heads .*; use a divisor"),
+        ({"model": {"head_width": 7}}, "model.head_width: .* 7 is odd"),
         ({"model": {"ffn": "4t4a"}}, "model.ffn: .*modality 'a', which has no quota"),
         ({"model": {"ffn": "4t"}}, "model.ffn: '4t' must name each of t, i once"),
         ({"model": {"ffn": "4t0i"}}, "must name each of t, i once"),

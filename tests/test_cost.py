@@ -88,6 +88,13 @@ def test_parameters_are_those_of_the_initialised_model(ffn, weights):
     assert figures["bytes"] == {**figures["bytes"], "parameters": 4 * count, "optimizer": 4 * moments}
 
 
+@pytest.mark.parametrize("weights", ["shared", "by_modality"])
+def test_parameters_of_heads_that_share_keys(weights):
+    config = tiny("2t2i", attention_weights=weights, heads=6, kv_heads=3, head_width=10)
+    leaves = jax.tree.leaves(step_lib.abstract_state(program_of(config), {}).params)
+    assert cost(config)["parameters"]["total"] == sum(math.prod(leaf.shape) for leaf in leaves)
+
+
 @pytest.mark.parametrize("ffn", long_but("1t1i", "2t2i+1x", of=["dense", "8x", "1t1i", "7t1i", "2t2i+1x"]))
 def test_auxiliary_routers_are_counted_apart(ffn):
     plain, config = cost(tiny(ffn)), tiny(ffn, router=Choice(auxiliary=True))
@@ -133,11 +140,12 @@ SHAPES = {
     "accumulated": {"width": 48, "heads": 6, "sequence": 128, "group_rows": 1, "accumulate": 2},
     "uneven": {"ffn_width": 256, "quotas": (0.75, 0.25)},
     "own": {"attention_weights": "by_modality"},
+    "heads": {"heads": 4, "kv_heads": 2, "head_width": 24},
 }
 # Every shape twice, every layer in one of the shapes that are special.
 PAIRS = [
     ("dense", "square"), ("dense", "uneven"), ("8x", "wide"), ("8x", "accumulated"), ("1t1i", "wide"),
-    ("4t4i", "square"), ("4t4i", "accumulated"), ("2t2i+1x", "uneven"), ("1t1i", "own"),
+    ("4t4i", "square"), ("4t4i", "accumulated"), ("2t2i+1x", "uneven"), ("1t1i", "own"), ("4t4i", "heads"),
 ]  # fmt: skip
 
 

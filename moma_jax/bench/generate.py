@@ -280,8 +280,9 @@ def bytes_per_step(config: Config, weights: Any, use: Use, rows: int, position: 
     def size(tree) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
+    model = config.model
     total = size((weights["unembedding_DV"], weights["final_norm_D"]))
-    cache = rows * position * 2 * config.model.width * weights["embedding_VD"].dtype.itemsize
+    cache = rows * position * 2 * model.key_heads * model.head_size * weights["embedding_VD"].dtype.itemsize
     for layer in weights["layers"]:
         experts, depth = layer["experts"], size(layer["depth"])
         kept, read = (use.tokens, use.steps) if layer["depth"] else (1.0, 1.0)

@@ -50,7 +50,7 @@ def measure_parts(
 def _attention(program: step_lib.Program, params, batch: Batch, by_modality, x_BSD) -> Callable:
     """Projections, norms and rotations of q and k, scores, output projection."""
     model = program.config.model
-    rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.width // model.heads, model.rope_theta))
+    rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.head_size, model.rope_theta))
 
     def attend(params, x_BSD, around):
         *rows, by_modality = around

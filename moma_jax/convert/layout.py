@@ -49,19 +49,20 @@ VISION_DEFAULTS = {"num_embeddings": 8192, "resolution": 512, "channel_multiplie
 LAYER = {
     "input_layernorm.weight": ("layers/attention_norm/scale_D", "D"),
     "self_attn.q_proj.weight": ("layers/attention/query_DHK", "HK D"),
-    "self_attn.k_proj.weight": ("layers/attention/key_DHK", "HK D"),
-    "self_attn.v_proj.weight": ("layers/attention/value_DHK", "HK D"),
+    "self_attn.k_proj.weight": ("layers/attention/key_DHK", "GK D"),
+    "self_attn.v_proj.weight": ("layers/attention/value_DHK", "GK D"),
     "self_attn.q_norm.weight": ("layers/attention/query_norm/scale_HK", "H K"),
     "self_attn.q_norm.bias": ("layers/attention/query_norm/bias_HK", "H K"),
-    "self_attn.k_norm.weight": ("layers/attention/key_norm/scale_HK", "H K"),
-    "self_attn.k_norm.bias": ("layers/attention/key_norm/bias_HK", "H K"),
+    "self_attn.k_norm.weight": ("layers/attention/key_norm/scale_HK", "G K"),
+    "self_attn.k_norm.bias": ("layers/attention/key_norm/bias_HK", "G K"),
     "self_attn.o_proj.weight": ("layers/attention/out_HKD", "D HK"),
     "post_attention_layernorm.weight": ("layers/ffn_norm/scale_D", "D"),
     "mlp.gate_proj.weight": ("layers/ffn/all/gate_EDF", "F D"),
     "mlp.up_proj.weight": ("layers/ffn/all/up_EDF", "F D"),
     "mlp.down_proj.weight": ("layers/ffn/all/down_EFD", "D F"),
 }
-"""Tensor of a layer -> (parameter, the tensor's axes); E, the experts of the dense group, is 1."""
+"""Tensor of a layer -> (parameter, the tensor's axes); E, the experts of the dense group, is 1. G are the heads of
+keys, which parameters, too, call H."""
 FIRST = {"model.embed_tokens.weight": ("embedding/kernel_VD", "V D")}
 LAST = {"model.norm.weight": ("final_norm/scale_D", "D"), "lm_head.weight": ("unembedding/kernel_DV", "V D")}
 
@@ -92,11 +93,12 @@ class Place(NamedTuple):
 
 def places(model: ModelConfig, ids: int) -> dict[str, Place]:
     """Every tensor of a Chameleon's decoder by name, in the order of its layers; `ids`: size of the vocabulary."""
-    head = model.width // model.heads
-    size = {"V": ids, "D": model.width, "H": model.heads, "K": head, "F": model.hidden, "E": 1}
+    size = {"V": ids, "D": model.width, "F": model.hidden, "E": 1}
+    size |= {"H": model.heads, "G": model.key_heads, "K": model.head_size}
 
     def place(parameter: str, axes: str, layer: int | None) -> Place:
         own = parameter.rpartition("_")[2]
+        own = own.replace("H", "G") if "G" in axes else own
         shape = tuple(math.prod(size[axis] for axis in letters) for letters in axes.split())
         projection = axes.replace(" ", "") != own.replace("E", "")
         return Place(parameter, layer, shape, tuple(size[axis] for axis in own), projection)
@@ -128,10 +130,10 @@ def model_of(config: dict[str, Any], where: str) -> ModelConfig:
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         _require_count(value[name], f"{where}: {name}")
     heads, shared = value["num_attention_heads"], value["num_key_value_heads"]
-    if shared not in (None, heads):
+    if shared is not None and heads % _require_count(shared, f"{where}: num_key_value_heads"):
         raise InputError(
-            f"{where}: num_key_value_heads is {shared}, num_attention_heads {heads}; heads that share keys "
-            "(Chameleon-34B) are not supported, give a model without (Chameleon-7B)"
+            f"{where}: num_key_value_heads, {shared}, does not divide num_attention_heads, {heads}; fetch the file "
+            "again"
         )
     fixed = {"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
     for name, right in (fixed | {"rms_norm_eps": QK_NORM_EPSILON}).items():
@@ -143,6 +145,7 @@ def model_of(config: dict[str, Any], where: str) -> ModelConfig:
         layers=value["num_hidden_layers"],
         width=value["hidden_size"],
         heads=heads,
+        kv_heads=None if shared in (None, heads) else shared,
         ffn_width=-(-3 * hidden // 2),
         hidden=hidden,
         norm="swin" if value["swin_norm"] else "pre",
@@ -281,6 +284,10 @@ def config_of(model: ModelConfig, vocabulary: Vocabulary, sequence: int) -> dict
     """
     if [m.span > 0 for m in vocabulary.modalities] != [False, True]:
         raise InputError("to-chameleon: a Chameleon has text and one kind of picture; this run has other modalities")
+    if model.head_size * model.heads != model.width:
+        raise InputError(
+            f"to-chameleon: model.head_width is {model.head_width}; a Chameleon's heads are its width over their number"
+        )
     if model.norm_epsilon != QK_NORM_EPSILON:
         raise InputError(f"to-chameleon: model.norm_epsilon is {model.norm_epsilon}; Chameleon has {QK_NORM_EPSILON}")
     image = vocabulary.modalities[1]
@@ -300,7 +307,7 @@ def config_of(model: ModelConfig, vocabulary: Vocabulary, sequence: int) -> dict
         "intermediate_size": model.hidden,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
+        "num_key_value_heads": model.key_heads,
         "max_position_embeddings": sequence,
         "rms_norm_eps": QK_NORM_EPSILON,
         "rope_theta": model.rope_theta,

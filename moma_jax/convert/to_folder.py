@@ -133,7 +133,7 @@ def _source_of(run: str, like: str | None, model: ModelConfig, vocabulary: Vocab
     if like is None and not kept.is_dir():
         return None
     source = read_source(folder)
-    for name in ("layers", "width", "heads", "hidden", "norm", "rope_theta", "norm_epsilon"):
+    for name in ("layers", "width", "heads", "key_heads", "head_size", "hidden", "norm", "rope_theta", "norm_epsilon"):
         theirs, ours = getattr(source.model, name), getattr(model, name)
         if theirs != ours:
             raise InputError(f"{folder}: {name} is {theirs}, that of {run} {ours}; give the folder it came from")

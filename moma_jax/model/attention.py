@@ -44,19 +44,26 @@ def rotate(x_BSHK, angles):
 def attend(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
     """Softmax attention to earlier positions of the same document, (B, S, H, K) in the dtype of v.
 
+    Keys and values may have fewer heads, of which each is for as many neighbouring heads of queries.
     A query sees the keys of its segment at its own position and before. Padding is a segment of its own (0): its rows
     are finite, and no real token sees them. At most `chunk` queries are scored at a time, the backward pass included.
 
     Scores are written out where the device has no fused kernel for it; `attend_rows` has more of them for a TPU.
     """
-    chex.assert_equal_shape((q_BSHK, k_BSHK, v_BSHK))
+    chex.assert_equal_shape((k_BSHK, v_BSHK))
     chex.assert_shape((segment_BS, position_BS), q_BSHK.shape[:2])
+    k_BSHK, v_BSHK = (for_queries(x, q_BSHK.shape[2], 2) for x in (k_BSHK, v_BSHK))
     narrow = q_BSHK.dtype.itemsize == 2  # wider ones would be rounded on the way into a GPU's matrix units
     if sharding.platform() == "gpu" and narrow and _refused(*q_BSHK.shape[1:]) is None:
         return attend_triton(q_BSHK, k_BSHK, v_BSHK, segment_BS)
     if sharding.platform() == "tpu" and _refused(*q_BSHK.shape[1:]) is None:
         return attend_splash(q_BSHK, k_BSHK, v_BSHK, segment_BS)
     return attend_written(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, chunk=chunk)
+
+
+def for_queries(x, heads: int, axis: int):
+    """Keys or values, once for each of so many heads of queries: those that share one lie side by side."""
+    return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis)
 
 
 def attend_written(q_BSHK, k_BSHK, v_BSHK, segment_BS, position_BS, *, chunk: int):
@@ -98,7 +105,10 @@ def qk_norm(x_BSHK, scale_HK, bias_HK, epsilon: float):
 
 
 def project(x_BSD, weights: dict[str, Any], angles, epsilon: float):
-    """Queries, keys and values (B, S, H, K) in the dtype of x, normed and turned; `weights` as the module has them."""
+    """Queries, keys and values (B, S, H, K) in the dtype of x, normed and turned; `weights` as the module has them.
+
+    Keys and values have as many heads as their weights.
+    """
     dtype = x_BSD.dtype
     q_BSHK, k_BSHK, v_BSHK = (
         jnp.einsum("bsd,dhk->bshk", x_BSD, weights[f"{name}_DHK"].astype(dtype)) for name in ("query", "key", "value")
@@ -127,8 +137,7 @@ def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles,
     """
     if sort is not None:
         return _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model, sort)
-    heads, width = weights["query_norm"]["scale_HK"].shape
-    local = x_BSD.shape[1], heads // sharding.size(TENSOR), width
+    local = x_BSD.shape[1], model.key_heads // sharding.size(TENSOR), model.head_size
     if sharding.platform() == "tpu" and _refused(*local) is None:
         return _attend_rows_fused(x_BSD, weights, segment_BS, angles, model)
     matrices, norms, specs, norm_specs = _parts_of(weights)
@@ -164,6 +173,7 @@ def _attend_rows_fused(x_BSD, weights: dict[str, Any], segment_BS, angles, model
             turned(x_BSF, **norms[f"{name}_norm"], angles=angles, norm=Norm(model.norm_epsilon, factor))
             for name, x_BSF, factor in (("query", query_BSF, v_BHSK.shape[-1] ** -0.5), ("key", key_BSF, 1.0))
         )
+        k_BHSK, v_BHSK = (for_queries(x, q_BHSK.shape[1], 1) for x in (k_BHSK, v_BHSK))
         return attend_fused(q_BHSK, k_BHSK, v_BHSK, segment_BS)
 
     rows, flat = sharding.spec("batch"), sharding.spec("batch", None, "heads")
@@ -244,7 +254,7 @@ class Memory(NamedTuple):
     """Keys and values that rows of one layer have been told so far.
 
     Attributes:
-      key_BPHK, value_BPHK: in compute dtype; P positions are allocated.
+      key_BPHK, value_BPHK: in compute dtype; P positions are allocated, H heads of keys.
       position_BP: int32 position in the row of each key, NOWHERE where there is none, in layers that only some tokens
         enter (mixture of depths): a token that passed by left none. None elsewhere: a key's number is its position.
     """
@@ -281,8 +291,11 @@ def attend_cached(
         key_position_BP = place_BP = place_BP.at[row_B1, slot_BQ].set(position_BQ, mode="drop")
     visible_BQP = position_BQ[:, :, None] >= key_position_BP[:, None, :]
     q_BHQK, k_BHPK, v_BHPK = (x.swapaxes(1, 2) for x in (q_BQHK, key_BPHK, value_BPHK))
-    y_BHQK, _ = softmaxed(scored(q_BHQK, k_BHPK, visible_BQP), v_BHPK)
-    y_BQHK = y_BHQK.swapaxes(1, 2)
+    # Queries whose heads share keys are so many more queries of them, for which these are read once.
+    share = q_BHQK.shape[1] // k_BHPK.shape[1]
+    grouped = q_BHQK.reshape(rows, -1, share * q_BHQK.shape[2], q_BHQK.shape[3])
+    y_BHQK, _ = softmaxed(scored(grouped, k_BHPK, jnp.tile(visible_BQP, (1, share, 1))), v_BHPK)
+    y_BQHK = y_BHQK.reshape(q_BHQK.shape).swapaxes(1, 2)
     out_BQD = project_out(y_BQHK, weights) if of is None else _each(project_out, y_BQHK, weights, *of)
     return out_BQD, Memory(key_BPHK, value_BPHK, place_BP)
 

@@ -68,7 +68,7 @@ def by_one_program(config: Config) -> bool:
 def new_cache(config: Config, rows: int, positions: int) -> Cache:
     """An empty cache of `rows` rows with room for `positions` tokens each, on the mesh that is in use."""
     model = config.model
-    shape = (rows, positions, model.heads, model.width // model.heads)
+    shape = (rows, positions, model.key_heads, model.head_size)
     place = sharding.placed_by(_spec("key_BPHK"))
 
     def memory(number: int) -> Memory:
@@ -123,11 +123,12 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
 def require_parts(config: Config) -> None:
     """Raises InputError where the devices that share a model cannot be given equal parts of it."""
     parts = sharding.size(*SPLIT)
-    for name in ("heads", "hidden"):
-        if (number := getattr(config.model, name)) % parts:
+    model = config.model
+    for name, number in {"heads": model.heads, "kv_heads": model.key_heads, "hidden": model.hidden}.items():
+        if number % parts:
             raise InputError(
-                f"mesh: to write, model.heads and model.hidden are split over fsdp x expert x tensor; these are "
-                f"{parts} devices, which do not divide model.{name} {number}; use a divisor, and data for the rest"
+                f"mesh: to write, heads and model.hidden are split over fsdp x expert x tensor; these are {parts} "
+                f"devices, which do not divide model.{name} {number}; use a divisor, and data for the rest"
             )
 
 
@@ -257,7 +258,7 @@ def _looked_up(embedding_VD, token_BQ, count_B, length_B, vocabulary_modality_V,
     position_BQ = length_B[:, None] + offset_Q
     modality_BQ = jnp.take(vocabulary_modality_V, token_BQ)
     modality_BQ = jnp.where(offset_Q < count_B[:, None], modality_BQ, -1)
-    angles = rotary_angles(position_BQ, model.width // model.heads, model.rope_theta)
+    angles = rotary_angles(position_BQ, model.head_size, model.rope_theta)
 
     def look_up(embedding_VD, token_BQ):
         return sharding.all_gather(embedding_VD[token_BQ], 2, *SPLIT)

@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         context = Context(
             segment_BS,
             position_BS,
-            rotary_angles(position_BS, model.width // model.heads, model.rope_theta),
+            rotary_angles(position_BS, model.head_size, model.rope_theta),
             self.tokens(
                 token_BS, segment_BS, position_BS, modality_BS, jnp.arange(groups) if group_G is None else group_G
             ),

@@ -30,6 +30,8 @@ With mixture of depths (mod+4t4i) layers come in pairs, of which only some token
 layers/odd/... have half of the layers each, and layers/depth/<router>/router_DE [layers, embed, -] decides, with
 <router> "depth_<modality>", or "depth_all" (model.depth_by); its auxiliary router is layers/depth/<router>_auxiliary.
 
+Keys and values have model.kv_heads heads, their norm, too.
+
 <group> is a group of experts: a modality's name (1t1i, 4t4i), `all` (dense, 8x), `shared` (+1x, of N times the hidden
 width, one expert), `shared_<modality>` (+1t1i).
 
@@ -194,12 +196,16 @@ class AttentionParameters(_Declares):
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        d, h = self.model.width, self.model.heads
-        into, out = (d, h, d // h), (h, d // h, d)
-        inits = dict.fromkeys(("query_DHK", "key_DHK", "value_DHK"), (normal(d), into))
-        inits["out_HKD"] = (normal(d, output_scale(self.model)), out)
+        model = self.model
+        d, query, key = model.width, (model.heads, model.head_size), (model.key_heads, model.head_size)
+        inits = {
+            "query_DHK": (normal(d), (d, *query)),
+            **dict.fromkeys(("key_DHK", "value_DHK"), (normal(d), (d, *key))),
+            "out_HKD": (normal(math.prod(query), output_scale(model)), (*query, d)),
+        }
         weights = {name: self.weight(name, ATTENTION_AXES[name], *init) for name, init in inits.items()}
-        return weights | {name: QkNormParameters((h, d // h), name=name)() for name in ("query_norm", "key_norm")}
+        norms = {"query_norm": query, "key_norm": key}
+        return weights | {name: QkNormParameters(shape, name=name)() for name, shape in norms.items()}
 
 
 class ExpertParameters(_Declares):

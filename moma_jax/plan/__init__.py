@@ -274,6 +274,6 @@ def _warnings(config: Config, target: Topology) -> list[str]:
     """What would run without its kernel there."""
     from moma_jax.model.kernels import refusal
 
-    heads, width = config.model.heads // config.mesh.tensor, config.model.width // config.model.heads
+    heads, width = config.model.heads // config.mesh.tensor, config.model.head_size
     reason = refusal("tpu" if target.kind else "gpu", target.device_kind, config.data.sequence, heads, width)
     return [] if reason is None else [f"attention: without a fused kernel, because {reason}; it will be slower"]

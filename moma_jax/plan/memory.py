@@ -74,7 +74,7 @@ def kept_beyond_cost(config: Config) -> float:
     if model.remat != "none":
         return 0.0
     width, lanes = FLOAT32 if model.dtype == "float32" else 2, 128
-    padded = model.heads * -(-model.width // model.heads // lanes) * lanes
+    padded = model.heads * -(-model.head_size // lanes) * lanes
     shape = layer_of(config)
     slots = sum(own.group.experts * own.group.width * own.slots for own in shape.groups) / shape.tokens
     compute = 4 * padded + 3 * model.width + slots * (2 * model.width + 4 * model.hidden)

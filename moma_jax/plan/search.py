@@ -141,7 +141,7 @@ def candidates(config: Config, target: Topology) -> Iterator[Config]:
     model, layout = config.model, config.experts
     groups = config.train.batch_rows // config.data.group_rows
     most = max((g.experts for g in layout.groups), default=1)
-    for tensor in _divisors(math.gcd(model.heads, model.hidden, target.devices)):
+    for tensor in _divisors(math.gcd(model.key_heads, model.hidden, target.devices)):
         if tensor > 8 or config.vocabulary_size % tensor:
             continue
         for expert in _divisors(math.gcd(most, target.devices // tensor)):

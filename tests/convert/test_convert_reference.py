@@ -18,10 +18,10 @@ pytestmark = pytest.mark.slow  # torch and transformers
 VISION = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 1, "resolution": 4}
 
 
-def chameleon(swin: bool):
+def chameleon(swin: bool, **options):
     """A tiny one; norms, scales and biases are random too."""
     vision = {**VISION, "num_embeddings": chameleons.CODES, "channel_multiplier": [1, 1]}
-    changed = {"swin_norm": swin, "vq_config": vision, "pad_token_id": None}
+    changed = {"swin_norm": swin, "vq_config": vision, "pad_token_id": None, **options}
     settings = {k: v for k, v in chameleons.described(**changed).items() if k not in ("architectures", "model_type")}
     settings |= {
         "dtype": "float32",
@@ -69,9 +69,10 @@ def our_logits(run, token_BS) -> np.ndarray:
     return np.asarray(output.hidden_BSD @ loaded.params["unembedding"]["kernel_DV"])
 
 
-@pytest.mark.parametrize("swin", [False, True], ids=["pre", "swin"])
-def test_logits_are_those_of_transformers(swin, tmp_path):
-    model, token_BS = chameleon(swin), tokens()
+@pytest.mark.parametrize(("swin", "keys"), [(False, 2), (True, 2), (True, 1)], ids=["pre", "swin", "shared keys"])
+def test_logits_are_those_of_transformers(swin, keys, tmp_path):
+    """Chameleon-34B's heads share keys."""
+    model, token_BS = chameleon(swin, num_key_value_heads=keys), tokens()
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
     (tmp_path / "source" / "tokenizer.json").write_text(chameleons.tokenizer().to_str())
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1

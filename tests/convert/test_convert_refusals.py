@@ -39,7 +39,7 @@ TENSORS = {
     "tensor model.layers.3.mlp.up_proj.weight is no part": replaced("model.layers.3.mlp.up_proj.weight", np.zeros(1)),
 }
 CONFIGS = {
-    "num_key_value_heads is 1, num_attention_heads 2; heads that share keys": {"num_key_value_heads": 1},
+    "num_key_value_heads, 4, does not divide num_attention_heads, 2": {"num_key_value_heads": 4},
     "model_type is 'llama'": {"model_type": "llama"},
     "rms_norm_eps is 1e-06": {"rms_norm_eps": 1e-6},
     "tie_word_embeddings is True": {"tie_word_embeddings": True},

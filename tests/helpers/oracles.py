@@ -116,6 +116,7 @@ def attention_by_modality(x_SD, segment_S, position_S, name_S, weights, *, theta
     `name_S` has of the tokens."""
     x_SD, y_SD = np.asarray(x_SD, np.float64), np.zeros(np.shape(x_SD))
     _, heads, width = np.shape(weights[name_S[0]]["query_DHK"])
+    share = heads // np.shape(weights[name_S[0]]["key_DHK"])[1]  # heads of queries for one of keys
 
     def projected(s, h, which):
         own = weights[name_S[s]]
@@ -124,12 +125,13 @@ def attention_by_modality(x_SD, segment_S, position_S, name_S, weights, *, theta
         return rotary(v, position_S[s], theta)
 
     for h in range(heads):
-        q, k = ([projected(s, h, which) for s in range(len(x_SD))] for which in ("query", "key"))
+        of = {"query": h, "key": h // share}
+        q, k = ([projected(s, head, which) for s in range(len(x_SD))] for which, head in of.items())
         for s in range(len(x_SD)):
             seen = [r for r in range(s + 1) if segment_S[r] == segment_S[s]]
             score = np.array([q[s] @ k[r] / np.sqrt(width) for r in seen])
             weight = np.exp(score - score.max())
-            values = np.array([x_SD[r] @ weights[name_S[r]]["value_DHK"][:, h] for r in seen])
+            values = np.array([x_SD[r] @ weights[name_S[r]]["value_DHK"][:, h // share] for r in seen])
             y_SD[s] += (weight / weight.sum()) @ values @ weights[name_S[s]]["out_HKD"][h]
     return y_SD
 

@@ -25,10 +25,10 @@ RNG = np.random.default_rng(0)
 X_BSD = RNG.normal(size=(2, 12, 12)).astype(np.float32)
 
 
-def attention(chunk=512, theta=10000.0):
+def attention(chunk=512, theta=10000.0, **options):
     """The sub-layer, random weights for it, and a function (params, x) -> y, plain and compiled."""
-    model = ModelConfig(width=12, heads=3, layers=2, attention_chunk=chunk, rope_theta=theta)
-    angles = rotary_angles(POSITION_BS, 4, theta)
+    model = ModelConfig(**{"width": 12, "heads": 3, "layers": 2} | options, attention_chunk=chunk, rope_theta=theta)
+    angles = rotary_angles(POSITION_BS, model.head_size, theta)
     boxed = jax.eval_shape(AttentionParameters(model).init, jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda w: rng.normal(0, 0.5, w.shape).astype(np.float32), nn.unbox(boxed)["params"])
@@ -39,8 +39,12 @@ def attention(chunk=512, theta=10000.0):
     return params, run, jax.jit(run)
 
 
-def test_equals_the_oracle():
-    params, _, run = attention(theta=100.0)
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 6, "kv_heads": 2, "head_width": 8}, {"heads": 2, "kv_heads": 1}, {"head_width": 2}]
+)
+def test_equals_the_oracle(options):
+    """Heads of their own width, and such as share keys, too."""
+    params, _, run = attention(theta=100.0, **options)
     y_BSD = run(params, X_BSD)
     for row in range(2):
         expected = oracles.attention(X_BSD[row], SEGMENT_BS[row], POSITION_BS[row], params, theta=100.0)

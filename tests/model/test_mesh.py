@@ -43,6 +43,8 @@ RULED = [f"{WHOLE}:{name}" for name in RIVALS]
 """The same layout under other rules, on those of `SOME`."""
 OWN = ["4t4i:own", "mod+2t2i:own"]
 """Attention weights of each modality's own."""
+SHARED = ["4t4i:kv"]
+"""Heads that share keys, of a width of their own."""
 FAST = ("4t4i", "data_fsdp_expert")
 """The layout and mesh of the fast tier: each axis but tensor, and microbatches."""
 STEPS = 12
@@ -55,6 +57,8 @@ def config(ffn: str, sizes: dict[str, int]) -> Config:
     small = tiny(model_ffn=ffn, model_heads=8, model_width=64, model_hidden=32, model_layers=layers)
     weights = "by_modality" if rule == "own" else "shared"
     model = dataclasses.replace(small.model, depth_capacity=0.5, attention_weights=weights)
+    if rule == "kv":
+        model = dataclasses.replace(model, heads=4, kv_heads=2, head_width=12)
     data = dataclasses.replace(small.data, sequence=8, group_rows=1)
     accumulate = 2 if sizes["data"] == 2 else 1
     train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=accumulate, loss_chunk=24)
@@ -125,8 +129,8 @@ def test_a_mesh_gives_the_curve_of_one_device(tmp_path):
     assert_same_curves(found["one"], found[mesh])
 
 
-EVERY = [(ffn, mesh) for ffn in LAYOUTS + RULED + OWN for mesh in meshes_of(ffn)]
-OTHERS = [(f"{WHOLE}:{rule}", "fsdp_expert_tensor") for rule in ("deepseek", "null", "own")]
+EVERY = [(ffn, mesh) for ffn in LAYOUTS + RULED + OWN + SHARED for mesh in meshes_of(ffn)]
+OTHERS = [(f"{WHOLE}:{rule}", "fsdp_expert_tensor") for rule in ("deepseek", "null", "own", "kv")]
 
 
 @pytest.mark.slow
