@@ -16,6 +16,7 @@ from loopback import Blown
 from processes import output, spawn
 from runs import records
 from small_pictures import small_training, write_pictures
+from tiers import long_but
 
 from moma_jax.codec.folder import open_codec
 from moma_jax.codec.network import Vqgan
@@ -117,6 +118,7 @@ def test_losses_are_those_of_numpy(kind):
     assert report.pictures_M == [8] and report.finite
 
 
+@pytest.mark.long
 def test_a_perceptual_loss_of_ones_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def darkness(drawn, truth):\n    return (drawn.mean((1, 2, 3)) - truth.mean((1, 2, 3))) ** 2\n")
@@ -154,7 +156,7 @@ def test_an_average_codebook_is_a_running_mean():
         np.testing.assert_allclose(after.params["codebook_VC"], row_VC, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("codebook", ["gradient", "average"])
+@pytest.mark.parametrize("codebook", long_but("gradient", of=["gradient", "average"]))
 def test_dead_rows_are_put_on_latents(codebook):
     config = small_training("x", loss={"codebook": codebook, "average_decay": 0.5, "dead_below": 0.5})
     batches = [pixels_of(seed) for seed in range(8)]
@@ -183,6 +185,7 @@ def test_far_latents_are_drawn_by_their_squared_distance():
 # The critic -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_critics_weight_is_a_ratio_of_gradients():
     """As by two backward passes through everything (Esser et al., 2021, equation 7)."""
     config = small_training("x", loss={"adversarial": 0.5})
@@ -209,6 +212,7 @@ def test_the_critics_weight_is_a_ratio_of_gradients():
     assert report.losses["critic"] == pytest.approx(hinge, rel=1e-4)
 
 
+@pytest.mark.long
 def test_the_critic_waits_for_its_step():
     config = small_training("x", loss={"adversarial": 0.5, "adversarial_from": 2, "adaptive": False})
     _, states, reports = updates(config, [pixels_of(seed) for seed in range(4)])
@@ -304,6 +308,7 @@ def test_a_trained_codec_opens_and_is_what_was_judged(folder, tmp_path):
     assert summary["eval"]["heldout"]["codebook_use"] == len(np.unique(codes)) / 16
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_or_is_skipped(folder, tmp_path, monkeypatch):
     original = stage.compile_codec_step
 

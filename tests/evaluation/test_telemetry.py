@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tiers import long_but
 from tiny import tiny
 
 from moma_jax import load, sharding, train
@@ -57,7 +58,7 @@ def by_hand(config, loaded, routing):
     return found
 
 
-@pytest.mark.parametrize("ffn", ["2t2i", "4x", "mod+2t2i", "2t2i+1x"])
+@pytest.mark.parametrize("ffn", long_but("2t2i+1x", "mod+2t2i", of=["2t2i", "4x", "mod+2t2i", "2t2i+1x"]))
 def test_counts_are_those_of_a_forward_pass(tmp_path, ffn):
     config = tiny(tmp_path, model_ffn=ffn, train_steps=3, train_eval_sets=(EvalSet("heldout", rows=6),))
     train(config, quiet=True)
@@ -84,7 +85,7 @@ def test_counts_are_those_of_a_forward_pass(tmp_path, ffn):
             assert row["none"] + row["one"] + row["more"] == pytest.approx(1) and min(times, default=1) >= 1
 
 
-@pytest.mark.parametrize("ffn", ["2t2i", "mod+4x"])
+@pytest.mark.parametrize("ffn", long_but("mod+4x", of=["2t2i", "mod+4x"]))
 def test_a_row_is_told_token_by_token(tmp_path, ffn):
     config = tiny(tmp_path, model_ffn=ffn, train_steps=1)
     train(config, quiet=True)
@@ -133,7 +134,7 @@ def test_it_can_be_left_out_and_counts_no_more_than_it_must(tmp_path, monkeypatc
     assert max(row["tokens"] for row in rows) <= config.data.group_rows * config.data.sequence, "one routing group"
 
 
-@pytest.mark.parametrize("ffn", ["2t2i", "mod+2t2i"])
+@pytest.mark.parametrize("ffn", long_but("2t2i", of=["2t2i", "mod+2t2i"]))
 def test_a_part_of_a_batch_is_counted_as_if_it_were_alone(tmp_path, monkeypatch, ffn):
     """Whole routing groups up to the bound, layers that some tokens enter included."""
     of_batches = {}

@@ -263,7 +263,11 @@ def test_ranking_all_modalities_together_costs_slots():
 
 @pytest.mark.parametrize(
     ("ffn", "auxiliary"),
-    [("mod+dense", True), ("mod+4t4i", False), ("mod+4t4i", True), ("mod+1t1i+1x", False)],
+    long_but(
+        ("mod+4t4i", True),
+        ("mod+1t1i+1x", False),
+        of=[("mod+dense", True), ("mod+4t4i", False), ("mod+4t4i", True), ("mod+1t1i+1x", False)],
+    ),
 )
 def test_counted_parameters_are_those_of_the_model(ffn, auxiliary):
     config = tiny(model_ffn=ffn, model_layers=4, model_router=Choice(auxiliary=auxiliary))

@@ -6,6 +6,7 @@ import pytest
 from ffn_cases import Case, mixed
 from programs import batch_of, logits, program_of
 from rival_rules import RIVALS
+from tiers import long_but
 from tiny import tiny
 
 from moma_jax import sharding
@@ -95,15 +96,21 @@ def test_rules_that_cannot_begin_are_refused(before, rule, said):
         copied_groups(tiny(model_ffn=before), tiny(model_ffn="4t4i", model_router=rule))
 
 
-def test_modalities_begin_with_the_seeds_attention():
+PAIRS = [("dense", "1t1i"), ("2t2i", "2t2i"), ("mod+1t1i", "mod+1t1i")]
+
+
+@pytest.mark.parametrize(("before", "after"), long_but(PAIRS[0], of=PAIRS))
+def test_modalities_begin_with_the_seeds_attention(before, after):
     seed = {"model_norm": "pre", "router_jitter": 0.0, "model_capacity": 1.0}
-    for before, after in (("dense", "1t1i"), ("2t2i", "2t2i"), ("mod+1t1i", "mod+1t1i")):
-        configs = [tiny(model_ffn=before, **seed), tiny(model_ffn=after, model_attention_weights="by_modality", **seed)]
-        old, state, new, made = grow(*configs)
-        batch = batch_of(configs[0])
-        np.testing.assert_allclose(logits(new, made.params, batch), logits(old, state.params, batch), atol=1e-5)
+    configs = [tiny(model_ffn=before, **seed), tiny(model_ffn=after, model_attention_weights="by_modality", **seed)]
+    old, state, new, made = grow(*configs)
+    batch = batch_of(configs[0])
+    np.testing.assert_allclose(logits(new, made.params, batch), logits(old, state.params, batch), atol=1e-5)
+
+
+def test_attention_of_each_modality_does_not_become_one():
     with pytest.raises(InputError, match="leave it by_modality"):
-        copied_groups(configs[1], tiny(model_ffn="mod+2t2i"))
+        copied_groups(tiny(model_ffn="1t1i", model_attention_weights="by_modality"), tiny(model_ffn="2t2i"))
 
 
 def test_default_capacity_keeps_the_mean_over_tokens():
