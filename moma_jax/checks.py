@@ -69,11 +69,12 @@ def _check_mesh(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
-    require(
-        model.head_size % 2 == 0 or model.head_width is None,
-        f"model.head_width: rotary positions turn channels in pairs; {model.head_width} is odd",
-    )
-    if model.head_width is None and (model.width % model.heads or model.head_size % 2):
+    if model.head_width is not None:
+        require(
+            model.head_width % 2 == 0,
+            f"model.head_width: rotary positions turn channels in pairs; {model.head_width} is odd",
+        )
+    elif model.width % model.heads or model.head_size % 2:
         right = max(h for h in range(1, model.heads + 1) if model.width % h == 0 and (model.width // h) % 2 == 0)
         raise InputError(
             f"model.heads: {model.heads} heads do not divide the width {model.width} into even head widths; "

@@ -25,7 +25,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from moma_jax.checks import resolve
-from moma_jax.config import Config
+from moma_jax.config import Config, ModelConfig
 from moma_jax.errors import InputError
 from moma_jax.ffn import ExpertGroup, projection_groups
 from moma_jax.geometry import LayerShape, block_queries, depth_of, depth_rule, group_capacity, layer_of
@@ -111,8 +111,8 @@ def parameter_count(config: Config) -> dict[str, int]:
     model, layout = config.model, config.experts
     d, hidden, layers = model.width, model.hidden, model.layers
     expert = 3 * d * hidden
-    head, norm = model.head_size, 2  # scale and bias for every head of q and of k
-    attention = (model.heads + model.key_heads) * head * (2 * d + norm)
+    qk_norm = 2  # scale and bias for every channel of q and of k
+    attention = _head_channels(model) * (2 * d + qk_norm)
     norms = 2 * d
     owners = len(projection_groups(model.attention_weights, config.data.modalities)) or 1
     inside = owners * (attention + norms) + sum(g.width for g in layout.shared) * expert
@@ -132,6 +132,11 @@ def parameter_count(config: Config) -> dict[str, int]:
         "embedding": embedding,
         "auxiliary": sum(own.number * own.size for own in _predictors(config)),
     }
+
+
+def _head_channels(model: ModelConfig) -> int:
+    """Channels of q and k; the attention's result and v have as many again."""
+    return (model.heads + model.key_heads) * model.head_size
 
 
 def _entered_layers(config: Config) -> Fraction:
@@ -257,7 +262,7 @@ def _by_part(config: Config, layers: list[_Layers], columns: int = 0) -> dict[st
     d = model.width
     expert = 3 * 2 * d * model.hidden
     scores = 2 * 2 * config.data.sequence * model.heads * model.head_size
-    projections = 2 * 2 * d * (model.heads + model.key_heads) * model.head_size
+    projections = 2 * 2 * d * _head_channels(model)
     parts = {
         "attention_projections": sum(own.number * own.projected for own in layers) * projections,
         "attention_scores": sum(own.number * own.share**2 for own in layers) * scores,
@@ -294,8 +299,7 @@ def activation_bytes(config: Config) -> int:
     positions = config.batch_tokens // config.train.accumulate
     executed = _executed_by_part(config)
     slots = (executed["experts"] + executed["shared_experts"]) / (layers * 6 * d * hidden)
-    heads = 2 * (model.heads + model.key_heads) * model.head_size  # q, k, v and what they give
-    products = heads + 2 * d + slots * (2 * hidden + d)
+    products = 2 * _head_channels(model) + 2 * d + slots * (2 * hidden + d)
     one_block = FLOAT32 * model.heads * block_queries(data.sequence, model.attention_chunk)
     predictors = sum(own.met for own in _predictors(config)) / layers
     inner = FLOAT32 * (d // 2) * predictors  # of auxiliary routers; kept before and after SiLU

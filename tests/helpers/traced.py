@@ -19,6 +19,9 @@ MAPS = 15_000
 """Memory maps a process may hold when a test module ends. Each compiled program takes some 24 of them; where Linux has
 no more to give (vm.max_map_count, 65,530), the compiler does not say so, it crashes."""
 
+_shared = []
+"""What `_once` keeps, of every function."""
+
 HOST_ONLY = {
     "run": None,
     "hosts": None,
@@ -48,9 +51,6 @@ def forget_excess():
             made.clear()
         jax.clear_caches()
         gc.collect()
-
-
-_shared = []
 
 
 def _once(function):

@@ -57,9 +57,8 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
             np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("options", [{"model_heads": 4, "model_kv_heads": 2, "model_head_width": 6}])
-def test_heads_that_share_keys_do(options):
-    model = model_of("mod+2t2i", **options)
+def test_heads_that_share_keys_do():
+    model = model_of("mod+2t2i", model_heads=4, model_kv_heads=2, model_head_width=6)
     token_BS = rows_of(1, 2)
     expected_BSD, _ = forced(model, "causal", token_BS)
     for splits in ([1] * 16, [9, *[1] * 7], [3, 1, 8, 1, 3]):

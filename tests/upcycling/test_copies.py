@@ -110,7 +110,7 @@ def test_modalities_begin_with_the_seeds_attention(before, after):
 
 def test_attention_of_each_modality_does_not_become_one():
     with pytest.raises(InputError, match="leave it by_modality"):
-        copied_groups(tiny(model_ffn="1t1i", model_attention_weights="by_modality"), tiny(model_ffn="2t2i"))
+        copied_groups(tiny(model_ffn="mod+1t1i", model_attention_weights="by_modality"), tiny(model_ffn="mod+2t2i"))
 
 
 def test_default_capacity_keeps_the_mean_over_tokens():
