@@ -84,6 +84,10 @@ def _check_model(config: Config) -> None:
         model.heads % model.key_heads == 0,
         f"model.kv_heads: {model.kv_heads} do not divide model.heads {model.heads}; use a divisor of it",
     )
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.low >= scaling.high:
+        bounds = f"low is {scaling.low:g}, high {scaling.high:g}"
+        raise InputError(f"model.rope_scaling: {bounds}; give a greater high, such as low 1 and high 4")
     _check_rule(config)
     _check_depth(config)
 

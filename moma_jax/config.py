@@ -39,6 +39,22 @@ IMAGE = Modality("image", "i", size=8192, span=1024, quota=0.5)
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies of a model whose rows became longer after pre-training, as Llama 3.1 slows them: what turns
+    less than `low` times in the rows of pre-training turns `factor` times slower, what turns more than `high` times is
+    left, and between them one fades into the other."""
+
+    factor: float = setting(8.0, least=1)
+    """How many times slower."""
+    low: float = setting(1.0, above=0, unit="turns")
+    """Turns in the rows of pre-training, below which a channel is slowed in full."""
+    high: float = setting(4.0, above=0, unit="turns")
+    """Turns above which it is not."""
+    positions: int = setting(8192, above=0, unit="positions")
+    """Length of the rows of pre-training."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder (paper sections 2.1 and 2.2)."""
 
@@ -79,8 +95,15 @@ class ModelConfig:
     router: Router = Choice()
     """The routing rule with its options: choice (the paper's expert choice; sees the future), threshold, or your own,
     file.py:attribute or package.module:attribute (moma_jax/router.py); in Python a name or a Router."""
+    qk_norm: Literal["layer", "rms", "none"] = "layer"
+    """Norm of queries and keys: LayerNorm with scale and bias of each head (Chameleon), RMSNorm with one scale for all
+    heads (Qwen3), or none (Llama)."""
     rope_theta: float = setting(10000.0, above=0)
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How these are slowed (Llama 3.1); None: not at all."""
+    tied_embeddings: bool = False
+    """One table for embedding and unembedding."""
     norm_epsilon: float = setting(1e-5, above=0)
     """Epsilon of every norm."""
     dropout: float = setting(0.0, least=0, below=1)

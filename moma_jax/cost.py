@@ -111,8 +111,8 @@ def parameter_count(config: Config) -> dict[str, int]:
     model, layout = config.model, config.experts
     d, hidden, layers = model.width, model.hidden, model.layers
     expert = 3 * d * hidden
-    qk_norm = 2  # scale and bias for every channel of q and of k
-    attention = _head_channels(model) * (2 * d + qk_norm)
+    qk_norm = {"layer": 2 * _head_channels(model), "rms": 2 * model.head_size, "none": 0}[model.qk_norm]
+    attention = _head_channels(model) * 2 * d + qk_norm
     norms = 2 * d
     owners = len(projection_groups(model.attention_weights, config.data.modalities)) or 1
     inside = owners * (attention + norms) + sum(g.width for g in layout.shared) * expert
@@ -123,7 +123,7 @@ def parameter_count(config: Config) -> dict[str, int]:
         passed += _share(config, g) * (taken + _router_size(config, g))
     depth = layers // 2 * sum(_size(depth_rule(model).parameters(d, g.experts)) for g in config.depth)
     met = layers // 2 * d if config.depth else 0  # of the routers' columns a token meets one
-    embedding = 2 * config.vocabulary_size * d
+    embedding = (1 if model.tied_embeddings else 2) * config.vocabulary_size * d
     active = round(_entered_layers(config) * passed) + met + d
     return {
         "total": layers * inside + d + routed + depth + embedding,

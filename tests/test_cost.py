@@ -88,9 +88,12 @@ def test_parameters_are_those_of_the_initialised_model(ffn, weights):
     assert figures["bytes"] == {**figures["bytes"], "parameters": 4 * count, "optimizer": 4 * moments}
 
 
+@pytest.mark.parametrize(("norm", "tied"), [("layer", False), ("rms", True), ("none", False)])
 @pytest.mark.parametrize("weights", ["shared", "by_modality"])
-def test_parameters_of_heads_that_share_keys(weights):
-    config = tiny("2t2i", attention_weights=weights, heads=6, kv_heads=3, head_width=10)
+def test_parameters_of_other_backbones(weights, norm, tied):
+    """Heads that share keys, their norms, one table for both embeddings."""
+    heads = {"heads": 6, "kv_heads": 3, "head_width": 10}
+    config = tiny("2t2i", attention_weights=weights, qk_norm=norm, tied_embeddings=tied, **heads)
     leaves = jax.tree.leaves(step_lib.abstract_state(program_of(config), {}).params)
     assert cost(config)["parameters"]["total"] == sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -140,7 +143,7 @@ SHAPES = {
     "accumulated": {"width": 48, "heads": 6, "sequence": 128, "group_rows": 1, "accumulate": 2},
     "uneven": {"ffn_width": 256, "quotas": (0.75, 0.25)},
     "own": {"attention_weights": "by_modality"},
-    "heads": {"heads": 4, "kv_heads": 2, "head_width": 24},
+    "heads": {"heads": 4, "kv_heads": 2, "head_width": 24, "qk_norm": "rms", "tied_embeddings": True},
 }
 # Every shape twice, every layer in one of the shapes that are special.
 PAIRS = [

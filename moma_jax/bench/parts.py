@@ -14,6 +14,7 @@ from moma_jax.bench.ffn import FfnCase
 from moma_jax.bench.timing import differentiated, in_turns, random, summarise
 from moma_jax.geometry import layer_of
 from moma_jax.model.attention import attend_rows, rotary_angles
+from moma_jax.model.parameters import unembedding_of
 from moma_jax.training import objective
 from moma_jax.training import step as step_lib
 
@@ -40,7 +41,7 @@ def measure_parts(
     ffn = FfnCase.of(program.decoder, known, layer["ffn"])
     attention = _attention(program, layer["attention"], batch, ffn.tokens.by_modality, x_BSD)
     seconds = in_turns({**ffn.pieces(x_BSD, config.model.layers), "attention": attention}, repeats)
-    seconds |= in_turns({"loss": _loss(program, state.params["unembedding"]["kernel_DV"], batch, x_BSD)}, repeats)
+    seconds |= in_turns({"loss": _loss(program, unembedding_of(state.params), batch, x_BSD)}, repeats)
     seconds |= in_turns({"optimizer": _optimizer(program, state)}, repeats)
     median = {name: summarise(values)[0] for name, values in seconds.items()}
     times = {name: 1 if name == "optimizer" else config.train.accumulate for name in PARTS}
@@ -50,7 +51,7 @@ def measure_parts(
 def _attention(program: step_lib.Program, params, batch: Batch, by_modality, x_BSD) -> Callable:
     """Projections, norms and rotations of q and k, scores, output projection."""
     model = program.config.model
-    rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model.head_size, model.rope_theta))
+    rotate = jax.jit(lambda position_BS: rotary_angles(position_BS, model))
 
     def attend(params, x_BSD, around):
         *rows, by_modality = around

@@ -32,6 +32,7 @@ from moma_jax.ffn import SHARED
 from moma_jax.geometry import rule_of
 from moma_jax.model.decoder import causal_decoder, evaluation_decoder
 from moma_jax.model.depth import SELECTED
+from moma_jax.model.parameters import unembedding_of
 from moma_jax.storage.directory import Directory
 from moma_jax.training import objective
 from moma_jax.training.load import load
@@ -170,7 +171,7 @@ def make_eval_step(program: Program, selections: bool = False) -> Callable:
         group_G = first_group + jnp.arange(batch.token_BS.shape[0] // config.data.group_rows)
         step = jnp.int32(0)
         output = run_decoder(program, params, batch, step, group_G, routing_state, False, return_selections=True)
-        targets = (params["unembedding"]["kernel_DV"], batch.target_BS, batch.weight_BS)
+        targets = (unembedding_of(params), batch.target_BS, batch.weight_BS)
         nats_BS = objective.token_nats(output.hidden_BSD, *targets, chunk=config.train.loss_chunk)
         kept = output.selections if selections else {}
         groups = jnp.sum(jnp.any(batch.segment_BS.reshape(len(group_G), -1) > 0, axis=1), dtype=jnp.int32)

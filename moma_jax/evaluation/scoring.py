@@ -16,6 +16,7 @@ import numpy as np
 from moma_jax import sharding
 from moma_jax.checks import round_up
 from moma_jax.errors import InputError
+from moma_jax.model.parameters import unembedding_of
 from moma_jax.training.load import Loaded
 
 BUCKET = 128
@@ -128,7 +129,7 @@ class Scorer:
             key=jax.random.key(0),  # nothing is drawn
             routing_state=routing_state,
         )
-        kernel_DV = params["unembedding"]["kernel_DV"].astype(output.hidden_BSD.dtype)
+        kernel_DV = unembedding_of(params).astype(output.hidden_BSD.dtype)
         return _of_targets(output.hidden_BSD, kernel_DV, target_BS, chunk=self._loaded.config.train.loss_chunk)
 
 

@@ -27,9 +27,14 @@ NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every one."""
 
 
-def rotary_angles(position_BS, head_width: int, theta: float):
+def rotary_angles(position_BS, model: ModelConfig):
     """Cosine and sine of the rotary angles, float32 (B, S, K/2) each."""
-    frequency_K = theta ** -(jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    width, scaling = model.head_size, model.rope_scaling
+    frequency_K = model.rope_theta ** -(jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if scaling is not None:
+        turns_K = scaling.positions / (2 * jnp.pi) * frequency_K
+        kept_K = jnp.clip((turns_K - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        frequency_K = frequency_K * (kept_K + (1 - kept_K) / scaling.factor)
     angle_BSK = position_BS[..., None].astype(jnp.float32) * frequency_K
     return jnp.cos(angle_BSK), jnp.sin(angle_BSK)
 
@@ -96,12 +101,17 @@ def _refused(sequence: int, heads: int, width: int) -> str | None:
     return reason
 
 
-def qk_norm(x_BSHK, scale_HK, bias_HK, epsilon: float):
-    """LayerNorm over each head's channels with scale and bias of its own per head (Chameleon); float32."""
+def qk_norm(x_BSHK, norm: dict[str, Any], epsilon: float):
+    """Each head's channels normed by what there is for it, in float32: LayerNorm with scale_HK and bias_HK of each head
+    (Chameleon), RMSNorm with one scale_K for all (Qwen3), nothing (Llama)."""
     x_BSHK = wide(x_BSHK)
+    if not norm:
+        return x_BSHK
+    if "scale_K" in norm:
+        return x_BSHK * jax.lax.rsqrt(jnp.square(x_BSHK).mean(-1, keepdims=True) + epsilon) * norm["scale_K"]
     centred = x_BSHK - x_BSHK.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon) * scale_HK + bias_HK
+    return centred * jax.lax.rsqrt(variance + epsilon) * norm["scale_HK"] + norm["bias_HK"]
 
 
 def project(x_BSD, weights: dict[str, Any], angles, epsilon: float):
@@ -114,7 +124,7 @@ def project(x_BSD, weights: dict[str, Any], angles, epsilon: float):
         jnp.einsum("bsd,dhk->bshk", x_BSD, weights[f"{name}_DHK"].astype(dtype)) for name in ("query", "key", "value")
     )
     q_BSHK, k_BSHK = (
-        rotate(qk_norm(x_BSHK, **weights[f"{name}_norm"], epsilon=epsilon), angles).astype(dtype)
+        rotate(qk_norm(x_BSHK, weights.get(f"{name}_norm", {}), epsilon), angles).astype(dtype)
         for name, x_BSHK in (("query", q_BSHK), ("key", k_BSHK))
     )
     return q_BSHK, k_BSHK, v_BSHK
@@ -138,7 +148,7 @@ def attend_rows(x_BSD, weights: dict[str, Any], segment_BS, position_BS, angles,
     if sort is not None:
         return _attend_rows_by_modality(x_BSD, weights, segment_BS, position_BS, angles, model, sort)
     local = x_BSD.shape[1], model.key_heads // sharding.size(TENSOR), model.head_size
-    if sharding.platform() == "tpu" and _refused(*local) is None:
+    if model.qk_norm == "layer" and sharding.platform() == "tpu" and _refused(*local) is None:
         return _attend_rows_fused(x_BSD, weights, segment_BS, angles, model)
     matrices, norms, specs, norm_specs = _parts_of(weights)
 
@@ -224,7 +234,7 @@ def _whole(weights: dict[str, Any], dtype) -> dict[str, Any]:
 def _specs(weights: dict[str, Any]) -> dict[str, Any]:
     """Where the attention's weights lie, by name, whatever is around them."""
     norm = dict.fromkeys(("scale_HK", "bias_HK"), ("heads", "head"))
-    axes = AXES | norm
+    axes = AXES | norm | {"scale_K": ("head",)}
     return {name: sharding.spec(*axes[name]) if name in axes else _specs(own) for name, own in weights.items()}
 
 

@@ -26,7 +26,7 @@ from moma_jax.model import moe
 from moma_jax.model.attention import NOWHERE, Memory, attend_cached, rotary_angles
 from moma_jax.model.block import block, rms_norm, scale_of
 from moma_jax.model.depth import depth_routing, enter_cached
-from moma_jax.model.parameters import ATTENTION_AXES, MATRICES, ExpertWeights, weights_of
+from moma_jax.model.parameters import ATTENTION_AXES, MATRICES, ExpertWeights, unembedding_of, weights_of
 from moma_jax.model.precision import compute_dtype
 
 TOGETHER = 4
@@ -114,7 +114,7 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
 
     ends = _placed({
         "embedding_VD": params["embedding"]["kernel_VD"].astype(dtype),
-        "unembedding_DV": params["unembedding"]["kernel_DV"].astype(dtype),
+        "unembedding_DV": unembedding_of(params).astype(dtype),
         "final_norm_D": params["final_norm"]["scale_D"],
     })  # fmt: skip
     return ends | {"layers": tuple(layer(number) for number in range(config.model.layers))}
@@ -258,7 +258,7 @@ def _looked_up(embedding_VD, token_BQ, count_B, length_B, vocabulary_modality_V,
     position_BQ = length_B[:, None] + offset_Q
     modality_BQ = jnp.take(vocabulary_modality_V, token_BQ)
     modality_BQ = jnp.where(offset_Q < count_B[:, None], modality_BQ, -1)
-    angles = rotary_angles(position_BQ, model.head_size, model.rope_theta)
+    angles = rotary_angles(position_BQ, model)
 
     def look_up(embedding_VD, token_BQ):
         return sharding.all_gather(embedding_VD[token_BQ], 2, *SPLIT)

@@ -94,16 +94,17 @@ class Decoder(nn.Module):
         model, vocabulary = self.model, sum(m.size for m in self.modalities)
         groups, sequence = token_BS.shape[0] // self.group_rows, token_BS.shape[1]
         require_shards(groups, sharding.size(*BATCH))
-        table = ("kernel_VD", ("vocab", "embed"), (vocabulary, model.width), 1.0)
+        tied, of_logits = model.tied_embeddings, 1 / math.sqrt(model.width)
+        table = ("kernel_VD", ("vocab", "embed"), (vocabulary, model.width), of_logits if tied else 1.0)
         embedding_VD = MatrixParameters(*table, name="embedding")()
-        # Declared here, used by the objective, which makes logits a chunk at a time.
-        table = ("kernel_DV", ("embed", "vocab"), (model.width, vocabulary), 1 / math.sqrt(model.width))
-        MatrixParameters(*table, name="unembedding")()
+        if not tied:  # declared here, used by the objective, which makes logits a chunk at a time
+            table = ("kernel_DV", ("embed", "vocab"), (model.width, vocabulary), of_logits)
+            MatrixParameters(*table, name="unembedding")()
         jitter_key, step_key = jax.random.split(key)
         context = Context(
             segment_BS,
             position_BS,
-            rotary_angles(position_BS, model.head_size, model.rope_theta),
+            rotary_angles(position_BS, model),
             self.tokens(
                 token_BS, segment_BS, position_BS, modality_BS, jnp.arange(groups) if group_G is None else group_G
             ),

@@ -158,7 +158,7 @@ def gather_entering(
     arguments = (x_BSD, context.segment_BS, context.position_BS, context.tokens, keys, state, weights)
     run = sharding.shard_map(local, (*(split,) * 4, same, same, specs), (*(split,) * 5, same))
     x_BCD, segment_BC, position_BC, tokens, entered, result = run(*arguments)
-    angles = rotary_angles(position_BC, model.head_size, model.rope_theta)
+    angles = rotary_angles(position_BC, model)
     inside = context._replace(segment_BS=segment_BC, position_BS=position_BC, angles=angles, tokens=tokens)
     return x_BCD, inside, entered, result
 

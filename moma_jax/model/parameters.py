@@ -11,6 +11,7 @@ All float32; layers are stacked with a leading axis L, also where there is one (
     layers/attention/query_norm/bias_HK     [layers, heads, head]
     layers/attention/key_norm/scale_HK      [layers, heads, head]
     layers/attention/key_norm/bias_HK       [layers, heads, head]
+                                            scale_K [layers, head] alone, or nothing, by model.qk_norm
     layers/attention/out_HKD                [layers, heads, head, embed]
     layers/ffn_norm/scale_D                 [layers, norm]
     layers/ffn/<group>/gate_EDF             [layers, expert, expert_embed, ffn]
@@ -21,7 +22,7 @@ All float32; layers are stacked with a leading axis L, also where there is one (
     layers/ffn/<group>_auxiliary/in_DA      [layers, embed, -]     where the rule has auxiliary routers; A = d/2
     layers/ffn/<group>_auxiliary/out_AE     [layers, -, -]
     final_norm/scale_D                      [norm]
-    unembedding/kernel_DV                   [embed, vocab]
+    unembedding/kernel_DV                   [embed, vocab]         where it is not the embedding's table
 
 Where modalities have attention weights of their own (model.attention_weights) each has attention, attention_norm and
 ffn_norm under its name: layers/attention/text/query_DHK, layers/attention_norm/image/scale_D.
@@ -36,9 +37,10 @@ Keys and values have model.kv_heads heads, their norm, too.
 width, one expert), `shared_<modality>` (+1t1i).
 
 Initial weights are normal. Embeddings have deviation 1, so that a token's own vector is not drowned by what the first
-sub-layers add, which is of that size. The unembedding has 1/sqrt(d), projections 1/sqrt(fan-in), so that a
-unit-variance input stays one, routers included: their logits then have unit variance, and experts differ from the
-start. Projections into the residual stream are scaled by a further 1/sqrt(2L) under pre-norm (`output_scale`).
+sub-layers add, which is of that size. The unembedding has 1/sqrt(d), projections 1/sqrt(fan-in), so that a unit-
+variance input stays one, routers included: their logits then have unit variance, and experts differ from the start. A
+table that is both has 1/sqrt(d). Projections into the residual stream are scaled by a further 1/sqrt(2L) under pre-norm
+(`output_scale`).
 """
 
 from __future__ import annotations
@@ -162,13 +164,16 @@ class NormParameters(_Declares):
 
 
 class QkNormParameters(_Declares):
-    """Scale and bias of one of the two QK-norms."""
+    """What one of the two QK-norms has of its kind."""
 
+    kind: str
     shape: tuple[int, int]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
         axes = ("heads", "head")
+        if self.kind == "rms":
+            return {"scale_K": self.weight("scale_K", axes[1:], nn.initializers.ones, self.shape[1:])}
         scale_HK = self.weight("scale_HK", axes, nn.initializers.ones, self.shape)
         return {"scale_HK": scale_HK, "bias_HK": self.weight("bias_HK", axes, nn.initializers.zeros, self.shape)}
 
@@ -190,7 +195,7 @@ def owned(make: Callable[..., nn.Module], projections: tuple[GroupSlots, ...], n
 
 
 class AttentionParameters(_Declares):
-    """Projections without bias and QK-norms."""
+    """Projections without bias, and QK-norms where it has them."""
 
     model: ModelConfig
 
@@ -204,8 +209,8 @@ class AttentionParameters(_Declares):
             "out_HKD": (normal(math.prod(query), output_scale(model)), (*query, d)),
         }
         weights = {name: self.weight(name, ATTENTION_AXES[name], *init) for name, init in inits.items()}
-        norms = {"query_norm": query, "key_norm": key}
-        return weights | {name: QkNormParameters(shape, name=name)() for name, shape in norms.items()}
+        norms = {} if model.qk_norm == "none" else {"query_norm": query, "key_norm": key}
+        return weights | {name: QkNormParameters(model.qk_norm, shape, name=name)() for name, shape in norms.items()}
 
 
 class ExpertParameters(_Declares):
@@ -272,6 +277,11 @@ class DepthParameters(nn.Module):
             auxiliary = NetworkParameters(tuple(own.items()), name=group.name + SUFFIX)()
         own = self.rule.parameters(self.width, group.experts)
         return ExpertWeights(router=NetworkParameters(tuple(own.items()), name=group.name)(), auxiliary=auxiliary)
+
+
+def unembedding_of(params: Any):
+    """The unembedding (D, V): its own, or the table of embeddings (`model.tied_embeddings`)."""
+    return params["unembedding"]["kernel_DV"] if "unembedding" in params else params["embedding"]["kernel_VD"].T
 
 
 def weights_of(params: Any) -> dict[str, ExpertWeights]:

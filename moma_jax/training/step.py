@@ -22,6 +22,7 @@ from moma_jax.cost import total_steps
 from moma_jax.geometry import micro_groups, require_split
 from moma_jax.model.decoder import decoder_of
 from moma_jax.model.moe import as_before
+from moma_jax.model.parameters import unembedding_of
 from moma_jax.model.precision import compute_dtype
 from moma_jax.rules import require_loaded
 from moma_jax.training import objective
@@ -213,7 +214,7 @@ def _forward(program: Program, params, batch: Batch, step, group_G, routing_stat
     with jax.named_scope("loss"):
         total, sums = objective.cross_entropy(
             output.hidden_BSD,
-            params["unembedding"]["kernel_DV"],
+            unembedding_of(params),
             batch.target_BS,
             batch.weight_BS,
             batch.target_modality_BS,

@@ -92,26 +92,37 @@ def _one_token(x_GTD, y_GTD, dy_GTD, g, t, e, w, gradient, dw, routed):
         gradient["x"][g, t] += w["router_DE"][:, e] * dlogit
 
 
-def rotary(x_K, position, theta):
-    """One head's vector turned by its position; channel k pairs with k + K/2."""
+def rotary(x_K, position, theta, scaling=None):
+    """One head's vector turned by its position; channel k pairs with k + K/2.
+
+    scaling: factor, low, high, positions (Llama 3.1), by the length of a channel's wave.
+    """
     half, out = len(x_K) // 2, np.zeros(len(x_K))
     for k in range(half):
-        angle = position * theta ** (-2 * k / len(x_K))
+        frequency = theta ** (-2 * k / len(x_K))
+        if scaling is not None:
+            wave, slow = 2 * np.pi / frequency, frequency / scaling.factor
+            if wave > scaling.positions / scaling.low:
+                frequency = slow
+            elif wave > scaling.positions / scaling.high:
+                share = (scaling.positions / wave - scaling.low) / (scaling.high - scaling.low)
+                frequency = (1 - share) * slow + share * frequency
+        angle = position * frequency
         out[k] = x_K[k] * np.cos(angle) - x_K[k + half] * np.sin(angle)
         out[k + half] = x_K[k + half] * np.cos(angle) + x_K[k] * np.sin(angle)
     return out
 
 
-def attention(x_SD, segment_S, position_S, weights, *, theta=10000.0, epsilon=1e-5):
+def attention(x_SD, segment_S, position_S, weights, **settings):
     """One row through the attention sub-layer: QK-norm, rotary positions, earlier tokens of the same document.
 
-    weights: query_DHK, key_DHK, value_DHK, out_HKD, and query_norm, key_norm: {scale_HK, bias_HK}.
+    weights: query_DHK, key_DHK, value_DHK, out_HKD, and query_norm, key_norm: {scale_HK, bias_HK}, {scale_K} or
+    nothing.
     """
-    names = {"theta": theta, "epsilon": epsilon}
-    return attention_by_modality(x_SD, segment_S, position_S, ["all"] * len(x_SD), {"all": weights}, **names)
+    return attention_by_modality(x_SD, segment_S, position_S, ["all"] * len(x_SD), {"all": weights}, **settings)
 
 
-def attention_by_modality(x_SD, segment_S, position_S, name_S, weights, *, theta=10000.0, epsilon=1e-5):
+def attention_by_modality(x_SD, segment_S, position_S, name_S, weights, *, theta=10000.0, epsilon=1e-5, scaling=None):
     """`attention` where each token is projected, in and out, by its own modality's weights: `weights` by the names that
     `name_S` has of the tokens."""
     x_SD, y_SD = np.asarray(x_SD, np.float64), np.zeros(np.shape(x_SD))
@@ -120,9 +131,12 @@ def attention_by_modality(x_SD, segment_S, position_S, name_S, weights, *, theta
 
     def projected(s, h, which):
         own = weights[name_S[s]]
-        v, norm = x_SD[s] @ np.asarray(own[f"{which}_DHK"], np.float64)[:, h], own[f"{which}_norm"]
-        v = (v - v.mean()) / np.sqrt(v.var() + epsilon) * norm["scale_HK"][h] + norm["bias_HK"][h]
-        return rotary(v, position_S[s], theta)
+        v, norm = x_SD[s] @ np.asarray(own[f"{which}_DHK"], np.float64)[:, h], own.get(f"{which}_norm", {})
+        if "scale_HK" in norm:
+            v = (v - v.mean()) / np.sqrt(v.var() + epsilon) * norm["scale_HK"][h] + norm["bias_HK"][h]
+        elif norm:
+            v = v / np.sqrt((v**2).mean() + epsilon) * norm["scale_K"]
+        return rotary(v, position_S[s], theta, scaling)
 
     for h in range(heads):
         of = {"query": h, "key": h // share}

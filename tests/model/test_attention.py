@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from moma_jax.config import ModelConfig
+from moma_jax.config import ModelConfig, RopeScaling
 from moma_jax.model.attention import attend, attend_rows, qk_norm, rotary_angles, rotate
 from moma_jax.model.blockwise import attend_blocks
 from moma_jax.model.kernels import refusal
@@ -28,7 +28,7 @@ X_BSD = RNG.normal(size=(2, 12, 12)).astype(np.float32)
 def attention(chunk=512, theta=10000.0, **options):
     """The sub-layer, random weights for it, and a function (params, x) -> y, plain and compiled."""
     model = ModelConfig(**{"width": 12, "heads": 3, "layers": 2} | options, attention_chunk=chunk, rope_theta=theta)
-    angles = rotary_angles(POSITION_BS, model.head_size, theta)
+    angles = rotary_angles(POSITION_BS, model)
     boxed = jax.eval_shape(AttentionParameters(model).init, jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda w: rng.normal(0, 0.5, w.shape).astype(np.float32), nn.unbox(boxed)["params"])
@@ -40,14 +40,23 @@ def attention(chunk=512, theta=10000.0, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"heads": 6, "kv_heads": 2, "head_width": 8}, {"heads": 2, "kv_heads": 1}, {"head_width": 2}]
+    "options",
+    [
+        {},
+        {"heads": 6, "kv_heads": 2, "head_width": 8},
+        {"heads": 2, "kv_heads": 1, "qk_norm": "none"},
+        {"head_width": 2, "qk_norm": "rms"},
+        {"head_width": 12, "rope_scaling": RopeScaling(factor=3, low=0.4, high=2, positions=20)},
+    ],
 )
 def test_equals_the_oracle(options):
-    """Heads of their own width, and such as share keys, too."""
+    """Heads of their own width, such as share keys, other norms of them, and slowed rotations, too."""
     params, _, run = attention(theta=100.0, **options)
+    scaling = options.get("rope_scaling")
     y_BSD = run(params, X_BSD)
     for row in range(2):
-        expected = oracles.attention(X_BSD[row], SEGMENT_BS[row], POSITION_BS[row], params, theta=100.0)
+        arguments = (X_BSD[row], SEGMENT_BS[row], POSITION_BS[row], params)
+        expected = oracles.attention(*arguments, theta=100.0, scaling=scaling)
         real = SEGMENT_BS[row] > 0
         np.testing.assert_allclose(y_BSD[row][real], expected[real], atol=2e-5)
 
@@ -169,18 +178,17 @@ def test_padding_gives_no_nan(chunk):
 
 
 def test_rotary_positions():
+    def angles(position_S):
+        return rotary_angles(jnp.array([position_S]), ModelConfig(head_width=4, rope_theta=100.0))
+
     x = jnp.asarray(RNG.normal(size=(1, 3, 1, 4)), jnp.float32)
-    turned = rotate(x, rotary_angles(jnp.array([[0, 1, 7]]), 4, 100.0))
+    turned = rotate(x, angles([0, 1, 7]))
     np.testing.assert_array_equal(turned[0, 0], x[0, 0])  # position 0 turns nothing
     for s, position in enumerate((0, 1, 7)):
         np.testing.assert_allclose(turned[0, s, 0], oracles.rotary(x[0, s, 0], position, 100.0), atol=1e-6)
     # Only the distance counts.
     q, k = x[:, :1], x[:, 1:2]
-    products = [
-        float(jnp.sum(rotate(q, rotary_angles(jnp.array([[i + 3]]), 4, 100.0))
-                      * rotate(k, rotary_angles(jnp.array([[i]]), 4, 100.0))))
-        for i in (0, 11)
-    ]  # fmt: skip
+    products = [float(jnp.sum(rotate(q, angles([i + 3])) * rotate(k, angles([i])))) for i in (0, 11)]
     assert products[0] == pytest.approx(products[1], abs=1e-5)
 
 
@@ -241,11 +249,11 @@ def test_norm_and_rotation_in_one_pass(sequence, heads, width, dtype, monkeypatc
     x_BSF, dy_BHSK = draw(2, sequence, heads * width).astype(dtype), draw(2, heads, sequence, width).astype(dtype)
     weights = draw(heads, width), draw(heads, width)
     position_BS = np.stack([np.arange(sequence), np.arange(sequence) % 7])
-    angles = rotary_angles(position_BS, width, 100.0)
+    angles = rotary_angles(position_BS, ModelConfig(head_width=width, rope_theta=100.0))
 
     def plain(x_BSF, scale_HK, bias_HK):
         x_BSHK = x_BSF.reshape(2, sequence, heads, width)
-        return (rotate(qk_norm(x_BSHK, scale_HK, bias_HK, 1e-5), angles) * 0.3).swapaxes(1, 2)
+        return (rotate(qk_norm(x_BSHK, {"scale_HK": scale_HK, "bias_HK": bias_HK}, 1e-5), angles) * 0.3).swapaxes(1, 2)
 
     def run(function, x_BSF, dy_BHSK):
         y_BHSK, backward = jax.vjp(function, x_BSF, *weights)

@@ -105,7 +105,7 @@ def test_tokens_pass_the_weights_of_their_modality_and_attend_to_all():
     x_BSD = rng.normal(size=(*batch.token_BS.shape, config.model.width)).astype(np.float32)
     rows = batch.token_BS, batch.segment_BS, batch.position_BS, batch.modality_BS
     groups = jnp.arange(len(x_BSD) // config.data.group_rows)
-    angles = rotary_angles(batch.position_BS, config.model.head_size, config.model.rope_theta)
+    angles = rotary_angles(batch.position_BS, config.model)
     sort = layer_of(config).projections, program.decoder.tokens(*map(jnp.asarray, rows), groups).by_modality
     found_BSD = jax.jit(
         lambda x, w: attend_rows(x, w, batch.segment_BS, batch.position_BS, angles, config.model, sort)

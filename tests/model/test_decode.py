@@ -13,6 +13,7 @@ from rival_rules import RIVALS
 from tiers import long_but
 from tiny import tiny
 
+from moma_jax.config import RopeScaling
 from moma_jax.errors import InputError
 from moma_jax.model import decode
 from moma_jax.model.decoder import first_routing_state
@@ -57,8 +58,10 @@ def test_prefill_and_cached_decoding_equal_teacher_forcing(ffn, routing):
             np.testing.assert_allclose(hidden_SD, expected_SD[: len(row)], atol=TOLERANCE)
 
 
-def test_heads_that_share_keys_do():
-    model = model_of("mod+2t2i", model_heads=4, model_kv_heads=2, model_head_width=6)
+def test_other_backbones_do():
+    """Heads that share keys, of a width of their own, another norm of them, slowed rotations."""
+    heads = {"model_heads": 4, "model_kv_heads": 2, "model_head_width": 6, "model_qk_norm": "rms"}
+    model = model_of("mod+2t2i", model_rope_scaling=RopeScaling(positions=16), **heads)
     token_BS = rows_of(1, 2)
     expected_BSD, _ = forced(model, "causal", token_BS)
     for splits in ([1] * 16, [9, *[1] * 7], [3, 1, 8, 1, 3]):
@@ -204,11 +207,13 @@ def test_devices_that_divide_no_heads_are_refused():
         decode.unstack(params, config, routing_state)
 
 
-def test_logits_are_those_of_the_unembedding():
-    config, params, routing_state = model_of("1t1i")
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_those_of_the_unembedding(tied):
+    config, params, routing_state = model_of("1t1i", model_tied_embeddings=tied)
+    table_DV = params["embedding"]["kernel_VD"].T if tied else params["unembedding"]["kernel_DV"]
     weights = decode.unstack(params, config, routing_state)
     hidden_BD = np.random.default_rng(0).normal(size=(3, config.model.width)).astype(np.float32)
-    expected_BV = hidden_BD @ np.asarray(params["unembedding"]["kernel_DV"])
+    expected_BV = hidden_BD @ np.asarray(table_DV)
     np.testing.assert_allclose(decode.logits(weights, hidden_BD), expected_BV, atol=1e-5)
 
 

@@ -44,7 +44,7 @@ RULED = [f"{WHOLE}:{name}" for name in RIVALS]
 OWN = ["4t4i:own", "mod+2t2i:own"]
 """Attention weights of each modality's own."""
 SHARED = ["4t4i:kv"]
-"""Heads that share keys, of a width of their own."""
+"""Heads that share keys, of a width of their own, another norm of them, one table for both embeddings."""
 FAST = ("4t4i", "data_fsdp_expert")
 """The layout and mesh of the fast tier: each axis but tensor, and microbatches."""
 STEPS = 12
@@ -58,7 +58,8 @@ def config(ffn: str, sizes: dict[str, int]) -> Config:
     weights = "by_modality" if rule == "own" else "shared"
     model = dataclasses.replace(small.model, depth_capacity=0.5, attention_weights=weights)
     if rule == "kv":
-        model = dataclasses.replace(model, heads=4, kv_heads=2, head_width=12)
+        heads = {"heads": 4, "kv_heads": 2, "head_width": 12, "qk_norm": "rms"}
+        model = dataclasses.replace(model, tied_embeddings=True, **heads)
     data = dataclasses.replace(small.data, sequence=8, group_rows=1)
     accumulate = 2 if sizes["data"] == 2 else 1
     train = dataclasses.replace(small.train, steps=STEPS, batch_rows=16, accumulate=accumulate, loss_chunk=24)
