@@ -1,4 +1,4 @@
-"""Chameleon checkpoints to runs, and dense runs back."""
+"""Checkpoints of Hugging Face to runs, and dense runs back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import jax
 import tyro
 
 from moma_jax.commands import Run
-from moma_jax.convert import to_folder, to_run
+from moma_jax.convert import to_checkpoint, to_run
+
+Folder = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DIR")]]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def from_chameleon(folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DIR")]], out: str) -> None:
+def from_chameleon(folder: Folder, out: str) -> None:
     """Make a dense run of a Chameleon, `moma convert from-chameleon DIR --out RUN`: safetensors alone, no torch.
 
     Weights become float32, tensor by tensor: memory is what the checkpoint takes and one tensor. The image tokenizer
@@ -21,15 +24,46 @@ def from_chameleon(folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(met
       folder: Folder of ChameleonForConditionalGeneration: config.json, safetensors, tokenizer.json.
       out: The new run directory, on a local disk.
     """
-    jax.config.update("jax_platforms", "cpu")  # copying needs no accelerator
+    _on_cpu()
     to_run.from_chameleon(folder, out)
+
+
+def from_llama(folder: Folder, out: str, codec: str, seed: int = 0) -> None:
+    """Make a dense run of a Llama with room for pictures, `moma convert from-llama DIR --codec CODEC --out RUN`.
+
+    Its ids are moved up behind the marks of documents and pictures; behind them come the codec's. Text has the logits
+    that it had. tokenizer and config are kept in RUN/llama for the way back.
+
+    Args:
+      folder: Folder of LlamaForCausalLM: config.json, safetensors, tokenizer.json, tokenizer_config.json.
+      out: The new run directory, on a local disk.
+      codec: Folder of an image tokenizer (moma codec import), or a store, whose image tokenizer is taken.
+      seed: Seed of the new ids' rows.
+    """
+    _on_cpu()
+    to_run.from_language_model("llama", folder, out, codec=codec, seed=seed)
+
+
+def from_qwen3(folder: Folder, out: str, codec: str, seed: int = 0) -> None:
+    """Make a dense run of a Qwen3 with room for pictures, `moma convert from-qwen3 DIR --codec CODEC --out RUN`.
+
+    As from-llama. A Qwen3 has no mark that begins a document: <s> starts as a copy of the one that ends them.
+
+    Args:
+      folder: Folder of Qwen3ForCausalLM: config.json, safetensors, tokenizer.json, tokenizer_config.json.
+      out: The new run directory, on a local disk.
+      codec: Folder of an image tokenizer (moma codec import), or a store, whose image tokenizer is taken.
+      seed: Seed of the new ids' rows.
+    """
+    _on_cpu()
+    to_run.from_language_model("qwen3", folder, out, codec=codec, seed=seed)
 
 
 def to_chameleon(
     run: Run,
     out: str,
     like: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Dtype | None = None,
     shard_gb: float = 5.0,
     step: int | None = None,
 ) -> None:
@@ -47,8 +81,68 @@ def to_chameleon(
       shard_gb: Gigabytes of one file.
       step: Which checkpoint; the newest where None.
     """
-    jax.config.update("jax_platforms", "cpu")
-    to_folder.to_chameleon(run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
+    _on_cpu()
+    to_checkpoint.to_chameleon(run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
 
 
-SUBCOMMANDS = {"from-chameleon": from_chameleon, "to-chameleon": to_chameleon}
+def to_llama(
+    run: Run,
+    out: str,
+    like: str | None = None,
+    dtype: Dtype | None = None,
+    shard_gb: float = 5.0,
+    step: int | None = None,
+) -> None:
+    """Write a dense run's text model as a Llama of Hugging Face, `moma convert to-llama RUN --out DIR`.
+
+    Of a run of from-llama the ids that it came with, of any other all ids of text; codes of pictures stay behind. The
+    run has model.norm pre and model.qk_norm none.
+
+    Args:
+      run: Run directory.
+      out: The new folder, on a local disk.
+      like: The original folder, whose config and tokenizer are taken over; what the run keeps of it where None.
+      dtype: Type of the weights; each tensor's own in the source where None, float32 where there was no source.
+      shard_gb: Gigabytes of one file.
+      step: Which checkpoint; the newest where None.
+    """
+    _on_cpu()
+    to_checkpoint.to_language_model("llama", run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
+
+
+def to_qwen3(
+    run: Run,
+    out: str,
+    like: str | None = None,
+    dtype: Dtype | None = None,
+    shard_gb: float = 5.0,
+    step: int | None = None,
+) -> None:
+    """Write a dense run's text model as a Qwen3 of Hugging Face, `moma convert to-qwen3 RUN --out DIR`.
+
+    As to-llama; the run has model.norm pre and model.qk_norm rms.
+
+    Args:
+      run: Run directory.
+      out: The new folder, on a local disk.
+      like: The original folder, whose config and tokenizer are taken over; what the run keeps of it where None.
+      dtype: Type of the weights; each tensor's own in the source where None, float32 where there was no source.
+      shard_gb: Gigabytes of one file.
+      step: Which checkpoint; the newest where None.
+    """
+    _on_cpu()
+    to_checkpoint.to_language_model("qwen3", run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
+
+
+def _on_cpu() -> None:
+    jax.config.update("jax_platforms", "cpu")  # copying needs no accelerator
+
+
+SUBCOMMANDS = {
+    "from-chameleon": from_chameleon,
+    "from-llama": from_llama,
+    "from-qwen3": from_qwen3,
+    "to-chameleon": to_chameleon,
+    "to-llama": to_llama,
+    "to-qwen3": to_qwen3,
+}

@@ -38,6 +38,7 @@ def upcycle(
     moments: Literal["reset", "tile"] = "reset",
     perturb: float = 0.0,
     perturb_seed: int = 0,
+    fresh: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """More experts from a trained run: a new run that goes on from its weights and its position in the data.
 
@@ -48,6 +49,8 @@ def upcycle(
       moments: Optimizer moments: anew, or those of the seed, copied with the experts.
       perturb: Standard deviation of noise on copied experts, over that of each of their matrices.
       perturb_seed: Seed of that noise.
+      fresh: Modalities whose experts are drawn as in a new run instead of copied, such as image where the seed is a
+        language model.
     """
-    asked = {"moments": moments, "perturb": perturb, "perturb_seed": perturb_seed}
+    asked = {"moments": moments, "perturb": perturb, "perturb_seed": perturb_seed, "fresh": fresh}
     return grow(run.run, resolve(run.config), **asked)

@@ -1,12 +1,15 @@
-"""Chameleon checkpoints of Hugging Face to dense runs and back: safetensors only, no pickle, no torch.
+"""Checkpoints of Hugging Face to dense runs and back: safetensors only, no pickle, no torch.
 
-layout.py     what config.json says, the vocabulary's layout, which tensor is which parameter
-weights.py    safetensors folders: read lazily, written in shards, whole or not at all
-chameleon.py  the two conversions
-command.py    `moma convert`
+layout.py         which tensor is which parameter, and what all kinds of config.json share
+chameleon.py      a Chameleon's config, vocabulary and tokenizer
+language.py       a Llama's or Qwen3's, and the rows of the ids that they get for pictures
+weights.py        safetensors folders: read lazily, written in shards, whole or not at all
+to_run.py         checkpoints to runs
+to_checkpoint.py  runs back
+from_vqgan.py     image tokenizers, for `moma codec import`
 """
 
-from moma_jax.convert.to_folder import to_chameleon
-from moma_jax.convert.to_run import from_chameleon
+from moma_jax.convert.to_checkpoint import to_chameleon, to_language_model
+from moma_jax.convert.to_run import from_chameleon, from_language_model
 
-__all__ = ["from_chameleon", "to_chameleon"]
+__all__ = ["from_chameleon", "from_language_model", "to_chameleon", "to_language_model"]

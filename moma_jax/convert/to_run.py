@@ -1,10 +1,11 @@
-"""A Chameleon as a run; see layout.py for what becomes what.
+"""Checkpoints of Hugging Face as runs: a Chameleon, or a Llama or Qwen3 with room for pictures among its ids; see
+layout.py for what becomes what.
 
-A converted run is an ordinary dense run of 0 updates, with more in it:
+A converted run is an ordinary dense run of 0 updates, with more in it, FAMILY being chameleon, llama or qwen3:
 
-    chameleon/       the files that describe the source: config, tokenizer, processor; its image tokenizer as it was
-    chameleon.json   the types of the source's tensors
-    vocabulary/      a store without documents, with id layout and tokenizers: for `moma prepare --vocabulary`
+    FAMILY/        files that describe the source: config, tokenizer, processor; a Chameleon's image tokenizer as it was
+    FAMILY.json    the types of the source's tensors
+    vocabulary/    a store without documents, with id layout and tokenizers: for `moma prepare --vocabulary`
 
 It has no optimizer moments and no data cursor, so it is not trained on in place, but begun from: `moma upcycle`, or
 `run.init_from`.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,17 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from moma_jax.checks import resolve
+from moma_jax.codec import Codec
+from moma_jax.codec.folder import open_codec
 from moma_jax.codec.vqgan import VqganCodec
-from moma_jax.config import Config, DataConfig, ModelConfig, RunConfig, StoreConfig, TrainConfig
+from moma_jax.config import Config, DataConfig, Modality, ModelConfig, RunConfig, StoreConfig, TrainConfig
 from moma_jax.config_json import to_json
-from moma_jax.convert import layout
+from moma_jax.convert import chameleon, layout
 from moma_jax.convert.from_vqgan import codec_of_tensors, tensors_of
-from moma_jax.convert.source import (
-    FORMAT_VERSION,
-    RECORD,
-    SOURCE,
-    TOKENIZER,
-    VISION_FILE,
-    VOCABULARY,
-    CheckpointFiles,
-    read_source,
-    require_tensors,
-    tokenizer_of,
-)
+from moma_jax.convert.language import FAMILIES, LONGEST, extend, modalities_of, read_language_model
 from moma_jax.convert.weights import (
     DTYPES,
+    TOKENIZER,
     Weights,
     copy_descriptions,
     library,
@@ -48,7 +42,7 @@ from moma_jax.convert.weights import (
     write_file,
 )
 from moma_jax.data.parts import FORMAT_VERSION as STORE_VERSION
-from moma_jax.data.store import Codecs
+from moma_jax.data.store import Codecs, image_codec, read_codecs
 from moma_jax.errors import InputError
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.rules import rule_name
@@ -59,9 +53,19 @@ from moma_jax.runs.status import Status
 from moma_jax.storage.directory import Directory
 from moma_jax.training.metrics import step_sums, token_meter
 from moma_jax.training.step import TrainState
-from moma_jax.vocab import Vocabulary
+from moma_jax.vocab import Vocabulary, contiguous
 
-SCRATCH = ".float32"
+FORMAT_VERSION = 1
+VOCABULARY, SCRATCH = "vocabulary", ".float32"
+VISION_FILE = "vqmodel.safetensors"
+"""A Chameleon's image tokenizer, beside the files that describe it."""
+UNUSED = ("rotary_emb.inv_freq",)
+"""How tensors end that some files have, and no decoder needs."""
+
+
+def record_of(family: str) -> str:
+    """The file in a converted run that says the types of the source's tensors."""
+    return f"{family}.json"
 
 
 class _OnDisk(np.memmap):
@@ -74,8 +78,7 @@ class _OnDisk(np.memmap):
 def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, Any]:
     """Converts a folder of ChameleonForConditionalGeneration to a dense run of 0 updates.
 
-    Memory: the checkpoint's bytes (compressed float32; that of bfloat16 is half of it) and one tensor. Float32 weights
-    lie in files beside `out` meanwhile, so the disk holds the model twice.
+    Memory and disk: as `_convert`.
 
     Args:
       folder: config.json, safetensors and, where text is to be encoded, tokenizer.json.
@@ -89,36 +92,114 @@ def from_chameleon(folder: str, out: str, *, quiet: bool = False) -> dict[str, A
       InputError: the folder or `out` cannot be used; nothing was written then.
     """
     library()
-    source = read_source(Path(folder).expanduser())
-    model, vocabulary = source.model, source.vocabulary
-    places = layout.places(model, vocabulary.size)
-    weights = require_tensors(open_weights(source.folder), places)
-    vision = [name for name in weights.tensors if name not in places]
-    codec = _image_codec(weights, vocabulary) if vision else None
-    codecs = Codecs.of(vocabulary, tokenizer_of(source), codec)
-    config = _run_config(source, out)
-    tensors = [weights.tensors[name] for name in places]
-    parameters = sum(int(np.prod(tensor.shape)) for tensor in tensors)
-    types = sorted({str(DTYPES[tensor.dtype]) for tensor in tensors})
+    source = chameleon.read_source(Path(folder).expanduser())
+    places = layout.places(source.model, source.vocabulary.size)
+    weights = layout.require_tensors(open_weights(source.folder), places, (chameleon.VISION,))
+    has_vision = any(name not in places for name in weights.tensors)
+    codec = _image_codec(weights, source.vocabulary) if has_vision else None
+    codecs = Codecs.of(source.vocabulary, chameleon.tokenizer_of(source), codec)
+    modalities = chameleon.modalities_of(source.vocabulary)
+    config = _run_config(source.model, modalities, source.sequence, out)
+    summary = _convert("chameleon", weights, places, config, codecs, out, quiet)
     say = (lambda line: None) if quiet else print
-    say(f"{folder}: {model.layers} layers of width {model.width}, {parameters:,} parameters in {', '.join(types)}")
-    of_vision = sum(int(np.prod(weights.tensors[name].shape)) for name in vision)
-    with new_directory(out, room=2 * 4 * (parameters + of_vision)) as begun:
-        params = _read_params(weights, model, places, begun / SCRATCH)
-        _write_source(begun, source.folder, {name: weights.tensors[name].dtype for name in places})
-        if vision:
-            write_file(begun / SOURCE / VISION_FILE, {name: weights.read(name) for name in vision})
-        _write_vocabulary(Directory(str(begun / VOCABULARY)), codecs)
-        summary = _write_run(RunDir(str(begun)), config, params, codecs, folder)
-        shutil.rmtree(begun / SCRATCH)
     if codec is None:
-        say(f"no tensors {layout.VISION}* in {folder}: pictures cannot be encoded, give ready codes")
+        say(f"no tensors {chameleon.VISION}* in {folder}: pictures cannot be encoded, give ready codes")
     elif not codec.draws:
-        say(f"{layout.VISION}* has no decoder, as Hugging Face publishes it: pictures become codes, not the other way")
+        line = "has no decoder, as Hugging Face publishes it: pictures become codes, not the other way"
+        say(f"{chameleon.VISION}* {line}")
     if not codecs.tokenizer:
         say(f"no {TOKENIZER} in {folder}: text cannot be encoded, so no data can be prepared for this run")
+    return summary
+
+
+def from_language_model(
+    family: str, folder: str, out: str, *, codec: str, seed: int = 0, quiet: bool = False
+) -> dict[str, Any]:
+    """Converts a Llama or a Qwen3 of Hugging Face to a dense run of 0 updates that has a codec's codes among its ids.
+
+    Memory and disk: as `_convert`.
+
+    Args:
+      family: "llama" or "qwen3". folder: config.json, safetensors, tokenizer.json, tokenizer_config.json.
+      codec: folder of an image tokenizer, or a store, whose image tokenizer is taken.
+      out: the new run directory, on a local disk. seed: of the new ids' rows. quiet: print nothing.
+
+    Returns:
+      The run's summary, as in summary.json.
+
+    Raises:
+      InputError: the folder, the codec or `out` cannot be used; nothing was written then.
+    """
+    library()
+    source = read_language_model(Path(folder).expanduser(), FAMILIES[family])
+    pictures = _codec_at(codec)
+    modalities = modalities_of(source, pictures)
+    vocabulary = contiguous(modalities)
+    places = layout.places(source.model, source.ids, source.first, vocabulary.size)
+    unused = (*UNUSED, *(layout.LAST if source.model.tied_embeddings else ()))
+    weights = layout.require_tensors(open_weights(source.folder), places, unused)
+    codecs = Codecs.of(vocabulary, source.text.to_json().encode(), pictures)
+    config = _run_config(source.model, modalities, min(source.sequence, LONGEST), out)
+    summary = _convert(family, weights, places, config, codecs, out, quiet, lambda params: extend(params, source, seed))
+    if not quiet:
+        begin = "by its own mark" if source.begins else f"by <s>, a copy of {source.ending}, as it has no mark for it"
+        print(f"documents begin {begin}; ids: {source.ids:,} of text of its own, {pictures.codebook:,} of pictures")
+    return summary
+
+
+def _convert(
+    family: str,
+    weights: Weights,
+    places: dict[str, layout.Place],
+    config: Config,
+    codecs: Codecs,
+    out: str,
+    quiet: bool,
+    complete: Callable[[dict[str, np.ndarray]], None] = lambda params: None,
+) -> dict[str, Any]:
+    """Writes the run; `complete` fills, in place, what the source's tensors do not.
+
+    Memory: the checkpoint's bytes (compressed float32; that of bfloat16 is half of it) and one tensor. Float32 weights
+    lie in files beside `out` meanwhile, so the disk holds the model twice.
+    """
+    say = (lambda line: None) if quiet else print
+    folder, model, others = weights.folder, config.model, weights.tensors.keys() - places.keys()
+    types = sorted({str(DTYPES[weights.tensors[name].dtype]) for name in places})
+    shapes = layout.shapes(model, places)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    count = f"{sum(sizes.values()):,} parameters from {', '.join(types)}"
+    say(f"{folder}: {model.layers} layers of width {model.width}, {count}")
+    beside = sum(math.prod(weights.tensors[name].shape) for name in others)
+    with new_directory(out, room=4 * (2 * sum(sizes.values()) + 2 * beside)) as begun:
+        (begun / SCRATCH).mkdir()
+        params = {
+            name: _OnDisk(begun / SCRATCH / name.replace("/", "."), np.float32, "w+", shape=shape)
+            for name, shape in shapes.items()
+        }
+        for name, place in places.items():
+            params[place.parameter][place.index] = place.to_ours(weights.read(name))
+        complete(params)
+        (begun / family).mkdir()
+        copy_descriptions(folder, begun / family)
+        dtypes = {name: weights.tensors[name].dtype for name in places}
+        RunDir(str(begun)).write_json(record_of(family), {"format_version": FORMAT_VERSION, "dtypes": dtypes})
+        vision = {name: weights.read(name) for name in others if name.startswith(chameleon.VISION)}
+        if vision:
+            write_file(begun / family / VISION_FILE, vision)
+        _write_vocabulary(Directory(str(begun / VOCABULARY)), codecs)
+        summary = _write_run(RunDir(str(begun)), config, unflatten_dict(params, sep="/"), codecs, str(folder))
+        shutil.rmtree(begun / SCRATCH)
     say(f"{out}: converted; go on with: moma upcycle {out} --model.ffn 4t4i --data.stores.0.path STORE --run.dir NEW")
     return summary
+
+
+def _codec_at(path: str) -> Codec:
+    """The image tokenizer of a folder of its own, or of a store."""
+    codecs = read_codecs(Directory(path))
+    codec = open_codec(path) if codecs is None else image_codec(codecs)
+    if codec is None:
+        raise InputError(f"--codec: {path} is a store without an image tokenizer; give one of pictures")
+    return codec
 
 
 def _image_codec(weights: Weights, vocabulary: Vocabulary) -> VqganCodec:
@@ -126,42 +207,22 @@ def _image_codec(weights: Weights, vocabulary: Vocabulary) -> VqganCodec:
     image = vocabulary.modalities[1]
     try:
         side = math.isqrt(image.span)
-        codec = codec_of_tensors(tensors_of(weights, layout.VISION), lambda levels: side << (levels - 1))
+        codec = codec_of_tensors(tensors_of(weights, chameleon.VISION), lambda levels: side << (levels - 1))
     except InputError as error:
-        raise InputError(f"{weights.folder}: {layout.VISION}*: {error}") from error
+        raise InputError(f"{weights.folder}: {chameleon.VISION}*: {error}") from error
     if codec.codebook != image.size:
         raise InputError(
-            f"{weights.folder}: {layout.VISION}* has {codec.codebook} codes, by config.json {image.size}; use weights "
-            "and config of one model"
+            f"{weights.folder}: {chameleon.VISION}* has {codec.codebook} codes, by config.json {image.size}; use "
+            "weights and config of one model"
         )
     return codec
 
 
-def _run_config(source: CheckpointFiles, out: str) -> Config:
+def _run_config(model: ModelConfig, modalities: tuple[Modality, ...], sequence: int, out: str) -> Config:
     """The run's config: its data are the vocabulary's store, which has no documents and is to be replaced."""
     store = StoreConfig("data", f"{out.rstrip('/')}/{VOCABULARY}")
-    data = DataConfig(modalities=layout.modalities_of(source.vocabulary), stores=(store,), sequence=source.sequence)
-    return resolve(Config(model=source.model, data=data, train=TrainConfig(steps=1), run=RunConfig(dir=out)))
-
-
-def _read_params(
-    weights: Weights, model: ModelConfig, places: dict[str, layout.Place], scratch: Path
-) -> dict[str, Any]:
-    """The decoder's parameters, float32, filled tensor by tensor, in files of the new directory `scratch`."""
-    scratch.mkdir()
-    shapes = layout.shapes(model, places).items()
-    params = {name: _OnDisk(scratch / name.replace("/", "."), np.float32, "w+", shape=shape) for name, shape in shapes}
-    for name, place in places.items():
-        target = params[place.parameter]
-        target[... if place.layer is None else place.layer] = place.to_ours(weights.read(name))
-    return unflatten_dict(params, sep="/")
-
-
-def _write_source(begun: Path, source: Path, dtypes: dict[str, str]) -> None:
-    """Keeps what describes the source, for the way back."""
-    (begun / SOURCE).mkdir()
-    copy_descriptions(source, begun / SOURCE)
-    RunDir(str(begun)).write_json(RECORD, {"format_version": FORMAT_VERSION, "dtypes": dtypes})
+    data = DataConfig(modalities=modalities, stores=(store,), sequence=sequence)
+    return resolve(Config(model=model, data=data, train=TrainConfig(steps=1), run=RunConfig(dir=out)))
 
 
 def _write_vocabulary(directory: Directory, codecs: Codecs) -> None:

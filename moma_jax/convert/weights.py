@@ -19,6 +19,7 @@ import numpy as np
 
 from moma_jax.errors import InputError
 
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NOT_COPIED = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf")

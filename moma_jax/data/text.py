@@ -60,13 +60,16 @@ def fit_tokenizer(texts: Iterable[str], size: int, special_tokens: Sequence[str]
     return tokenizer
 
 
-def load_tokenizer(path: str, special_tokens: Sequence[str], size: int | None = None) -> TextCodec:
+def load_tokenizer(
+    path: str, special_tokens: Sequence[str], size: int | None = None, field: str = "prepare.tokenizer: "
+) -> TextCodec:
     """Reads a tokenizer.json; its ids are moved up unless it has the special tokens at 0..n-1.
 
     Args:
       path: a local file.
       special_tokens: texts of the special ids 0..n-1.
       size: text ids of the vocabulary, which must hold all of the tokenizer's; None: not checked.
+      field: what asks for it, for messages.
 
     Raises:
       InputError: no such file, a model that is neither BPE nor Unigram, one that cannot give its text back, or more ids
@@ -78,12 +81,12 @@ def load_tokenizer(path: str, special_tokens: Sequence[str], size: int | None = 
         kind = content["model"].get("type", "BPE")
         codec = TextCodec.from_json(json.dumps(_renumbered(content, special_tokens))) if kind in MODELS else None
     except InputError as error:
-        raise InputError(f"prepare.tokenizer: {path}: {error}") from error
+        raise InputError(f"{field}{path}: {error}") from error
     except Exception as error:  # what its content makes of `_renumbered`
-        raise InputError(f"prepare.tokenizer: {path} cannot be read as a tokenizer.json: {_reason(error)}") from error
+        raise InputError(f"{field}{path} cannot be read as a tokenizer.json: {_reason(error)}") from error
     if codec is None:
-        raise InputError(f"prepare.tokenizer: {path}: model {str(kind)[:40]}; give one with a BPE or Unigram model")
-    _require_round_trip(codec, path)
+        raise InputError(f"{field}{path}: model {str(kind)[:40]}; give one with a BPE or Unigram model")
+    _require_round_trip(codec, f"{field}{path}")
     if size is not None and codec.size > size:
         raise InputError(
             f"prepare.text_size: {path} needs {codec.size} ids with the special ones, not {size}; "
@@ -171,12 +174,12 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _require_round_trip(codec: TextCodec, path: str) -> None:
+def _require_round_trip(codec: TextCodec, where: str) -> None:
     """Raises InputError where text does not come back from its ids."""
     for probe in PROBES:
         if (back := codec.decode(codec.encode(probe))) != probe:
             raise InputError(
-                f"prepare.tokenizer: {path} cannot give its text back: {probe!r} becomes {back!r}; use one of bytes or "
+                f"{where} cannot give its text back: {probe!r} becomes {back!r}; use one of bytes or "
                 "with byte fallback, which neither folds letters nor drops spaces"
             )
 
@@ -201,7 +204,6 @@ def _renumbered(content: dict[str, Any], special_tokens: Sequence[str]) -> dict[
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model = {
             **model,
-            "ignore_merges": False,
             "vocab": {**{token: i for i, token in enumerate(special_tokens)}, **(vocabulary if own else renamed)},
             "merges": [merge for merge in merges if not taken & {*merge, "".join(merge)}],
         }

@@ -20,7 +20,7 @@ function of every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,16 +46,18 @@ SMALL = 0.01
 class Copied:
     """Where the experts of a group come from: expert j is a copy of expert j // times of the seed's group `source`.
 
-    `scale` is the factor of their down-projections.
+    `scale` is the factor of their down-projections. Where they are `fresh` they are drawn instead.
     """
 
     source: str
     times: int
     scale: float
+    fresh: bool = False
 
 
-def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
-    """By name of the new model's groups of experts; InputError naming a group that cannot be made of the seed's."""
+def copied_groups(seed: Config, config: Config, fresh: Collection[str] = ()) -> dict[str, Copied]:
+    """By name of the new model's groups of experts, of which those in `fresh` are drawn; InputError naming a group that
+    cannot be made of the seed's."""
     before, after, names = seed.experts, config.experts, f"{seed.model.ffn} -> {config.model.ffn}"
     shared = [{group.name: group.width for group in layout.shared} for layout in (before, after)]
     for what, one, other in (("shared experts", *shared), ("mod+", before.depth, after.depth)):
@@ -68,6 +70,10 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
         )
     if before == after and weights[0] == weights[1]:
         raise InputError(f"model.ffn: {names} makes no experts; name more of them, or train with run.init_from")
+    groups = [group.name for group in after.groups]
+    if unknown := sorted(set(fresh) - set(groups)):
+        known = f"it has {', '.join(groups)}"
+        raise InputError(f"fresh: {unknown[0]} has no experts of its own in {config.model.ffn}; {known}")
     copied = {}
     for group in after.groups:
         source = next((g for g in before.groups if set(group.modalities) <= set(g.modalities)), None)
@@ -93,7 +99,8 @@ def copied_groups(seed: Config, config: Config) -> dict[str, Copied]:
             )
         gate = rule.first_gate(group.experts) if source.experts == 1 < group.experts else 1
         share = group_capacity(config.model, group) * times * gate
-        copied[group.name] = Copied(source.name, times, float(group_capacity(seed.model, source) / share))
+        scale = float(group_capacity(seed.model, source) / share)
+        copied[group.name] = Copied(source.name, times, scale, group.name in fresh)
     return copied
 
 
@@ -138,6 +145,8 @@ def grown(
         if name not in copied:  # always-on experts
             return old[name]
         own = copied[name]
+        if own.fresh:
+            return weights
         return {weight: array(old[own.source].get(weight), weight, own, like) for weight, like in weights.items()}
 
     def array(given, weight, own, like):
@@ -168,7 +177,8 @@ def perturbed(params: Any, copied: dict[str, Copied], perturb: float, seed: int)
 
     def one(number, path, weight):
         names = [entry.key for entry in path]
-        copies = "ffn" in names and names[-2] in copied and copied[names[-2]].times > 1
+        own = copied.get(names[-2]) if "ffn" in names else None
+        copies = own is not None and own.times > 1 and not own.fresh
         if not copies or names[-1] not in MATRICES:
             return weight
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), weight.shape, weight.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ def upcycle(
     moments: str = "reset",
     perturb: float = 0.0,
     perturb_seed: int = 0,
+    fresh: Collection[str] = (),
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Writes a run with more experts than its seed into `config.run.dir`; `moma_jax.train(config)` goes on from there.
@@ -77,13 +79,15 @@ def upcycle(
         is, with their number of updates; those of new routers are zero.
       perturb: standard deviation of noise that is added to copied experts, over that of the weight (one expert's
         matrix). perturb_seed: of that noise.
+      fresh: modalities whose experts are drawn as in a new run instead of copied, such as pictures' where the seed is a
+        language model.
       quiet: print nothing.
 
     Returns:
       The content of ancestry.json: "seed_run", "seed_step", "seed_ffn", "ffn"; "seed_tokens" (positions) and
       "seed_flops" (`cost`) of the seed and all its own seeds; the same without padding, as journals count:
       "seed_real_tokens", "seed_real_flops"; "seed_wall_seconds"; "fingerprint" of the seed's parameters; "moments",
-      "perturbation"; "jump": held-out losses before and after (`_jump`), None without an evaluation set;
+      "perturbation", "fresh"; "jump": held-out losses before and after (`_jump`), None without an evaluation set;
       "seed_ancestry": that of the seed, None where it was not upcycled.
 
     Raises:
@@ -97,7 +101,7 @@ def upcycle(
     run, seed = RunDir(config.run.dir), _read_seed(seed_run)
     if moments == "tile" and seed.saved.cursor is None:
         raise InputError(f"moments: {seed_run} was never trained and has none to tile; reset them")
-    copied = require_growable(seed.config, config, seed.run)
+    copied = require_growable(seed.config, config, seed.run, fresh)
     _require_same_data(seed, config)
     hosts.by_first(lambda: _unfinished(run))
     vocabulary = vocabulary_of(config)
@@ -107,7 +111,7 @@ def upcycle(
     program = make_program(config)
     with sharding.use_mesh(program.mesh):
         state, figures = _grown(seed, program, vocabulary, copied, moments, (perturb, perturb_seed))
-        ancestry = finite(_ancestry(seed, config) | {"moments": moments} | figures)
+        ancestry = finite(_ancestry(seed, config) | {"moments": moments, "fresh": sorted(fresh)} | figures)
         _write(run, state, Saved(0, seed.saved.cursor, _meta(config, vocabulary, hashes, ancestry)))
     if not quiet and hosts.is_first():
         print(*_lines(config, ancestry), sep="\n")
@@ -205,13 +209,13 @@ def _check_options(config: Config, moments: str, perturb: float, perturb_seed: i
         raise InputError(f"perturb_seed: must be 0 or more, is {perturb_seed}")
 
 
-def require_growable(seed: Config, config: Config, where: str) -> dict[str, Copied]:
+def require_growable(seed: Config, config: Config, where: str, fresh: Collection[str] = ()) -> dict[str, Copied]:
     """What `copied_groups` returns; InputError where the model cannot be made of that of the seed, named by `where`."""
     changed = [(line.partition(":")[0], line) for line in differences(as_recorded(seed), as_recorded(config))]
     wrong = [line for name, line in changed if name.startswith("model.") and name not in MAY_CHANGE]
     if wrong:
         raise InputError(f"{where}: the seed has another model ({'; '.join(wrong)}); leave these as they are there")
-    return copied_groups(seed, config)
+    return copied_groups(seed, config, fresh)
 
 
 def _require_same_data(seed: Seed, config: Config) -> None:

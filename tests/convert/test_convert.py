@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the extra [convert] is not installed")
 import chameleons  # noqa: E402
-from chameleons import everything_below, untrained_run
+from chameleons import everything_below, require_equal, tensors_of, untrained_run
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from tiny import tiny  # noqa: E402
 
@@ -25,17 +25,6 @@ from moma_jax.runs.checkpoint import Checkpoints  # noqa: E402
 from moma_jax.runs.directory import RunDir  # noqa: E402
 from moma_jax.training.load import load  # noqa: E402
 from moma_jax.upcycling.upcycle import upcycle  # noqa: E402
-
-
-def tensors_of(folder):
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-
-
-def require_equal(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype, name
-        np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
 def vision(tensors):
@@ -265,8 +254,8 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert "go on with: moma upcycle run --model.ffn 4t4i --data.stores.0.path STORE" in capsys.readouterr().out
     run_command(["convert", "to-chameleon", "run", "--out", "back", "--like", str(folder), "--dtype", "float32"])
     assert "step 0 of run in float32" in capsys.readouterr().out
-    for words in ([], ["to-llama"]):
-        with pytest.raises(InputError, match="moma convert.*from-chameleon, to-chameleon"):
+    for words in ([], ["to-mistral"]):
+        with pytest.raises(InputError, match="moma convert.*from-chameleon, from-llama, from-qwen3, to-chameleon"):
             run_command(["convert", *words])
     with pytest.raises(InputError, match="--out"):
         run_command(["convert", "from-chameleon", str(folder)])

@@ -1,4 +1,4 @@
-"""A converted Chameleon computes what transformers computes, under both norm placements; and goes back as it came."""
+"""Converted Chameleons, Llamas and Qwen3s compute what transformers computes, and go back as they came."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,12 @@ transformers = pytest.importorskip("transformers", reason="the extra [reference]
 import chameleons  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import languages  # noqa: E402
+from small_codecs import small_codec  # noqa: E402
 
-from moma_jax.convert import from_chameleon, to_chameleon  # noqa: E402
+from moma_jax.codec.folder import write_codec  # noqa: E402
+from moma_jax.convert import from_chameleon, from_language_model, to_chameleon, to_language_model  # noqa: E402
+from moma_jax.model.parameters import unembedding_of  # noqa: E402
 from moma_jax.training.load import load  # noqa: E402
 
 pytestmark = pytest.mark.slow  # torch and transformers
@@ -66,7 +70,7 @@ def our_logits(run, token_BS) -> np.ndarray:
         key=jax.random.key(0),
         routing_state=loaded.routing_state,
     )
-    return np.asarray(output.hidden_BSD @ loaded.params["unembedding"]["kernel_DV"])
+    return np.asarray(output.hidden_BSD @ unembedding_of(loaded.params))
 
 
 @pytest.mark.parametrize(("swin", "keys"), [(False, 2), (True, 2), (True, 1)], ids=["pre", "swin", "shared keys"])
@@ -94,3 +98,31 @@ def test_logits_are_those_of_transformers(swin, keys, tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     np.testing.assert_array_equal(reference_logits(again.eval(), token_BS), wanted_BSV)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)])
+def test_logits_of_language_models_are_those_of_transformers(family, tied, tmp_path):
+    """On ids of text, before any training; and what comes back is the model that it was."""
+    folder = languages.write(tmp_path / "source", family, tied=tied)
+    write_codec(str(tmp_path / "codec"), small_codec())
+    from_language_model(family, str(folder), str(tmp_path / "run"), codec=str(tmp_path / "codec"), quiet=True)
+    token_BS = np.random.default_rng(0).integers(0, languages.IDS, (2, 48)).astype(np.int32)
+    token_BS[:, 0] = languages.tokenizer(family).token_to_id(
+        {"llama": "<|begin_of_text|>", "qwen3": "<|im_end|>"}[family]
+    )
+    ours_BS = token_BS + languages.SHIFT
+    ours_BS[:, 0] = 0  # <s>
+
+    def reference(where):
+        read = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
+        model, info = read
+        assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        with torch.no_grad():
+            return model.eval()(torch.tensor(token_BS, dtype=torch.long)).logits.numpy()
+
+    wanted_BSV = reference(folder)
+    found_BSV = our_logits(tmp_path / "run", ours_BS)[:2, :, languages.SHIFT : languages.SHIFT + languages.IDS]
+    assert wanted_BSV.std() > 0.3
+    np.testing.assert_allclose(found_BSV, wanted_BSV, atol=1e-4, rtol=0)
+    to_language_model(family, str(tmp_path / "run"), str(tmp_path / "back"), quiet=True)
+    np.testing.assert_array_equal(reference(tmp_path / "back"), wanted_BSV)

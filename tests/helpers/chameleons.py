@@ -4,7 +4,7 @@ import json
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moma_jax.codec.layouts import TAMING, places
@@ -123,6 +123,17 @@ def write(folder, tensors=None, shards: int = 1, with_tokenizer: bool = True, **
 
 def everything_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def tensors_of(folder):
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def require_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
 def untrained_run(config, hashes=None):

@@ -20,12 +20,12 @@ from moma_jax.training.step import create_state, run_decoder
 from moma_jax.upcycling.copies import SMALL, Copied, copied_groups, grown_state, perturbed
 
 
-def grow(before, after):
+def grow(before, after, fresh=()):
     """The first state of config `before`, and that of `after` grown from it."""
     old, new = program_of(before), program_of(after)
     with sharding.use_mesh(old.mesh):
         state = create_state(old, first_routing_state(before))
-        made = grown_state(new, state.params, None, copied_groups(before, after), 0.0, 0)
+        made = grown_state(new, state.params, None, copied_groups(before, after, fresh), 0.0, 0)
     return old, state, new, made
 
 
@@ -150,6 +150,19 @@ def test_more_generations_and_groups():
     # c of the experts halves and they double: in the mean over tokens as much as before.
     assert scales("2t2i", "4t2i") == {"text": ("text", 2, 1.0), "image": ("image", 1, 1.0)}
     assert scales("2x", "4t2i") == {"text": ("all", 2, 1.0), "image": ("all", 1, 1.0)}
+
+
+def test_fresh_experts_are_those_of_a_new_run():
+    configs = tiny(model_ffn="dense"), tiny(model_ffn="2t2i")
+    _, old, new, made = grow(*configs, fresh=("image",))
+    with sharding.use_mesh(new.mesh):
+        drawn = create_state(new, first_routing_state(configs[1])).params["layers"]["ffn"]
+    grown, seed = made.params["layers"]["ffn"], old.params["layers"]["ffn"]["all"]
+    for name, weight in grown["image"].items():
+        np.testing.assert_allclose(weight, drawn["image"][name], atol=1e-6)  # drawn in another program
+    np.testing.assert_array_equal(grown["text"]["gate_EDF"], np.repeat(seed["gate_EDF"], 2, axis=1))
+    with pytest.raises(InputError, match="fresh: audio has no experts of its own in 2t2i; it has text, image"):
+        copied_groups(*configs, fresh=("audio",))
 
 
 def test_experts_lie_side_by_side_and_routers_go_with_them():
