@@ -17,8 +17,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def from_chameleon(folder: Folder, out: str) -> None:
     """Make a dense run of a Chameleon, `moma convert from-chameleon DIR --out RUN`: safetensors alone, no torch.
 
-    Weights become float32, tensor by tensor: memory is what the checkpoint takes and one tensor. The image tokenizer
-    (model.vqmodel.*) comes along; it, tokenizer and config are kept in RUN/chameleon for the way back.
+    Weights become float32, tensor by tensor. The image tokenizer (model.vqmodel.*) comes along; it, tokenizer and
+    config are kept in RUN/chameleon for the way back.
 
     Args:
       folder: Folder of ChameleonForConditionalGeneration: config.json, safetensors, tokenizer.json.
@@ -64,13 +64,12 @@ def to_chameleon(
     out: str,
     like: str | None = None,
     dtype: Dtype | None = None,
-    shard_gb: float = 5.0,
+    shard_gb: float = 0.5,
     step: int | None = None,
 ) -> None:
     """Write a dense run as a Chameleon of Hugging Face, `moma convert to-chameleon RUN --out DIR`.
 
-    A run that was converted and not trained comes back bit for bit. Memory: some times one parameter of all layers, and
-    one shard.
+    A run that was converted and not trained comes back bit for bit.
 
     Args:
       run: Run directory.
@@ -90,7 +89,7 @@ def to_llama(
     out: str,
     like: str | None = None,
     dtype: Dtype | None = None,
-    shard_gb: float = 5.0,
+    shard_gb: float = 0.5,
     step: int | None = None,
 ) -> None:
     """Write a dense run's text model as a Llama of Hugging Face, `moma convert to-llama RUN --out DIR`.
@@ -115,7 +114,7 @@ def to_qwen3(
     out: str,
     like: str | None = None,
     dtype: Dtype | None = None,
-    shard_gb: float = 5.0,
+    shard_gb: float = 0.5,
     step: int | None = None,
 ) -> None:
     """Write a dense run's text model as a Qwen3 of Hugging Face, `moma convert to-qwen3 RUN --out DIR`.

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from moma_jax.config import Config, ModelConfig
 from moma_jax.convert import chameleon, language, layout
-from moma_jax.convert.to_run import FORMAT_VERSION, UNUSED, VISION_FILE, record_of
+from moma_jax.convert.to_run import FORMAT_VERSION, SCRATCH, UNUSED, VISION_FILE, record_of
 from moma_jax.convert.weights import (
     CONFIG,
     DTYPES,
@@ -66,7 +66,8 @@ def to_language_model(family: str, run: str, out: str, **options: Any) -> list[s
     A run that was made of such a folder gets its ids back; of any other the ids of text are written. Pictures' codes
     stay behind.
 
-    Memory: some times one parameter of all layers in float32, and one shard.
+    Memory: some times the largest tensor, and one shard, whatever the model's size. One parameter of all layers lies in
+    a file beside the new ones meanwhile, in float32.
 
     Args:
       run: run directory. out: the new folder. Both on a local disk.
@@ -91,7 +92,7 @@ def _write(
     *,
     like: str | None = None,
     dtype: str | None = None,
-    shard_gb: float = 5.0,
+    shard_gb: float = 0.5,
     step: int | None = None,
     quiet: bool = False,
 ) -> list[str]:
@@ -110,13 +111,15 @@ def _write(
         dtypes = _dtypes(run, family, places, dtype, original)
         vision = _vision(run, places, original) if family == "chameleon" else None
         with new_directory(out) as begun:
-            read = _reader(checkpoints, step, places, layout.shapes(config.model, places), target.rows)
+            load = functools.partial(checkpoints.copy_param, step)
+            read = _reader(load, begun / SCRATCH, places, layout.shapes(config.model, places), target.rows)
             _write_tensors(begun, read, places, dtypes, vision, int(shard_gb * 1e9))
             if target.folder is None:
                 _write_described(begun, target.described, config, meta["hashes"])
             else:
                 copy_descriptions(target.folder, begun)
             _state_dtype(begun / CONFIG, dtype)
+            (begun / SCRATCH).unlink()
             files = sorted(path.name for path in begun.iterdir())
     say = (lambda line: None) if quiet else print
     if family == "chameleon" and vision is None:
@@ -213,31 +216,32 @@ def _dtypes(
 
 
 def _reader(
-    checkpoints: Checkpoints,
-    step: int,
+    load: Callable[[str, np.ndarray], None],
+    scratch: Path,
     places: dict[str, layout.Place],
     shapes: dict[str, tuple[int, ...]],
     rows: dict[int, int],
 ) -> Callable[[str], np.ndarray]:
-    """Reads tensors, float32, into host memory, whatever devices are here; of one parameter after the other, as all
-    layers of one are stored together. `rows`: our marks, and our ids of the source's own, which get what they became.
+    """Reads tensors, float32.
+
+    Args:
+      load: (a parameter's path, an array to fill). scratch: a new file for one parameter at a time, all layers of which
+        are stored together.
+      rows: our marks, and our ids of the source's own tokens, which get what these became.
     """
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     held: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
         place = places[name]
         if (path := place.parameter) not in held:
-            held.clear()  # before the next one comes
-            target = jax.ShapeDtypeStruct(shapes[path], np.float32, sharding=host)
-            held[path] = np.asarray(checkpoints.restore_param(step, path, target))
-        if place.first is None or not rows:
-            return place.from_ours(held[path][place.index])
-        table_VD = np.array(place.from_ours(held[path][place.index]))
-        whole_VD = held[path].T if place.projection else held[path]
-        for ours, theirs in rows.items():
-            table_VD[theirs - place.first] = whole_VD[ours]
-        return table_VD
+            held.clear()
+            held[path] = np.memmap(scratch, np.float32, "w+", shape=shapes[path])
+            load(path, held[path])
+            if place.first is not None:
+                table_VD = held[path].T if place.projection else held[path]
+                for ours, theirs in rows.items():
+                    table_VD[theirs] = table_VD[ours]
+        return place.from_ours(held[path][place.index])
 
     return read
 

@@ -57,6 +57,8 @@ from moma_jax.vocab import Vocabulary, contiguous
 
 FORMAT_VERSION = 1
 VOCABULARY, SCRATCH = "vocabulary", ".float32"
+FILE_BYTES = 64 << 20
+"""Of a checkpoint's files, some of which are in memory while they fill."""
 VISION_FILE = "vqmodel.safetensors"
 """A Chameleon's image tokenizer, beside the files that describe it."""
 UNUSED = ("rotary_emb.inv_freq",)
@@ -159,8 +161,8 @@ def _convert(
 ) -> dict[str, Any]:
     """Writes the run; `complete` fills, in place, what the source's tensors do not.
 
-    Memory: the checkpoint's bytes (compressed float32; that of bfloat16 is half of it) and one tensor. Float32 weights
-    lie in files beside `out` meanwhile, so the disk holds the model twice.
+    Memory: the largest tensor and some hundred MB, whatever the model's size. Float32 weights lie in files beside `out`
+    meanwhile, so the disk holds the model twice.
     """
     say = (lambda line: None) if quiet else print
     folder, model, others = weights.folder, config.model, weights.tensors.keys() - places.keys()
@@ -246,7 +248,7 @@ def _write_run(run: RunDir, config: Config, params: Any, codecs: Codecs, folder:
         "commit": commit(),
         "counters": token_meter(config, step_sums).to_json(),
     }
-    with Checkpoints(run, write=True) as checkpoints:
+    with Checkpoints(run, write=True, file_bytes=FILE_BYTES) as checkpoints:
         checkpoints.save(state, Saved(0, None, meta))
         checkpoints.wait()
     about = {name: meta[name] for name in ("router", "commit", "versions")}

@@ -17,6 +17,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers as policies
 
 from moma_jax import hosts
@@ -103,9 +105,15 @@ class Written(NamedTuple):
 class _StateHandler(ocp.StandardCheckpointHandler):
     """Orbax's. It merges what the processes wrote as a listing shows it, and would leave out what is not shown yet."""
 
-    def __init__(self, run: RunDir):
+    def __init__(self, run: RunDir, file_bytes: int | None):
         super().__init__(save_concurrent_gb=SAVE_GB)
-        self._run = run
+        self._run, self._file_bytes = run, file_bytes
+
+    async def async_save(self, directory: Any, *_: Any, args: ocp.args.StandardSave, **__: Any) -> Any:
+        """Orbax's, in files of a size, which its own arguments cannot say: a file is in memory until it is full."""
+        settings = {"ocdbt_target_data_file_size": self._file_bytes} if self._file_bytes else {}
+        own = ocp.args.PyTreeSave(args.item, args.save_args, **settings)
+        return await self._impl.async_save(directory, args=own)
 
     def finalize(self, directory: Any) -> None:
         self._run.await_listing()
@@ -128,6 +136,7 @@ class Checkpoints:
         keep_every: int | None = None,
         write: bool = False,
         retries: int = 0,
+        file_bytes: int | None = None,
         tell: Callable[[int, str], None] = lambda step, event: None,
     ):
         """Opens them.
@@ -135,6 +144,7 @@ class Checkpoints:
         Args:
           write: whether to write, and then keep the newest `keep_last` and every multiple of `keep_every`.
           retries: failed saves in a row that are put up with. tell: is given the step and cause of each.
+          file_bytes: of a file of arrays, some of which are in memory at a time; Orbax's own where None.
         """
         for name in ("absl", "gcsfs"):  # Orbax reports every phase, gcsfs every attempt; errors are raised here
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -145,6 +155,7 @@ class Checkpoints:
         self._newest: tuple[Any, Saved] | None = None  # what the last save was given
         self._began, self._lost, self._closed = 0.0, False, False
         self._written: list[Written] = []
+        self._file_bytes = file_bytes
         self._open = functools.partial(self._opened, keep_last, keep_every, write)
         self._manager = self._open()
 
@@ -162,7 +173,7 @@ class Checkpoints:
             me = jax.process_index()
             options.multiprocessing_options = ocp.options.MultiprocessingOptions(me, active_processes={me})
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add("state", ocp.args.StandardSave, _StateHandler(self._run))
+        handlers.add("state", ocp.args.StandardSave, _StateHandler(self._run, self._file_bytes))
         return ocp.CheckpointManager(self.path, options=options, handler_registry=handlers)
 
     def __enter__(self) -> Checkpoints:
@@ -291,11 +302,19 @@ class Checkpoints:
         self._compare(step, target)
         return self._restore_part(step, {"params": target})["params"]
 
-    def restore_param(self, step: int, path: str, target: Any) -> Any:
-        """One parameter of a checkpoint, "layers/ffn_norm/scale_D", with the shape, type and sharding of `target`."""
-        names = ("params", *path.split("/"))
-        part = functools.reduce(lambda inner, name: {name: inner}, reversed(names), target)
-        return functools.reduce(lambda tree, name: tree[name], names, self._restore_part(step, part))
+    def copy_param(self, step: int, path: str, into: np.ndarray) -> None:
+        """Copies one parameter, "layers/ffn_norm/scale_D", into an array of its shape, a stored chunk at a time."""
+        store = {"driver": "ocdbt", "base": Directory(self.where(step)).kvstore("state")}
+        spec = {"driver": "zarr", "kvstore": store | {"path": ".".join(("params", *path.split("/")))}}
+        with self._reading(step):
+            array = ts.open(spec, read=True).result()
+            if array.shape != into.shape:
+                raise ValueError(f"{path} has shape {array.shape}, not {into.shape}")
+            steps = array.chunk_layout.read_chunk.shape
+            for corner in itertools.product(*map(range, (0,) * array.rank, array.shape, steps)):
+                ends = np.minimum(np.add(corner, steps), array.shape)
+                part = tuple(map(slice, corner, ends.tolist()))
+                into[part] = array[part].read().result()
 
     def saved(self, step: int) -> Saved:
         """Cursor and plain values of a checkpoint; InputError where it is none of ours, or its format is another."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import chameleons
 import languages
@@ -9,17 +10,20 @@ import numpy as np
 import pytest
 from chameleons import require_equal, tensors_of
 from languages import IDS, SHIFT
+from processes import output, spawn
 from small_codecs import small_codec
 from tiny import tiny
 
+from moma_jax import sharding
 from moma_jax.checks import resolve
 from moma_jax.codec.folder import write_codec
-from moma_jax.config import RunConfig
+from moma_jax.config import MeshConfig, RunConfig
 from moma_jax.convert import from_language_model, to_chameleon, to_language_model
 from moma_jax.convert.language import FAMILIES, extend, read_language_model
 from moma_jax.data.store import open_store, text_codec
 from moma_jax.errors import InputError
-from moma_jax.training.load import load
+from moma_jax.training.load import config_of, load
+from moma_jax.training.step import make_program
 from moma_jax.upcycling.upcycle import upcycle
 
 KINDS = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]
@@ -131,6 +135,16 @@ def test_what_marks_became_goes_back(made, tmp_path):
     np.testing.assert_array_equal(found_VD, wanted_VD)
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_several_devices_goes_back(made, tmp_path):
+    output(spawn(__file__, made["llama", False][1], tmp_path / "run", devices=8))
+    to_language_model("llama", str(tmp_path / "run"), str(tmp_path / "back"), dtype="float32", quiet=True)
+    found, params = tensors_of(tmp_path / "back"), load(str(tmp_path / "run")).params
+    down_FD = params["layers"]["ffn"]["all"]["down_EFD"][1, 0]
+    np.testing.assert_array_equal(found["model.layers.1.mlp.down_proj.weight"], down_FD.T)
+    np.testing.assert_array_equal(found["lm_head.weight"], params["unembedding"]["kernel_DV"][:, :384].T)
+
+
 @pytest.mark.parametrize(("family", "norm"), [("llama", "none"), ("qwen3", "rms")])
 def test_any_dense_run_of_its_kind_becomes_one(family, norm, codec, tmp_path):
     config = tiny(tmp_path / "run", model_ffn="dense", model_norm="pre", model_qk_norm=norm, model_kv_heads=1)
@@ -155,6 +169,14 @@ def test_it_is_grown_into_a_moma(made, tmp_path):
     grown = load(str(tmp_path / "grown"))
     assert grown.config.model.qk_norm == "rms" and grown.config.model.tied_embeddings
     np.testing.assert_array_equal(grown.params["embedding"]["kernel_VD"], seed.params["embedding"]["kernel_VD"])
+
+
+def on_several_devices(seed, new):
+    """A new run like `seed`, saved by the devices that hold its parts."""
+    config = config_of(seed)
+    config = dataclasses.replace(config, run=RunConfig(dir=new), mesh=MeshConfig(data=1, fsdp=2, expert=1, tensor=2))
+    with sharding.use_mesh(make_program(config).mesh):
+        chameleons.untrained_run(config)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -211,3 +233,7 @@ def test_a_codec_that_was_changed_is_refused(made, codec, tmp_path):
     content[-1] ^= 1
     (path / "codec.safetensors").write_bytes(content)
     refused("codec", made["llama", False][0], str(path), tmp_path)
+
+
+if __name__ == "__main__":
+    on_several_devices(*sys.argv[1:])
