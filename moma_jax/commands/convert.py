@@ -8,7 +8,7 @@ import jax
 import tyro
 
 from moma_jax.commands import Run
-from moma_jax.convert import to_checkpoint, to_run
+from moma_jax.convert import export, to_checkpoint, to_run
 
 Folder = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DIR")]]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -133,6 +133,31 @@ def to_qwen3(
     to_checkpoint.to_language_model("qwen3", run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
 
 
+def to_folder(
+    run: Run,
+    out: str,
+    routing: Literal["causal", "threshold"] | None = None,
+    dtype: Dtype = "float32",
+    shard_gb: float = 0.5,
+    step: int | None = None,
+) -> None:
+    """Export a run for others, `moma convert to-folder RUN --out DIR`: safetensors, model card, a reference in PyTorch.
+
+    Any FFN under the rules choice, threshold and token_choice. The folder says what its tensors are; moma_torch.py in
+    it computes logits with torch and safetensors alone.
+
+    Args:
+      run: Run directory.
+      out: The new folder, on a local disk.
+      routing: Causal routing that the folder's model has; the first that the run can be used under where None.
+      dtype: Type of matrices; norms, routers and thresholds stay float32.
+      shard_gb: Gigabytes of one file.
+      step: Which checkpoint; the newest where None.
+    """
+    _on_cpu()
+    export.to_folder(run, out, routing=routing, dtype=dtype, shard_gb=shard_gb, step=step)
+
+
 def _on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")  # copying needs no accelerator
 
@@ -142,6 +167,7 @@ SUBCOMMANDS = {
     "from-llama": from_llama,
     "from-qwen3": from_qwen3,
     "to-chameleon": to_chameleon,
+    "to-folder": to_folder,
     "to-llama": to_llama,
     "to-qwen3": to_qwen3,
 }

@@ -136,10 +136,10 @@ def require_equal(found, wanted):
         np.testing.assert_array_equal(found[name].view(np.uint8), value.view(np.uint8), err_msg=name)
 
 
-def untrained_run(config, hashes=None):
-    """What training begins with, saved as a run."""
+def untrained_run(config, hashes=None, change=lambda state: state):
+    """What training begins with, or what `change` makes of it, saved as a run."""
     vocabulary, run = contiguous(config.data.modalities), RunDir(config.run.dir)
-    state = create_state(make_program(config), first_routing_state(config))
+    state = change(create_state(make_program(config), first_routing_state(config)))
     hashes = {"vocabulary": vocabulary.hash} if hashes is None else hashes
     meta = {"vocabulary": vocabulary.to_json(), "hashes": hashes, "router": rule_name(config.model.router)}
     with Checkpoints(run, write=True) as checkpoints:
