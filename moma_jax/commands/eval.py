@@ -24,7 +24,7 @@ class TaskOptions:
     step: int | None = None
     """With --tasks: which checkpoint; the newest where None."""
     num_fewshot: int | None = None
-    """With --tasks: examples in the context; what the task says where None."""
+    """With --tasks of the harness: examples in the context; what the task says where None."""
     limit: int | None = None
     """With --tasks: only the first documents of each task, for a trial."""
     samples: bool = False
@@ -42,15 +42,17 @@ def eval(
     router: str | None = None,
     json: bool = False,
 ) -> None:
-    """Held-out losses of a run under several routings, beside those of a unigram model; or tasks of EleutherAI's
-    lm-evaluation-harness under a causal routing (pip install 'moma_jax[evals]').
+    """Held-out losses of a run under several routings, beside those of a unigram model; or tasks under a causal
+    routing: which caption or picture fits, questions of one's own, EleutherAI's lm-evaluation-harness.
 
     Args:
       run: Run directory.
       routing: Routings to evaluate under: choice (as in training, sees the future), causal (auxiliary routers),
         threshold (running thresholds); all that the run has where none is named. With --tasks: one, causal where none
         is named.
-      tasks: Names of the harness's tasks, also joined by commas; "paper" for the paper's eight; folders of task files.
+      tasks: captions, pictures: which of 8 fits, of the run's held-out pairs; FILE.jsonl: questions with choices. Or
+        the harness's tasks (pip install 'moma_jax[evals]'), also joined by commas; "paper" for the paper's eight;
+        folders of task files.
       mesh: Devices to lay the model on.
       router: The run's own routing rule, FILE.py:ATTRIBUTE, where it was trained with one.
       json: Print JSON.
@@ -58,12 +60,11 @@ def eval(
     if tasks:
         if len(routing) > 1:
             raise InputError("--tasks: run under one --routing")
-        try:
-            from moma_jax.evaluation import harness
-        except ImportError as error:
-            raise InputError(str(error)) from error
-        results = harness.run_tasks(run, tasks, *routing, router=router, mesh=mesh, **dataclasses.asdict(options))
-        print(harness.as_json(results) if json else harness.as_table(results))
+        from moma_jax.evaluation.tasks import as_json as tasks_json
+        from moma_jax.evaluation.tasks import run_tasks, show
+
+        results = run_tasks(run, tasks, *routing, router=router, mesh=mesh, **dataclasses.asdict(options))
+        print(tasks_json(results)) if json else show(results)
         return
     if options != TaskOptions():
         raise InputError(f"--{_given(options)}: goes with --tasks")

@@ -19,13 +19,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moma_jax.config import MeshConfig
-from moma_jax.errors import InputError, RunError
+from moma_jax.errors import InputError
+from moma_jax.evaluation.choices import PieceEncoder, pieces_of
 from moma_jax.evaluation.scoring import Scorer
 from moma_jax.generation import Sampling, generate_ids
 from moma_jax.generation.prompts import language_of
@@ -35,7 +35,7 @@ try:
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_table
+    from lm_eval.utils import get_rolling_token_windows
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError("--tasks needs the lm-evaluation-harness; pip install 'moma_jax[evals]'") from error
@@ -103,7 +103,9 @@ def wish_of(settings: dict[str, Any], sequence: int) -> Wish:
 
 
 class MomaLM(LM):
-    """A trained run as a model of the harness."""
+    """A trained run as a model of the harness, which may show it pictures."""
+
+    MULTIMODAL = True
 
     def __init__(
         self,
@@ -128,7 +130,8 @@ class MomaLM(LM):
         super().__init__()
         self.loaded = run if isinstance(run, Loaded) else load(run, step=step, router=router, mesh=mesh)
         self.routing, self.batch_size = routing, int(batch_size)
-        self._text = language_of(self.loaded).text
+        language = language_of(self.loaded)
+        self._text, self._encoder = language.text, PieceEncoder(language)
         self._scorer = Scorer(self.loaded, routing, batch_rows=self.batch_size)
         self._begin = self.loaded.vocabulary.begin_document
 
@@ -180,9 +183,12 @@ class MomaLM(LM):
         answers = [""] * len(requests)
         for numbers in alike.values():
             wish = wish_of(requests[numbers[0]].args[1], self.max_length)
-            contexts = self._text.encode_batch([requests[number].args[0] for number in numbers])
-            room = self.max_length - wish.max_tokens - 1
-            cut = [context_N[max(0, len(context_N) - room) :] for context_N in contexts]
+            room, cut = self.max_length - wish.max_tokens - 1, []
+            for number in numbers:
+                context, _, *shown = requests[number].args
+                context_N, pictures = self._context(context, *shown)
+                self._require_room(context_N, pictures, room)
+                cut.append(context_N[max(0, len(context_N) - room) :])
             rows = [np.concatenate([[self._begin], context_N]) for context_N in cut]
             for number, text in zip(numbers, self._written(rows, wish), strict=True):
                 answers[number] = text
@@ -211,23 +217,32 @@ class MomaLM(LM):
     def _scored(self, rows, what: str, quiet: bool) -> Iterator[tuple[int, Any]]:
         return tqdm(self._scorer.each(rows), total=len(rows), desc=f"moma {what}", disable=quiet)
 
-    def _pair(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
-        """(ids of a row, how many of them at its end are the continuation's).
-
-        The two are encoded as one text, because that is how the model has seen text. White space between them belongs
-        to the continuation: a space begins the token of a word.
-        """
-        kept = context.rstrip()
-        context_N, whole_N = self._text.encode(kept), self._text.encode(context + continuation)
-        differ_N = whole_N[: len(context_N)] != context_N[: len(whole_N)]
-        common = int(np.argmax(differ_N)) if differ_N.any() else len(differ_N)
-        count = len(whole_N) - common
-        if count > self.max_length:
+    def _pair(self, context: str, continuation: str, shown: dict[str, Any] | None = None) -> tuple[np.ndarray, int]:
+        """(ids of a row, how many of them at its end are the continuation's); `shown`: the pictures of the context."""
+        # The harness asks for a choice by itself with no context, and still hands over the question's pictures.
+        pictures = (shown or {}).get("visual") or [] if context else []
+        pieces = pieces_of(context, pictures, "loglikelihood")
+        context_N, behind_N = self._encoder.pair(pieces, [continuation], "a picture")
+        if len(behind_N) > self.max_length:
             raise InputError(
-                f"loglikelihood: the continuation {continuation[:40]!r} has {count} tokens, the model reads "
+                f"loglikelihood: the continuation {continuation[:40]!r} has {len(behind_N)} tokens, the model reads "
                 f"{self.max_length}; score it as a rolling loglikelihood"
             )
-        return np.concatenate([[self._begin], whole_N])[-self._scorer.longest :], count
+        row = np.concatenate([context_N, behind_N])
+        self._require_room(row, pictures, self._scorer.longest)
+        return row[-self._scorer.longest :], len(behind_N)
+
+    def _context(self, context: str, shown: dict[str, Any] | None = None) -> tuple[np.ndarray, list[Any]]:
+        """(ids of a context without <s>, its pictures)."""
+        pictures = (shown or {}).get("visual") or []
+        return self._encoder.ids(pieces_of(context, pictures, "generate_until"), "a picture"), pictures
+
+    def _require_room(self, row, pictures, room: int) -> None:
+        """InputError where pictures would lose their beginning."""
+        if pictures and len(row) > room:
+            raise InputError(
+                f"a question with {len(pictures)} pictures has {len(row)} tokens, the model reads {room}; show fewer"
+            )
 
 
 # Running tasks --------------------------------------------------------------------------------------------------------
@@ -269,70 +284,3 @@ def evaluate_tasks(model: MomaLM, tasks: Sequence[str], **options: Any) -> dict[
     except (ConnectionError, FileNotFoundError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"--tasks: the data of {', '.join(names)} cannot be had: {reason}") from error
-
-
-def run_tasks(
-    run: str,
-    tasks: Sequence[str],
-    routing: str = "causal",
-    *,
-    batch_size: int = 8,
-    step: int | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    samples: bool = False,
-    out: str | None = None,
-    router: Any = None,
-    mesh: MeshConfig | None = None,
-) -> dict[str, Any]:
-    """Runs tasks on a run, and writes the results to the new file `out`, whole or not at all.
-
-    Args:
-      tasks: as of `evaluate_tasks`; names may be joined by commas.
-      samples: whether every document's answers are among the results. The others: as of `MomaLM` and `evaluate_tasks`.
-
-    Returns:
-      What `evaluate_tasks` returns.
-
-    Raises:
-      InputError: as these, or `out` cannot be written. RunError: what the harness says of its tasks and their data.
-    """
-    path = None if out is None else Path(out)
-    if path is not None:
-        _require_free(path)
-    names = [name for task in tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
-    try:
-        model = MomaLM(run, routing, batch_size, step, router, mesh)
-        results = evaluate_tasks(model, names, num_fewshot=num_fewshot, limit=limit, log_samples=samples)
-    except (InputError, RunError):
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise RunError(f"{type(error).__name__}: {error}") from error
-    if path is not None:
-        partial = path.with_name(f".{path.name}.writing")
-        try:
-            partial.write_text(as_json(results, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            raise InputError(f"--out: {path}: cannot be written: {error.strerror}") from error
-    return results
-
-
-def as_json(results: dict[str, Any], indent: int | None = None) -> str:
-    """Results of the harness as JSON."""
-    return json.dumps(results, indent=indent, default=handle_non_serializable, ensure_ascii=False)
-
-
-def as_table(results: dict[str, Any]) -> str:
-    """Results of the harness as it prints them."""
-    return make_table(results)
-
-
-def _require_free(out: Path) -> None:
-    """InputError where the results cannot be written."""
-    if not out.parent.is_dir():
-        raise InputError(f"--out: {out}: no such folder; make it first")
-    if out.exists():
-        raise InputError(f"--out: {out} is {'a folder' if out.is_dir() else 'there already'}; name a new file")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out: {out.parent} cannot be written to; choose another folder")

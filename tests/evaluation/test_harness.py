@@ -25,6 +25,7 @@ from moma_jax.__main__ import main  # noqa: E402
 from moma_jax.config import Modality, PrepareConfig, StoreConfig  # noqa: E402
 from moma_jax.errors import InputError, RunError  # noqa: E402
 from moma_jax.evaluation import harness as evals  # noqa: E402
+from moma_jax.evaluation import tasks as running  # noqa: E402
 from moma_jax.evaluation.harness import PAPER_TASKS, MomaLM, Wish, evaluate_tasks, wish_of  # noqa: E402
 from moma_jax.generation import Sampling  # noqa: E402
 from moma_jax.generation.prompts import writable_text  # noqa: E402
@@ -291,7 +292,7 @@ def test_the_command_writes_what_it_prints(run, tasks, tmp_path, capsys):
 
 def test_results_that_are_there_are_not_overwritten(tmp_path, monkeypatch, capsys):
     (tmp_path / "old.json").write_text("mine")
-    monkeypatch.setattr(evals, "MomaLM", lambda *rest: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(running, "load", lambda *rest, **named: pytest.fail("the model was loaded"))
     for out, message in (("old.json", "is there already"), ("", "is a folder")):
         with pytest.raises(SystemExit) as stopped:
             moma_eval("RUN", "--tasks", "piqa", "--out", str(tmp_path / out))
@@ -303,9 +304,9 @@ def test_tasks_may_be_joined_by_commas(tmp_path, monkeypatch, capsys):
     (tmp_path / "a,b").mkdir()
     monkeypatch.chdir(tmp_path)
     seen = []
+    monkeypatch.setattr(running, "load", lambda *rest, **named: None)
     monkeypatch.setattr(evals, "MomaLM", lambda *rest: None)
-    monkeypatch.setattr(evals, "evaluate_tasks", lambda model, tasks, **options: seen.append(tasks))
-    monkeypatch.setattr(evals, "make_table", str)
+    monkeypatch.setattr(evals, "evaluate_tasks", lambda model, names, **options: seen.append(names) or {})
     moma_eval("RUN", "--tasks", "piqa,boolq", "a,b", "paper")
     assert seen == [["piqa", "boolq", "a,b", "paper"]]
 
@@ -323,6 +324,7 @@ def test_what_goes_wrong_later_is_one_line_too(tmp_path, monkeypatch, capsys, er
     def fail(*rest, **options):
         raise error
 
+    monkeypatch.setattr(running, "load", lambda *rest, **named: None)
     monkeypatch.setattr(evals, "MomaLM", lambda *rest: None)
     monkeypatch.setattr(evals, "evaluate_tasks", fail)
     with pytest.raises(SystemExit) as stopped:
