@@ -13,6 +13,8 @@ light; `cost` and `plan` need none, and are bound here because modules of their 
   cost(config)               parameters, FLOPs and bytes in closed form
   upcycle(seed_run, config)  a run with more experts that goes on from its seed
   from_chameleon, to_chameleon   Chameleon checkpoints to runs, and dense runs back
+  from_language_model, to_language_model   the same of Llama and Qwen3, which get room for pictures
+  to_folder(run, out)        a run for others: safetensors, a model card, a reference in PyTorch
   study(file)                trains the runs of a study that are not complete
   plan(config, topology)     what a run needs on a pod: memory, communication, an estimate of the step
   read_metrics(run)          the records of a run
@@ -33,6 +35,9 @@ _HOME = {
     "read_metrics": "moma_jax.runs.journal",
     "upcycle": "moma_jax.upcycling.upcycle",
     "from_chameleon": "moma_jax.convert",
+    "from_language_model": "moma_jax.convert",
+    "to_folder": "moma_jax.convert",
+    "to_language_model": "moma_jax.convert",
     "to_chameleon": "moma_jax.convert",
     "study": "moma_jax.studies.running",
 }

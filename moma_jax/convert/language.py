@@ -137,11 +137,11 @@ def read_language_model(folder: Path, family: Family) -> LanguageModel:
     text = load_tokenizer(str(folder / TOKENIZER), SPECIAL, field=f"{family.title}: ")
     sequence = require_count(value["max_position_embeddings"], f"{where}: max_position_embeddings")
     ending = next((token for token, number in tokens.items() if number == marks["eos"]), f"id {marks['eos']}")
-    model = _model_of(value, family, where)
+    model = model_of(value, family, where)
     return LanguageModel(folder, family, model, ids, first, rows, begins, ending, text, sequence)
 
 
-def _model_of(value: dict[str, Any], family: Family, where: str) -> ModelConfig:
+def model_of(value: dict[str, Any], family: Family, where: str) -> ModelConfig:
     """The decoder that config.json describes."""
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if value[name]:

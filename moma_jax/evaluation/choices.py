@@ -327,7 +327,7 @@ def choices_table(figures: dict[str, dict[str, Any]]) -> Any:
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, own in figures.items():
         shares = (
-            f"{own[name]:.3f} ({own[f'{name}_interval'][0]:.3f} to {own[f'{name}_interval'][1]:.3f})"
+            "{:.3f} ({:.3f}-{:.3f})".format(own[name], *own[f"{name}_interval"])
             for name in ("acc", "acc_norm", "acc_mutual_info")
         )
         table.add_row(task, str(own["questions"]), f"{own['chance']:.3f}", *shares)

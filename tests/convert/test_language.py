@@ -14,17 +14,17 @@ from processes import output, spawn
 from small_codecs import small_codec
 from tiny import tiny
 
-from moma_jax import sharding
-from moma_jax.checks import resolve
+from moma_jax import recipe, sharding
+from moma_jax.checks import resolve, round_up
 from moma_jax.codec.folder import write_codec
 from moma_jax.config import MeshConfig, RunConfig
 from moma_jax.convert import from_language_model, to_chameleon, to_language_model
-from moma_jax.convert.language import FAMILIES, extend, read_language_model
+from moma_jax.convert.language import FAMILIES, extend, model_of, read_language_model
 from moma_jax.data.store import open_store, text_codec
 from moma_jax.errors import InputError
 from moma_jax.training.load import config_of, load
 from moma_jax.training.step import make_program
-from moma_jax.upcycling.upcycle import upcycle
+from moma_jax.upcycling.upcycle import require_growable, upcycle
 
 KINDS = [("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)]
 TEXTS = ["the cat sat", " two  spaces\n", "a <think> b", "na\u00efve 1234", "<image> and </s>"]
@@ -177,6 +177,36 @@ def on_several_devices(seed, new):
     config = dataclasses.replace(config, run=RunConfig(dir=new), mesh=MeshConfig(data=1, fsdp=2, expert=1, tensor=2))
     with sharding.use_mesh(make_program(config).mesh):
         chameleons.untrained_run(config)
+
+
+QWEN = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+"""What Qwen/Qwen3-1.7B-Base and meta-llama/Llama-3.1-8B have in config.json."""
+LLAMA = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "vocab_size": 128256,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family", "described"), [("qwen3_1b7", "qwen3", QWEN), ("llama3_8b", "llama", LLAMA)])
+def test_warm_recipes_have_the_shapes_of_their_seeds(name, family, described):
+    """So the runs that these become can be grown by the recipe."""
+    family, wanted = FAMILIES[family], recipe(f"configs/warm_{name}.py")
+    model = model_of({**family.defaults, **described}, family, "config.json")
+    config = resolve(dataclasses.replace(wanted, model=model))
+    assert require_growable(config, wanted, "a seed").keys() == {"text", "image"}
+    assert wanted.data.modalities[0].size == round_up(SHIFT + described["vocab_size"], 128)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
