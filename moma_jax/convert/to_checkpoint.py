@@ -55,22 +55,42 @@ class _Target(NamedTuple):
     rows: dict[int, int] = {}
 
 
-def to_chameleon(run: str, out: str, **options: Any) -> list[str]:
-    """Writes a dense run as a folder of ChameleonForConditionalGeneration; arguments as `to_language_model`."""
-    return _write(run, out, "chameleon", **options)
+def to_chameleon(
+    run: str,
+    out: str,
+    *,
+    like: str | None = None,
+    dtype: str | None = None,
+    shard_gb: float = 0.5,
+    step: int | None = None,
+    quiet: bool = False,
+) -> list[str]:
+    """Writes a dense run as a folder of ChameleonForConditionalGeneration; all as `to_language_model`."""
+    options = {"like": like, "dtype": dtype, "shard_gb": shard_gb, "step": step, "quiet": quiet}
+    return to_language_model("chameleon", run, out, **options)
 
 
-def to_language_model(family: str, run: str, out: str, **options: Any) -> list[str]:
+def to_language_model(
+    family: str,
+    run: str,
+    out: str,
+    *,
+    like: str | None = None,
+    dtype: str | None = None,
+    shard_gb: float = 0.5,
+    step: int | None = None,
+    quiet: bool = False,
+) -> list[str]:
     """Writes a dense run as a folder of LlamaForCausalLM or Qwen3ForCausalLM.
 
     A run that was made of such a folder gets its ids back; of any other the ids of text are written. Pictures' codes
     stay behind.
 
-    Memory: some times the largest tensor, and one shard, whatever the model's size. One parameter of all layers lies in
-    a file beside the new ones meanwhile, in float32.
+    Memory: some times the largest tensor, and two shards, whatever the model's size. One parameter of all layers lies
+    in a file beside the new ones meanwhile, in float32.
 
     Args:
-      run: run directory. out: the new folder. Both on a local disk.
+      family: "llama" or "qwen3". run: run directory. out: the new folder. Both on a local disk.
       like: a folder of the model that the run came from: the files that describe it, and a Chameleon's image tokenizer,
         are taken over. None: those that the run keeps of it.
       dtype: "float32", "bfloat16" or "float16"; None: of each tensor that of the source, float32 without one.
@@ -82,20 +102,6 @@ def to_language_model(family: str, run: str, out: str, **options: Any) -> list[s
     Raises:
       InputError: the run is not dense, or the folders do not fit; nothing was written then.
     """
-    return _write(run, out, family, **options)
-
-
-def _write(
-    run: str,
-    out: str,
-    family: str,
-    *,
-    like: str | None = None,
-    dtype: str | None = None,
-    shard_gb: float = 0.5,
-    step: int | None = None,
-    quiet: bool = False,
-) -> list[str]:
     library()
     if not shard_gb > 0:
         raise InputError(f"--shard-gb: must be positive, is {shard_gb}")
