@@ -7,7 +7,7 @@ Command:   moma convert from-llama Llama-3.1-8B --codec CODEC --out runs/llama
            moma cost configs/warm_llama3_8b.py                     (parameters, FLOPs, bytes; needs no data)
            moma plan configs/warm_llama3_8b.py --topology v5p-128  (does it fit a pod; needs no TPU; or h100:8x8)
 Data:      a store under stores/mine, made with `moma prepare ... --vocabulary runs/llama/vocabulary`.
-Hardware:  64 TPU v5p or 64 H100; docs/results/plans.md has what each needs.
+Hardware:  64 TPU v5p or 64 H100; docs/results/warm_start.md has what each needs.
 Time:      an estimate, not a measurement, by `moma cost` and `moma plan`.
 Losses:    not run here.
 

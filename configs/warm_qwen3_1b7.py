@@ -7,7 +7,7 @@ Command:   moma convert from-qwen3 Qwen3-1.7B-Base --codec CODEC --out runs/qwen
            moma cost configs/warm_qwen3_1b7.py                     (parameters, FLOPs, bytes; needs no data)
            moma plan configs/warm_qwen3_1b7.py --topology v5p-128  (does it fit a pod; needs no TPU; or h100:8x8)
 Data:      a store under stores/mine, made with `moma prepare ... --vocabulary runs/qwen3/vocabulary`.
-Hardware:  64 TPU v5p or 64 H100; docs/results/plans.md has what each needs.
+Hardware:  64 TPU v5p or 64 H100; docs/results/warm_start.md has what each needs.
 Time:      an estimate, not a measurement, by `moma cost` and `moma plan`.
 Losses:    not run here.
 
