@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import matplotlib
@@ -33,6 +34,7 @@ from moma_jax.upcycling.upcycle import upcycle
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+CORPUS = os.environ.get("MOMA_CORPUS", "../shared/data")
 SHARE = 0.3
 """Of the FLOPs, for the language model."""
 SEEDS = (0, 1, 2)
@@ -56,10 +58,11 @@ def with_flops(config: Config, flops: float) -> Config:
 def language_model(seed: int, home: Path, flops: float) -> tuple[str, float]:
     """(the run of a Llama with room for pictures, FLOPs that it took)."""
     config = base(seed, home / "text", "dense")
-    store = config.data.stores[0].path
-    text, image = config.data.modalities
-    quotas = (dataclasses.replace(text, quota=1.0), dataclasses.replace(image, quota=0.05))
-    data = dataclasses.replace(config.data, modalities=quotas, stores=(StoreConfig("text", store, "text"),))
+    store, alone = config.data.stores[0].path, str(home.parent / "text_store")
+    text = dataclasses.replace(config.data.modalities[0], quota=1.0)
+    prepare = dataclasses.replace(config.data.prepare, source=f"{CORPUS}/text", tokenizer=f"{store}/tokenizer.json")
+    settings = {"modalities": (text,), "stores": (StoreConfig("text", alone, "text"),), "prepare": prepare}
+    data = dataclasses.replace(config.data, **settings)
     config = with_flops(dataclasses.replace(config, data=data), flops)
     moma_jax.train(config)
     if not (home / "begun").exists():
