@@ -20,6 +20,8 @@ def card(loaded: Loaded, routing: str, dtype: str, name: str) -> str:
     """
     home = RunDir(loaded.run)
     summary, ancestry = (home.read_json(file) or {} for file in (SUMMARY, "ancestry.json"))
+    if summary.get("steps") != loaded.step:  # of another checkpoint
+        summary = {name: value for name, value in summary.items() if name not in ("eval", "final")}
     parts = [
         f"# {name}",
         _what(loaded, routing, dtype),
@@ -88,7 +90,7 @@ def _losses(summary: dict[str, Any]) -> list[str]:
         if isinstance(figures, dict) and figures.get("loss") is not None
     ]
     if not found:
-        return ["Not evaluated."]
+        return ["Not evaluated at this step."]
     names = [name for name in LOSSES if any(figures.get(name) is not None for *_, figures in found)]
     lines = ["| set | routing | " + " | ".join(n.removeprefix("loss_").replace("_", " ") for n in names) + " |"]
     lines.append("|---|---|" + "---|" * len(names))

@@ -73,7 +73,7 @@ def to_folder(
       InputError: the run has no such routing, or a rule that the reference does not know; nothing was written then.
     """
     library()
-    if not shard_gb > 0:
+    if not 0 < shard_gb < 1e6:
         raise InputError(f"--shard-gb: must be positive, is {shard_gb}")
     types = {str(kind): name for name, kind in DTYPES.items()}
     if dtype not in types:

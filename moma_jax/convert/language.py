@@ -123,6 +123,8 @@ def read_language_model(folder: Path, family: Family) -> LanguageModel:
         raise InputError(f"{folder}: has no {TOKENIZER}, so text cannot be encoded; add it")
     tokenizer = read_json(folder / TOKENIZER)
     ids, tokens = require_count(value["vocab_size"], f"{where}: vocab_size"), tokens_of(tokenizer, where)
+    if odd := [token for token, number in tokens.items() if type(number) is not int or number < 0]:
+        raise InputError(f"{folder / TOKENIZER}: token {odd[0][:40]!r} has no whole number as its id; fetch it again")
     beyond = max(tokens, key=lambda token: tokens[token], default="")
     if beyond and tokens[beyond] >= ids:
         raise InputError(
@@ -143,6 +145,8 @@ def read_language_model(folder: Path, family: Family) -> LanguageModel:
 
 def model_of(value: dict[str, Any], family: Family, where: str) -> ModelConfig:
     """The decoder that config.json describes."""
+    if type(value["tie_word_embeddings"]) is not bool:
+        raise InputError(f"{where}: tie_word_embeddings is {value['tie_word_embeddings']!r}, not true or false")
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if value[name]:
             raise InputError(f"{where}: {name} is {value[name]}; the decoder has none")
@@ -176,7 +180,7 @@ def _marks(value: dict[str, Any], folder: Path, tokens: dict[str, int]) -> dict[
         token, number = named.get(f"{name}_token"), value.get(f"{name}_token_id")
         if f"{name}_token" in named:
             token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and token not in tokens:
+            if token is not None and (not isinstance(token, str) or token not in tokens):
                 raise InputError(f"{path}: {name}_token is {str(token)[:40]!r}, which {TOKENIZER} has not; fetch both")
             number = tokens.get(token)
         number = number[0] if isinstance(number, list) and number else number
@@ -186,7 +190,7 @@ def _marks(value: dict[str, Any], folder: Path, tokens: dict[str, int]) -> dict[
             raise InputError(f"{folder / CONFIG}: {name}_token_id is {number!r}, which is no id of the model")
         found[name] = number
     if "eos" not in found:
-        raise InputError(f"{folder}: neither {TOKENIZER_CONFIG} nor {CONFIG} says which token ends a document")
+        raise InputError(f"{folder}: {TOKENIZER_CONFIG}, or {CONFIG} where it is silent, names no eos token; add it")
     return found
 
 

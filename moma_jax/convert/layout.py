@@ -192,14 +192,18 @@ def decoder_described(model: ModelConfig) -> dict[str, Any]:
 
 def require_count(value: Any, what: str) -> int:
     """The value; InputError where it is no positive whole number."""
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 0 < value < 1 << 31:
         raise InputError(f"{what} is {value!r}, not a positive whole number; fetch the file again")
     return value
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base of the rotary frequencies, on its own or, since transformers 5, among rope_parameters; and their scaling."""
-    rope = object_in(config, "rope_parameters", where) or object_in(config, "rope_scaling", where)
+    both = [object_in(config, name, where) for name in ("rope_parameters", "rope_scaling")]
+    kinds = {own.get("rope_type", own.get("type", "default")) for own in both if own}
+    if len(kinds) > 1:
+        raise InputError(f"{where}: rope_parameters and rope_scaling disagree; keep the one that is right")
+    rope = both[0] or both[1]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise InputError(f"{where}: rotary positions are scaled ({kind}); the decoder has only those of Llama 3")
@@ -212,7 +216,7 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 def require_positive(value: Any, what: str) -> float:
     """The value as a float; InputError where it is no positive number."""
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         raise InputError(f"{what} is {value!r}, not a positive number; fetch the file again")
     return float(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -103,14 +104,14 @@ def to_language_model(
       InputError: the run is not dense, or the folders do not fit; nothing was written then.
     """
     library()
-    if not shard_gb > 0:
+    if not 0 < shard_gb < 1e6:
         raise InputError(f"--shard-gb: must be positive, is {shard_gb}")
     config = _dense_config(run, family)
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         step = _step(run, checkpoints, step)
         meta = checkpoints.saved(step).meta
         vocabulary = Vocabulary.from_json(meta["vocabulary"])
-        target = _target(run, like, family, config, vocabulary)
+        target = _target(run, like, family, config, vocabulary, meta["hashes"])
         places = layout.places(config.model, target.ids, target.first, vocabulary.size)
         others = (chameleon.VISION,) if family == "chameleon" else (*UNUSED, *layout.LAST)
         original = None if like is None else layout.require_tensors(open_weights(target.folder), places, others)
@@ -156,7 +157,9 @@ def _step(run: str, checkpoints: Checkpoints, step: int | None) -> int:
     return step
 
 
-def _target(run: str, like: str | None, family: str, config: Config, vocabulary: Vocabulary) -> _Target:
+def _target(
+    run: str, like: str | None, family: str, config: Config, vocabulary: Vocabulary, hashes: dict[str, str | None]
+) -> _Target:
     """What the run becomes; InputError where the files that describe it are of another model."""
     model, kept = config.model, Path(run).expanduser() / family
     folder = Path(like).expanduser() if like is not None else kept if kept.is_dir() else None
@@ -175,7 +178,9 @@ def _target(run: str, like: str | None, family: str, config: Config, vocabulary:
             described, ids = language.config_of(model, vocabulary, sequence, kind), vocabulary.modalities[0].size
             return _Target(family, model, None, described, ids)
         source = language.read_language_model(folder, kind)
-        same = language.text_size(source) == vocabulary.modalities[0].size
+        own = hashlib.sha256(source.text.to_json().encode()).hexdigest()
+        known = hashes.get("tokenizer") in (None, own)
+        same = language.text_size(source) == vocabulary.modalities[0].size and known
         found = _Target(family, source.model, folder, {}, source.ids, source.first, source.rows)
     _require_same(run, folder, found.model, model)
     if not same:
@@ -217,7 +222,9 @@ def _dtypes(
     if record is not None:
         if (version := record.get("format_version")) != FORMAT_VERSION:
             raise InputError(f"{run}/{name}: format {version!r}; this moma_jax reads {FORMAT_VERSION}; give --dtype")
-        return {name: record["dtypes"][name] for name in places}
+        if not isinstance(record.get("dtypes"), dict) or not places.keys() <= record["dtypes"].keys():
+            raise InputError(f"{run}/{name}: does not say the types of all tensors; give --dtype")
+        return {tensor: record["dtypes"][tensor] for tensor in places}
     return {name: "F32" if original is None else original.tensors[name].dtype for name in places}
 
 

@@ -133,6 +133,8 @@ def from_language_model(
       InputError: the folder, the codec or `out` cannot be used; nothing was written then.
     """
     library()
+    if seed < 0:
+        raise InputError(f"--seed: must be 0 or more, is {seed}")
     source = read_language_model(Path(folder).expanduser(), FAMILIES[family])
     pictures = _codec_at(codec)
     modalities = modalities_of(source, pictures)
@@ -140,6 +142,7 @@ def from_language_model(
     places = layout.places(source.model, source.ids, source.first, vocabulary.size)
     unused = (*UNUSED, *(layout.LAST if source.model.tied_embeddings else ()))
     weights = layout.require_tensors(open_weights(source.folder), places, unused)
+    _require_tied(source.model, weights)
     codecs = Codecs.of(vocabulary, source.text.to_json().encode(), pictures)
     config = _run_config(source.model, modalities, min(source.sequence, LONGEST), out)
     summary = _convert(family, weights, places, config, codecs, out, quiet, lambda params: extend(params, source, seed))
@@ -193,6 +196,16 @@ def _convert(
         shutil.rmtree(begun / SCRATCH)
     say(f"{out}: converted; go on with: moma upcycle {out} --model.ffn 4t4i --data.stores.0.path STORE --run.dir NEW")
     return summary
+
+
+def _require_tied(model: ModelConfig, weights: Weights) -> None:
+    """InputError where config.json says that one table is both, and the weights have another unembedding."""
+    embedding, head = next(iter(layout.FIRST)), next(iter(layout.LAST))
+    both = model.tied_embeddings and head in weights.tensors
+    if both and not np.array_equal(weights.read(head), weights.read(embedding)):
+        raise InputError(
+            f"{weights.folder}: tie_word_embeddings is true, and {head} is not {embedding}; set it to false"
+        )
 
 
 def _codec_at(path: str) -> Codec:

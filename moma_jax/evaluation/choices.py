@@ -86,7 +86,7 @@ def answer_tasks(
         if task in BUILT_IN:
             questions = held_out_questions(loaded, task, QUESTIONS if limit is None else limit)
         else:
-            questions = read_questions(task, language, limit)
+            questions = read_questions(task, language, scorer.longest, limit)
         found[task] = answered(questions, scorer, loaded.vocabulary.begin_document, samples)
     return found
 
@@ -155,19 +155,23 @@ def held_out_questions(loaded: Loaded, task: str, count: int, *, of: int = OF, s
             f"have {len(pairs)}; prepare them with a greater held_out"
         )
     begin, end = loaded.vocabulary.begin_document, loaded.vocabulary.end_document
+    text = language_of(loaded).text
+    size = (lambda token_N: len(text.decode(token_N))) if task == "captions" else len
     questions = []
     for n in order_N[:count]:
         shown, right = _sides(pairs[n], task)
         others, seen = [], {part.tobytes() for part in pairs[n]}
         for m in rng.permutation(len(pairs)):
-            if len(others) < of - 1 and not seen & {part.tobytes() for part in pairs[m]}:
+            if len(others) == of - 1:
+                break
+            if not seen & {part.tobytes() for part in pairs[m]}:
                 others.append(_sides(pairs[m], task)[1])
                 seen |= {part.tobytes() for part in pairs[m]}
         if len(others) < of - 1:
             raise InputError(f"--tasks: {task}: fewer than {of} held-out pairs of {loaded.run} differ; hold out more")
         answer = int(rng.integers(of))
         offered = [*others[:answer], right, *others[answer:]]
-        choices = tuple(Choice(np.append(token_N, end).astype(np.int32), len(token_N)) for token_N in offered)
+        choices = tuple(Choice(np.append(token_N, end).astype(np.int32), size(token_N)) for token_N in offered)
         questions.append(Question((np.append(begin, shown).astype(np.int32),) * of, choices, answer))
     return questions
 
@@ -180,8 +184,9 @@ def _sides(pair: tuple[np.ndarray, np.ndarray], task: str) -> tuple[np.ndarray, 
 def _held_out_pairs(loaded: Loaded) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids of the caption, ids of the picture with its marks) of all held-out pairs that fit into a row."""
     data = loaded.config.data
-    for store in data.stores if data.kind == "store" else ():
-        view = open_store(store.path).view("pairs", "validation")
+    with_pairs = [store.path for store in data.stores if store.collection in ("all", "pairs")]
+    for path in dict.fromkeys(with_pairs) if data.kind == "store" else ():
+        view = open_store(path).view("pairs", "validation")
         if view.documents:
             length_N = view.index(0, view.documents).length_N
             fits_N = np.flatnonzero(length_N <= data.sequence)
@@ -206,30 +211,31 @@ def _parts(token_N: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.
 # Questions of a file --------------------------------------------------------------------------------------------------
 
 
-def read_questions(path: str, language: Language, limit: int | None = None) -> list[Question]:
-    """The questions of a file of JSON lines, see the top of this module.
+def read_questions(path: str, language: Language, longest: int, limit: int | None = None) -> list[Question]:
+    """The questions of a file of JSON lines, see the top of this module; `longest`: ids that the model reads.
 
     Raises:
       InputError: the first line that is no question, or whose picture cannot be read or lies outside the file's folder.
     """
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1))
+        lines = [(number, line) for number, line in lines if line.strip()]
+    except (OSError, ValueError) as error:
         raise InputError(f"--tasks: {path}: {getattr(error, 'strerror', None) or 'no UTF-8'}") from error
     if not lines:
         raise InputError(f"--tasks: {path}: has no questions")
     encoder, questions = PieceEncoder(language), []
-    for number, line in enumerate(lines[:limit], 1):
+    for number, line in lines[:limit]:
         where = f"--tasks: {path}, line {number}"
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: no JSON ({error})") from error
-        questions.append(_question(content, Path(path).parent, encoder, where))
+        questions.append(_question(content, Path(path).parent, encoder, where, longest))
     return questions
 
 
-def _question(content: Any, folder: Path, encoder: PieceEncoder, where: str) -> Question:
+def _question(content: Any, folder: Path, encoder: PieceEncoder, where: str, longest: int) -> Question:
     """One line's question."""
     if not isinstance(content, dict) or not isinstance(content.get("choices"), list) or len(content["choices"]) < 2:
         raise InputError(f"{where}: a question has text and a list of choices, two or more")
@@ -242,6 +248,12 @@ def _question(content: Any, folder: Path, encoder: PieceEncoder, where: str) -> 
     for choice in asked:
         pieces = _pieces(choice, folder, where)
         context_N, token_N = encoder.pair(context, pieces, where)
+        if not len(token_N):
+            shown = choice["text"][:40]
+            raise InputError(f"{where}: the tokenizer maps the choice {shown!r} to nothing; give other text")
+        if len(context_N) + len(token_N) > longest:
+            count = f"{len(context_N) + len(token_N)} ids"
+            raise InputError(f"{where}: the question with a choice has {count}, the model reads {longest}; cut it")
         size = len(choice["text"]) if all(isinstance(piece, str) for piece in pieces) else len(token_N)
         contexts.append(context_N)
         choices.append(Choice(token_N, size))
@@ -256,6 +268,8 @@ def _pieces(content: dict[str, Any], folder: Path, where: str) -> list[Piece]:
     if text.encode("utf-8", "ignore").decode() != text:
         raise InputError(f"{where}: text has lone surrogates, which UTF-8 cannot hold")
     root = folder.resolve()
+    if any("\0" in name for name in images):
+        raise InputError(f"{where}: a name in images has a zero byte")
     paths = [(folder / name).resolve() for name in images]
     for name, path in zip(images, paths, strict=True):
         if not path.is_relative_to(root):

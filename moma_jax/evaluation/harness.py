@@ -221,7 +221,7 @@ class MomaLM(LM):
         """(ids of a row, how many of them at its end are the continuation's); `shown`: the pictures of the context."""
         # The harness asks for a choice by itself with no context, and still hands over the question's pictures.
         pictures = (shown or {}).get("visual") or [] if context else []
-        pieces = pieces_of(context, pictures, "loglikelihood")
+        pieces = pieces_of(context, pictures, "loglikelihood") if pictures else [context]
         context_N, behind_N = self._encoder.pair(pieces, [continuation], "a picture")
         if len(behind_N) > self.max_length:
             raise InputError(
@@ -235,7 +235,8 @@ class MomaLM(LM):
     def _context(self, context: str, shown: dict[str, Any] | None = None) -> tuple[np.ndarray, list[Any]]:
         """(ids of a context without <s>, its pictures)."""
         pictures = (shown or {}).get("visual") or []
-        return self._encoder.ids(pieces_of(context, pictures, "generate_until"), "a picture"), pictures
+        pieces = pieces_of(context, pictures, "generate_until") if pictures else [context]
+        return self._encoder.ids(pieces, "a picture"), pictures
 
     def _require_room(self, row, pictures, room: int) -> None:
         """InputError where pictures would lose their beginning."""

@@ -51,7 +51,7 @@ def run_tasks(
     path = None if out is None else Path(out)
     if path is not None:
         _require_free(path)
-    names = [name for task in tasks for name in ([task] if os.path.isdir(task) else task.split(",")) if name]
+    names = [name for task in tasks for name in ([task] if os.path.exists(task) else task.split(",")) if name]
     own = [name for name in names if is_of_choices(name)]
     others = [name for name in names if not is_of_choices(name)]
     if limit is not None and limit < 1:
@@ -111,7 +111,7 @@ def show(results: dict[str, Any]) -> None:
     from rich.console import Console
 
     if "choices" in results:
-        Console().print(choices_table(results["choices"]))
+        Console(width=max(Console().width, 110)).print(choices_table(results["choices"]))
     if "results" in results:
         from lm_eval.utils import make_table
 

@@ -122,19 +122,24 @@ def test_the_folder_says_what_it_holds(run, tmp_path, capsys):
     np.testing.assert_array_equal(gate_EDF, params["layers"]["ffn"]["image"]["gate_EDF"][1].astype(gate_EDF.dtype))
     assert str(gate_EDF.dtype) == "bfloat16" and tensors["layers.1.ffn.image.router_DE"].dtype == np.float32
     card = (tmp_path / "folder" / "README.md").read_text()
-    for word in ("FFN `2t2i`", "updates: 0", "Not evaluated", "Random tokens", "routed by `causal`"):
+    for word in ("FFN `2t2i`", "updates: 0", "Not evaluated at this step", "Random tokens", "routed by `causal`"):
         assert word in card
 
 
 def test_the_card_has_the_runs_record(tmp_path):
     chameleons.untrained_run(tiny(tmp_path / "run", model_ffn="dense"))
     figures = {"loss": 2.5, "loss_text": 3.0, "loss_image": None}
-    summary = {"eval": {"heldout": {"causal": figures}}, "versions": {"jax": "0.0.1"}, "final": {"flops": 1.5e12}}
+    summary = {"steps": 0, "eval": {"heldout": {"causal": figures}}, "final": {"flops": 1.5e12}}
+    summary |= {"versions": {"jax": "0.0.1"}}
     RunDir(str(tmp_path / "run")).write_json("summary.json", summary)
     to_folder(str(tmp_path / "run"), str(tmp_path / "folder"), quiet=True)
     card = (tmp_path / "folder" / "README.md").read_text()
     for line in ("| set | routing | loss | text |", "| heldout | causal | 2.5 | 3 |", "jax 0.0.1", "FLOPs: 1.5e+12"):
         assert line in card
+    RunDir(str(tmp_path / "run")).write_json("summary.json", summary | {"steps": 7})  # of another checkpoint
+    to_folder(str(tmp_path / "run"), str(tmp_path / "other"), quiet=True)
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "Not evaluated at this step" in card and "FLOPs: not recorded" in card
 
 
 @pytest.mark.parametrize(

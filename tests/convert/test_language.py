@@ -221,6 +221,9 @@ CONFIGS = {
     "low_freq_factor is None": {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
     "num_key_value_heads, 3, does not divide": {"num_key_value_heads": 3},
     "rms_norm_eps is 0": {"rms_norm_eps": 0},
+    "rms_norm_eps is 1000": {"rms_norm_eps": 10**400},
+    "tie_word_embeddings is 'false'": {"tie_word_embeddings": "false"},
+    "rope_parameters and rope_scaling disagree": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     "token .* has id 293, and from vocab_size 200 on ids are a codec's codes": {"vocab_size": 200},
     "data.sequence: 40 positions cannot hold a span": {"max_position_embeddings": 40},
 }
@@ -247,10 +250,15 @@ def test_damaged_folders_are_refused(codec, tmp_path):
         "tensor model.layers.0.mlp.bias is no part": tensors | {"model.layers.0.mlp.bias": np.zeros(3, np.float32)},
     }.items()):  # fmt: skip
         refused(pattern, languages.write(tmp_path / str(number), "llama", changed), codec, tmp_path)
+    other = tensors | {"lm_head.weight": tensors["lm_head.weight"] * 2}
+    folder = languages.write(tmp_path / "tied", "llama", other, tied=True)
+    refused("lm_head.weight is not model.embed_tokens", folder, codec, tmp_path)
     folder = languages.write(tmp_path / "marks", "llama", marks={"bos_token": None, "eos_token": "<|gone|>"})
     refused("eos_token is '<|gone|>', which tokenizer.json has not", folder, codec, tmp_path)
     (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
-    refused("says which token ends a document", folder, codec, tmp_path)
+    refused("names no eos token", folder, codec, tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": ["x"]}')
+    refused("eos_token is", folder, codec, tmp_path)
     (folder / "tokenizer.json").unlink()
     refused("has no tokenizer.json", folder, codec, tmp_path)
     refused("no codec.json here; give a folder that moma codec import", folder.parent / "0", str(tmp_path), tmp_path)

@@ -91,7 +91,8 @@ def test_questions_are_of_held_out_pairs_that_differ(loaded, task):
             assert context_N[0] == vocabulary.begin_document and choice.token_N[-1] == vocabulary.end_document
             assert (picture_N[0], picture_N[-1], len(picture_N)) == (marks.begin, marks.end, 18)
             assert np.all(vocabulary.modality_V[picture_N[1:-1]] == 1) and np.all(vocabulary.modality_V[text_N] == 0)
-            assert choice.size == len(choice.token_N) - 1
+            text = language_of(loaded).text.decode(text_N)
+            assert choice.size == (len(text) if task == "captions" else len(choice.token_N) - 1)
     again = held_out_questions(loaded, task, 20)
     assert all(np.array_equal(a.contexts[0], b.contexts[0]) for a, b in zip(questions, again, strict=True))
 
@@ -175,7 +176,7 @@ WHICH = {
 def test_files_of_questions(loaded, tmp_path):
     language = language_of(loaded)
     path = write(tmp_path / "tasks", WHAT, "", WHICH)
-    what, which = read_questions(path, language)
+    what, which = read_questions(path, language, 65)
     whole = encode_prompt([tmp_path / "tasks" / "0.png", "\na red circle"], language)
     np.testing.assert_array_equal(np.concatenate([what.contexts[0], what.choices[0].token_N]), whole)
     assert [choice.size for choice in what.choices] == [7, 16] and what.answer == 1
@@ -184,7 +185,7 @@ def test_files_of_questions(loaded, tmp_path):
         wanted = encode_prompt([tmp_path / "tasks" / f"{number}.png"], language)[1:]
         np.testing.assert_array_equal(choice.token_N, wanted)
         assert choice.size == len(choice.token_N) == 18
-    assert len(read_questions(path, language, limit=1)) == 1
+    assert len(read_questions(path, language, 65, limit=1)) == 1
 
 
 def test_text_is_joined_as_the_model_has_seen_it(loaded):
@@ -208,13 +209,16 @@ def test_text_is_joined_as_the_model_has_seen_it(loaded):
         (WHAT | {"images": ["../x.png"]}, "lies outside of"),
         (WHAT | {"images": "0.png"}, "images a list of files' names"),
         (WHAT | {"text": "\ud800<image>"}, "lone surrogates"),
+        (WHAT | {"choices": [" circle", ""]}, "maps the choice '' to nothing"),
+        (WHAT | {"text": "<image>" + "a b " * 60}, "the model reads 65; cut it"),
+        (WHAT | {"images": ["a\0.png"]}, "has a zero byte"),
         ({"text": 1, "choices": ["a", "b"], "answer": 0}, "text is a string"),
     ],
 )
 def test_lines_that_are_no_questions_are_named(loaded, line, message, tmp_path):
     path = write(tmp_path / "tasks", line)
     with pytest.raises(InputError, match=message) as raised:
-        read_questions(path, language_of(loaded))
+        read_questions(path, language_of(loaded), 65)
     assert "\n" not in str(raised.value) and "line 1" in str(raised.value)
 
 

@@ -101,7 +101,7 @@ def weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, np.ndar
 def write(folder, family: str, tensors=None, *, tied: bool = False, marks=None, **changed):
     """Writes the folder; returns it."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(described(family, tie_word_embeddings=tied, **changed)))
+    (folder / "config.json").write_text(json.dumps(described(family, **{"tie_word_embeddings": tied, **changed})))
     (folder / "tokenizer.json").write_text(tokenizer(family).to_str())
     (folder / "tokenizer_config.json").write_text(json.dumps(MARKS[family] if marks is None else marks))
     save_file(tensors or weights(family, tied), folder / "model.safetensors", metadata={"format": "pt"})
