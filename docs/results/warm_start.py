@@ -108,7 +108,7 @@ def draw(found: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> Non
     colours = {"scratch": "black", "warm": "tab:red", "fresh": "tab:blue"}
     for axis, loss in zip(axes, LOSSES[1:], strict=True):
         for name, colour in colours.items():
-            for number, runs in enumerate(found.values()):
+            for number, runs in enumerate(own for own in found.values() if name in own):
                 line = [record for record in runs[name] if record["routing"] == "choice"]
                 label = name if number == 0 else None
                 x, y = zip(*((record["flops"], record[loss]) for record in line), strict=True)
