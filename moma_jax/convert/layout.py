@@ -140,6 +140,8 @@ def require_tensors(weights: Weights, places: dict[str, Place], others: tuple[st
 
 LLAMA3 = {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high"}
 """Names of Llama 3's scaling of rotary positions, by ours."""
+MOST_LAYERS = 1000
+"""Of a decoder; all its tensors are listed before the first is read."""
 POSITIONS = "original_max_position_embeddings"
 
 
@@ -151,6 +153,8 @@ def decoder_fields(value: dict[str, Any], where: str) -> dict[str, Any]:
     """
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         require_count(value[name], f"{where}: {name}")
+    if value["num_hidden_layers"] > MOST_LAYERS:
+        raise InputError(f"{where}: num_hidden_layers is {value['num_hidden_layers']}, more than {MOST_LAYERS}")
     heads, shared = value["num_attention_heads"], value["num_key_value_heads"]
     if shared is not None and heads % require_count(shared, f"{where}: num_key_value_heads"):
         raise InputError(

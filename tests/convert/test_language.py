@@ -221,6 +221,7 @@ CONFIGS = {
     "low_freq_factor is None": {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
     "num_key_value_heads, 3, does not divide": {"num_key_value_heads": 3},
     "rms_norm_eps is 0": {"rms_norm_eps": 0},
+    "num_hidden_layers is 300000, more than 1000": {"num_hidden_layers": 300000},
     "rms_norm_eps is 1000": {"rms_norm_eps": 10**400},
     "tie_word_embeddings is 'false'": {"tie_word_embeddings": "false"},
     "rope_parameters and rope_scaling disagree": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
