@@ -45,8 +45,7 @@ def config() -> Config:
             width=4096,
             heads=32,
             kv_heads=8,
-            ffn_width=21504,  # 3/2 of the hidden size
-            hidden=14336,
+            ffn_width=21504,  # 3/2 of the hidden size, 14,336
             norm="pre",
             qk_norm="none",
             rope_theta=5e5,

@@ -44,8 +44,7 @@ def config() -> Config:
             width=2048,
             heads=16,
             kv_heads=8,
-            ffn_width=9216,  # 3/2 of the hidden size
-            hidden=6144,
+            ffn_width=9216,  # 3/2 of the hidden size, 6,144
             norm="pre",
             qk_norm="rms",
             rope_theta=1e6,
