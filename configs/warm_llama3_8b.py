@@ -21,59 +21,28 @@ costs in Llama-3.1-8B. In float32 with gradients and both moments they take 761 
 
 import dataclasses
 
-from moma_jax.config import (
-    IMAGE,
-    TEXT,
-    Config,
-    DataConfig,
-    EvalSet,
-    ModelConfig,
-    OptimizerConfig,
-    RopeScaling,
-    StoreConfig,
-    TrainConfig,
-)
+from moma_jax import recipes, shipped
+from moma_jax.config import TEXT, Config, ModelConfig, RopeScaling, RunConfig
 
 
 def config() -> Config:
-    """The recipe."""
-    store = "stores/mine"
-    return Config(
-        model=ModelConfig(
-            ffn="4t4i",
-            layers=32,
-            width=4096,
-            heads=32,
-            kv_heads=8,
-            ffn_width=21504,  # 3/2 of the hidden size, 14,336
-            norm="pre",
-            qk_norm="none",
-            rope_theta=5e5,
-            rope_scaling=RopeScaling(factor=8.0, low=1.0, high=4.0, positions=8192),
-            norm_epsilon=1e-5,
-            remat="full",
-        ),
-        data=DataConfig(
-            modalities=(dataclasses.replace(TEXT, size=128384), IMAGE),
-            stores=(
-                StoreConfig("text", store, "text"),
-                StoreConfig("pairs", store, "pairs", share={"image": 0.8}),
-                StoreConfig("interleaved", store, "interleaved", share={"image": 0.2}),
-            ),
-            sequence=4096,
-            group_rows=4,
-            lanes=128,
-            prefetch=8,
-            read_threads=8,
-            cache_bytes=2 << 30,
-        ),
-        # Lower than from scratch, as the text experts are trained already.
-        optimizer=OptimizerConfig(peak_lr=3e-5, end_lr=1e-6, schedule="cosine", warmup_steps=2000),
-        train=TrainConfig(
-            tokens=1e11,
-            batch_rows=512,  # 2,097,152 tokens
-            eval_sets=(EvalSet("heldout", rows=64),),
-            eval_every=1000,
-            checkpoint_every=1000,
-        ),
+    """The recipe: configs/warm_qwen3_1b7.py with another seed's decoder and ids, and a lower learning rate."""
+    base = recipes.load(shipped.neighbour(__file__, "warm_qwen3_1b7"))
+    model = ModelConfig(
+        ffn="4t4i",
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        ffn_width=21504,  # 3/2 of the hidden size, 14,336
+        norm="pre",
+        qk_norm="none",
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(factor=8.0, low=1.0, high=4.0, positions=8192),
+        norm_epsilon=1e-5,
+        remat="full",
     )
+    _, image = base.data.modalities
+    data = dataclasses.replace(base.data, modalities=(dataclasses.replace(TEXT, size=128384), image))
+    optimizer = dataclasses.replace(base.optimizer, peak_lr=3e-5)
+    return dataclasses.replace(base, model=model, data=data, optimizer=optimizer, run=RunConfig())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import jax
@@ -12,6 +14,24 @@ from moma_jax.convert import export, to_checkpoint, to_run
 
 Folder = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DIR")]]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How a run is written for Hugging Face."""
+
+    like: str | None = None
+    """The original folder, whose config and tokenizer, and a Chameleon's image tokenizer, are taken over; what the run
+    keeps of them where None."""
+    dtype: Dtype | None = None
+    """Type of the weights; each tensor's own in the source where None, float32 where there was no source."""
+    shard_gb: float = 0.5
+    """Gigabytes of one file."""
+    step: int | None = None
+    """Which checkpoint; the newest where None."""
+
+
+Written = Annotated[CheckpointOptions, tyro.conf.arg(name="", help="")]
 
 
 def from_chameleon(folder: Folder, out: str) -> None:
@@ -59,14 +79,7 @@ def from_qwen3(folder: Folder, out: str, codec: str, seed: int = 0) -> None:
     to_run.from_language_model("qwen3", folder, out, codec=codec, seed=seed)
 
 
-def to_chameleon(
-    run: Run,
-    out: str,
-    like: str | None = None,
-    dtype: Dtype | None = None,
-    shard_gb: float = 0.5,
-    step: int | None = None,
-) -> None:
+def to_chameleon(run: Run, out: str, options: Written = CheckpointOptions()) -> None:
     """Write a dense run as a Chameleon of Hugging Face, `moma convert to-chameleon RUN --out DIR`.
 
     A run that was converted and not trained comes back bit for bit.
@@ -74,24 +87,12 @@ def to_chameleon(
     Args:
       run: Run directory.
       out: The new folder, on a local disk.
-      like: The original folder: its image tokenizer, config and text tokenizer are taken over; what the run keeps of
-        them where None.
-      dtype: Type of the weights; each tensor's own in the source where None, float32 where there was no source.
-      shard_gb: Gigabytes of one file.
-      step: Which checkpoint; the newest where None.
     """
     _on_cpu()
-    to_checkpoint.to_chameleon(run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
+    to_checkpoint.to_chameleon(run, out, **dataclasses.asdict(options))
 
 
-def to_llama(
-    run: Run,
-    out: str,
-    like: str | None = None,
-    dtype: Dtype | None = None,
-    shard_gb: float = 0.5,
-    step: int | None = None,
-) -> None:
+def to_llama(run: Run, out: str, options: Written = CheckpointOptions()) -> None:
     """Write a dense run's text model as a Llama of Hugging Face, `moma convert to-llama RUN --out DIR`.
 
     Of a run of from-llama the ids that it came with, of any other all ids of text; codes of pictures stay behind. The
@@ -100,23 +101,12 @@ def to_llama(
     Args:
       run: Run directory.
       out: The new folder, on a local disk.
-      like: The original folder, whose config and tokenizer are taken over; what the run keeps of it where None.
-      dtype: Type of the weights; each tensor's own in the source where None, float32 where there was no source.
-      shard_gb: Gigabytes of one file.
-      step: Which checkpoint; the newest where None.
     """
     _on_cpu()
-    to_checkpoint.to_language_model("llama", run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
+    to_checkpoint.to_language_model("llama", run, out, **dataclasses.asdict(options))
 
 
-def to_qwen3(
-    run: Run,
-    out: str,
-    like: str | None = None,
-    dtype: Dtype | None = None,
-    shard_gb: float = 0.5,
-    step: int | None = None,
-) -> None:
+def to_qwen3(run: Run, out: str, options: Written = CheckpointOptions()) -> None:
     """Write a dense run's text model as a Qwen3 of Hugging Face, `moma convert to-qwen3 RUN --out DIR`.
 
     As to-llama; the run has model.norm pre and model.qk_norm rms.
@@ -124,13 +114,9 @@ def to_qwen3(
     Args:
       run: Run directory.
       out: The new folder, on a local disk.
-      like: The original folder, whose config and tokenizer are taken over; what the run keeps of it where None.
-      dtype: Type of the weights; each tensor's own in the source where None, float32 where there was no source.
-      shard_gb: Gigabytes of one file.
-      step: Which checkpoint; the newest where None.
     """
     _on_cpu()
-    to_checkpoint.to_language_model("qwen3", run, out, like=like, dtype=dtype, shard_gb=shard_gb, step=step)
+    to_checkpoint.to_language_model("qwen3", run, out, **dataclasses.asdict(options))
 
 
 def to_folder(

@@ -22,16 +22,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from moma_jax.convert.card import card
-from moma_jax.convert.weights import CONFIG, DTYPES, cast, library, new_directory, write_weights
+from moma_jax.convert.weights import (
+    CONFIG,
+    DTYPES,
+    cast,
+    dtype_named,
+    library,
+    new_directory,
+    shard_bytes,
+    write_weights,
+)
 from moma_jax.data.store import Codecs, open_store
 from moma_jax.errors import InputError
-from moma_jax.geometry import depth_rule
+from moma_jax.geometry import depth_rule, rule_of
 from moma_jax.model.auxiliary import SUFFIX
+from moma_jax.model.decode import layer_part
 from moma_jax.model.parameters import ATTENTION_AXES, MATRICES
 from moma_jax.router import CAUSAL, THRESHOLD, Router, name_of
 from moma_jax.routers.choice import Choice, thresholds
@@ -73,20 +82,16 @@ def to_folder(
       InputError: the run has no such routing, or a rule that the reference does not know; nothing was written then.
     """
     library()
-    if not 0 < shard_gb < 1e6:
-        raise InputError(f"--shard-gb: must be positive, is {shard_gb}")
-    types = {str(kind): name for name, kind in DTYPES.items()}
-    if dtype not in types:
-        raise InputError(f"--dtype: {dtype!r} is none of {', '.join(types)}")
+    file_bytes, narrow = shard_bytes(shard_gb), dtype_named(dtype)
     loaded = load(run, step=step)
     routing = _routing(loaded, routing)
     described = _described(loaded, routing)
     arrays = dict(_tensors(loaded, described))
-    kinds = {name: types[dtype] if name.rpartition(".")[2] in NARROW else "F32" for name in arrays}
+    kinds = {name: narrow if name.rpartition(".")[2] in NARROW else "F32" for name in arrays}
     sizes = {name: math.prod(array.shape) * DTYPES[kinds[name]].itemsize for name, array in arrays.items()}
     with new_directory(out, room=sum(sizes.values())) as begun:
         read = functools.partial(_read, arrays, kinds)
-        write_weights(begun, sizes, read, int(shard_gb * 1e9))
+        write_weights(begun, sizes, read, file_bytes)
         (begun / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         codecs = _codecs(loaded)
         if codecs is not None:
@@ -109,13 +114,11 @@ def _read(arrays: dict[str, Any], kinds: dict[str, str], name: str) -> np.ndarra
 def _routing(loaded: Loaded, asked: str | None) -> str:
     """The causal routing of the folder's model."""
     known = [name for name in (CAUSAL, THRESHOLD) if name in loaded.routings]
-    if asked is not None:
-        loaded.under(asked)  # says what it lacks
-    if asked is None and not known:
-        loaded.under(CAUSAL)
-    if asked is not None and asked not in known:
-        raise InputError(f"--routing: {asked!r} sees later tokens; give one of {', '.join(known)}")
-    return asked or known[0]
+    routing = asked or (known or [CAUSAL])[0]
+    loaded.under(routing)  # says what it lacks
+    if routing not in known:
+        raise InputError(f"--routing: {routing!r} sees later tokens; give one of {', '.join(known)}")
+    return routing
 
 
 def _described(loaded: Loaded, routing: str) -> dict[str, Any]:
@@ -182,22 +185,10 @@ def _tensors(loaded: Loaded, described: dict[str, Any]) -> Iterator[tuple[str, A
 
 def _layer(loaded: Loaded, number: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Parameters of a layer, and what its groups' decisions keep beside them."""
-    config, pairs = loaded.config, {group.name for group in loaded.config.depth}
-    stacked = dict(loaded.params["layers"])
-    depth = stacked.pop("depth", {})
-    if pairs:
-        stacked = stacked[("even", "odd")[number % 2]]
-    own = jax.tree.map(lambda x_L: x_L[number // 2 if pairs else number], stacked)
-    own |= {"depth": jax.tree.map(lambda x_P: x_P[number // 2], depth)} if pairs and number % 2 == 0 else {}
-    state = {}
-    for group, rule in [(g, config.model.router) for g in config.experts.groups] + [
-        (g, depth_rule(config.model)) for g in config.depth if number % 2 == 0
-    ]:
-        if group.name in loaded.routing_state:
-            at = number // 2 if group.name in pairs else number
-            kept = jax.tree.map(lambda x_L, at=at: x_L[at], loaded.routing_state[group.name])
-            state[group.name] = _kept(rule, kept)
-    return own, state
+    own, depth, state = layer_part(loaded.params, loaded.routing_state, loaded.config, number)
+    groups = [*loaded.config.experts.groups, *(loaded.config.depth if depth else ())]
+    kept = {g.name: _kept(rule_of(loaded.config.model, g), state[g.name]) for g in groups if g.name in state}
+    return own | ({"depth": depth} if depth else {}), kept
 
 
 def _kept(rule: Router, state: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def model_of(value: dict[str, Any], family: Family, where: str) -> ModelConfig:
         head_width=width,
         norm="pre",
         qk_norm=family.qk_norm,
-        tied_embeddings=bool(value["tie_word_embeddings"]),
+        tied_embeddings=value["tie_word_embeddings"],
         norm_epsilon=require_positive(value["rms_norm_eps"], f"{where}: rms_norm_eps"),
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -23,11 +22,13 @@ from moma_jax.convert.weights import (
     Weights,
     cast,
     copy_descriptions,
+    dtype_named,
     library,
     new_directory,
     open_file,
     open_weights,
     read_json,
+    shard_bytes,
     write_weights,
 )
 from moma_jax.data.store import open_store
@@ -104,8 +105,7 @@ def to_language_model(
       InputError: the run is not dense, or the folders do not fit; nothing was written then.
     """
     library()
-    if not 0 < shard_gb < 1e6:
-        raise InputError(f"--shard-gb: must be positive, is {shard_gb}")
+    file_bytes = shard_bytes(shard_gb)
     config = _dense_config(run, family)
     with contextlib.closing(Checkpoints(RunDir(run))) as checkpoints:
         step = _step(run, checkpoints, step)
@@ -120,7 +120,7 @@ def to_language_model(
         with new_directory(out) as begun:
             load = functools.partial(checkpoints.copy_param, step)
             read = _reader(load, begun / SCRATCH, places, layout.shapes(config.model, places), target.rows)
-            _write_tensors(begun, read, places, dtypes, vision, int(shard_gb * 1e9))
+            _write_tensors(begun, read, places, dtypes, vision, file_bytes)
             if target.folder is None:
                 _write_described(begun, target.described, config, meta["hashes"])
             else:
@@ -178,8 +178,7 @@ def _target(
             described, ids = language.config_of(model, vocabulary, sequence, kind), vocabulary.modalities[0].size
             return _Target(family, model, None, described, ids)
         source = language.read_language_model(folder, kind)
-        own = hashlib.sha256(source.text.to_json().encode()).hexdigest()
-        known = hashes.get("tokenizer") in (None, own)
+        known = hashes.get("tokenizer") in (None, source.text.hash)
         same = language.text_size(source) == vocabulary.modalities[0].size and known
         found = _Target(family, source.model, folder, {}, source.ids, source.first, source.rows)
     _require_same(run, folder, found.model, model)
@@ -213,10 +212,7 @@ def _dtypes(
 ) -> dict[str, str]:
     """Type of every tensor to write, by safetensors' names."""
     if dtype is not None:
-        chosen = {str(kind): name for name, kind in DTYPES.items()}
-        if dtype not in chosen:
-            raise InputError(f"--dtype: {dtype!r} is none of {', '.join(chosen)}")
-        return dict.fromkeys(places, chosen[dtype])
+        return dict.fromkeys(places, dtype_named(dtype))
     name = record_of(family)
     record = RunDir(run).read_json(name)
     if record is not None:

@@ -221,6 +221,21 @@ def write_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     library().numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
+def dtype_named(dtype: str) -> str:
+    """safetensors' name of a type of weights, "float32"; InputError where it is none."""
+    names = {str(kind): name for name, kind in DTYPES.items()}
+    if dtype not in names:
+        raise InputError(f"--dtype: {dtype!r} is none of {', '.join(names)}")
+    return names[dtype]
+
+
+def shard_bytes(shard_gb: float) -> int:
+    """Bytes of one file; InputError where that is no size."""
+    if not 0 < shard_gb < 1e6:
+        raise InputError(f"--shard-gb: must be positive, is {shard_gb}")
+    return int(shard_gb * 1e9)
+
+
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
     """A float32 tensor in a type by safetensors' name, rounded to nearest; InputError where a value gets infinite."""
     with np.errstate(over="ignore"):

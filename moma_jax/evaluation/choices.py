@@ -17,17 +17,17 @@ anyway. Choices are scored under a causal routing, over the whole vocabulary, co
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 from moma_jax.data.store import open_store
 from moma_jax.errors import InputError, naming
 from moma_jax.evaluation.scoring import Scorer
-from moma_jax.generation.prompts import MARK, Language, Piece, encode_prompt, language_of
+from moma_jax.generation.prompts import MARK, Language, Piece, encodable, encode_prompt, language_of
 from moma_jax.training.load import Loaded
 from moma_jax.vocab import Vocabulary
 
@@ -128,9 +128,8 @@ def answered(questions: Sequence[Question], scorer: Scorer, begin: int, samples:
 
 def interval(right: int, of: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share."""
-    z, share = 1.959964, right / of
-    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return tuple(max(0.0, min(1.0, (middle + sign * half) / (1 + z * z / of))) for sign in (-1, 1))
+    found = binomtest(right, of).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 # Questions of held-out pairs ------------------------------------------------------------------------------------------
@@ -265,7 +264,7 @@ def _pieces(content: dict[str, Any], folder: Path, where: str) -> list[Piece]:
     text, images = content.get("text"), content.get("images", [])
     if not isinstance(text, str) or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"{where}: text is a string, and images a list of files' names")
-    if text.encode("utf-8", "ignore").decode() != text:
+    if not encodable(text):
         raise InputError(f"{where}: text has lone surrogates, which UTF-8 cannot hold")
     root = folder.resolve()
     if any("\0" in name for name in images):

@@ -95,7 +95,7 @@ def encode_prompt(prompt: Piece | Sequence[Piece], language: Language, name: str
 def _segment(part: Piece, language: Language, name: str) -> Text | Picture | Codes:
     match part:
         case str():
-            if not _encodable(part) or not len(language.text.encode(part)):
+            if not encodable(part) or not len(language.text.encode(part)):
                 raise InputError(f"{name}: the tokenizer maps {part!r} to nothing; give other text, or leave it out")
             return Text(part)
         case Codes(modality, codes):
@@ -110,7 +110,7 @@ def _segment(part: Piece, language: Language, name: str) -> Text | Picture | Cod
     raise InputError(f"{name}: {type(part).__name__} is no text, picture, pixels, Path or Codes")
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
     """Whether UTF-8 can hold it: lone surrogates cannot be."""
     return text.encode("utf-8", "ignore").decode() == text
 

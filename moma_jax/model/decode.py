@@ -94,22 +94,19 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
       InputError: the devices do not divide the heads or the hidden width.
     """
     require_parts(config)
-    dtype, pairs = compute_dtype(config.model), {group.name for group in config.depth}
+    dtype = compute_dtype(config.model)
 
     def layer(number: int) -> dict[str, Any]:
-        own = jax.tree.map(lambda x_L: x_L[number // 2 if config.depth else number], params["layers"])
-        depth = weights_of(own.pop("depth", {})) if number % 2 == 0 else {}
-        own = own[("even", "odd")[number % 2]] if config.depth else own
+        own, depth, state = layer_part(params, routing_state, config, number)
         ffn = weights_of(own["ffn"])
-        place = {name: number // 2 if name in pairs else number for name in routing_state or {}}
         return _placed({
             "attention": _in_dtype(own["attention"], dtype),
             "attention_norm": _scales(own["attention_norm"]),
             "ffn_norm": _scales(own["ffn_norm"]),
             "ffn": {name: weights._replace(gate_EDF=None, up_EDF=None, down_EFD=None) for name, weights in ffn.items()},
             "experts": {name: _apart(weights, dtype) for name, weights in ffn.items()},
-            "depth": depth,
-            "state": {name: jax.tree.map(lambda x_L, n=n: x_L[n], routing_state[name]) for name, n in place.items()},
+            "depth": weights_of(depth),
+            "state": state,
         })  # fmt: skip
 
     ends = _placed({
@@ -118,6 +115,18 @@ def unstack(params: Any, config: Config, routing_state: Any) -> dict[str, Any]:
         "final_norm_D": params["final_norm"]["scale_D"],
     })  # fmt: skip
     return ends | {"layers": tuple(layer(number) for number in range(config.model.layers))}
+
+
+def layer_part(params: Any, routing_state: Any, config: Config, number: int) -> tuple[dict, dict, dict]:
+    """What one layer has of stacked parameters and routing state: (its own parameters, those of the routers in front of
+    it, {} where all enter, its state by group)."""
+    pairs = {group.name for group in config.depth}
+    own = jax.tree.map(lambda x_L: x_L[number // 2 if pairs else number], params["layers"])
+    depth = own.pop("depth", {})
+    own = own[("even", "odd")[number % 2]] if pairs else own
+    place = {name: number // 2 if name in pairs else number for name in routing_state or {}}
+    state = {name: jax.tree.map(lambda x_L, n=n: x_L[n], routing_state[name]) for name, n in place.items()}
+    return own, depth if number % 2 == 0 else {}, state
 
 
 def require_parts(config: Config) -> None:
