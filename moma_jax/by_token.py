@@ -73,6 +73,7 @@ class ByToken(Router):
             "experts_chosen": wanted / jnp.maximum(eligible_T.sum(), 1),
             "dropped": 1.0 - filled / jnp.maximum(wanted, 1),
             "empty_slots": 1.0 - filled / selection.filled_EC.size,
+            "busiest": enters_TE.sum(0).max() * enters_TE.shape[1] / jnp.maximum(wanted, 1),
         }
         return Routed(selection, state | counts, self.losses_of(score, enters_TE, gate_TE, eligible_T, state), metrics)
 

@@ -162,6 +162,16 @@ def test_sinkhorns_prices_even_a_lean():
     assert float(without.max()) > 0.5 and float(at_prices.min()) > 0.15 and float(at_prices.max()) < 0.35
 
 
+def test_metrics_say_how_loads_lie():
+    """Six of eight eligible tokens choose the first of two experts, which has slots for four."""
+    rule, score = TokenChoice(slack=1.0), scored(np.random.default_rng(0), 12, 2)
+    first_T = np.arange(12) % 4 < 3
+    score = score._replace(logit_TE=jnp.where(first_T[:, None], jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])))
+    metrics = rule.select(score, jnp.arange(12) < 8, Quota(8, Fraction(1, 2)), rule.state(2), None).metrics
+    found = {name: float(value) for name, value in metrics.items()}
+    assert found == {"experts_chosen": 1.0, "dropped": 0.25, "empty_slots": 0.25, "busiest": 1.5}
+
+
 def test_top_p_holds_the_mean_number_of_experts():
     rule, rng = TopP(mean=2.5, rate=0.02), np.random.default_rng(0)
     quota, eligible_T = Quota(512, rule.capacity(8, None)), jnp.ones(512, bool)
