@@ -18,6 +18,10 @@ from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import CAUSAL, Routed, Router, Score, name_of, take_entering
 
+LOADS = ("experts_chosen", "dropped", "empty_slots", "busiest")
+"""What is recorded of a group of experts: experts that a token chose, the share of choices without a slot, the share of
+slots without a token, and the choices of the expert that has most over an even share."""
+
 
 @dataclass(frozen=True)
 class ByToken(Router):
@@ -69,13 +73,14 @@ class ByToken(Router):
             "taken_E": enters_TE.sum(0, dtype=jnp.float32),
             "eligible": eligible_T.sum(dtype=jnp.float32),
         }
-        metrics = {
-            "experts_chosen": wanted / jnp.maximum(eligible_T.sum(), 1),
-            "dropped": 1.0 - filled / jnp.maximum(wanted, 1),
-            "empty_slots": 1.0 - filled / selection.filled_EC.size,
-            "busiest": enters_TE.sum(0).max() * enters_TE.shape[1] / jnp.maximum(wanted, 1),
-        }
-        return Routed(selection, state | counts, self.losses_of(score, enters_TE, gate_TE, eligible_T, state), metrics)
+        loads = (
+            wanted / jnp.maximum(eligible_T.sum(), 1),
+            1.0 - filled / jnp.maximum(wanted, 1),
+            1.0 - filled / selection.filled_EC.size,
+            enters_TE.sum(0).max() * enters_TE.shape[1] / jnp.maximum(wanted, 1),
+        )
+        losses = self.losses_of(score, enters_TE, gate_TE, eligible_T, state)
+        return Routed(selection, state | counts, losses, dict(zip(LOADS, loads, strict=True)))
 
     def decide(self, score, state, routing):
         return self.choose(score, self._told(state))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from moma_jax.by_token import LOADS
 from moma_jax.config_json import of_this_format
 from moma_jax.errors import InputError
 from moma_jax.evaluation.documents import read_documents
@@ -78,6 +79,7 @@ class Run:
       unrouted: the routing under which a run whose experts need not choose was evaluated: its losses are those under
         every routing. None where they choose.
       tokens_per_second: median over the train records; None without any.
+      loads: under a rule by token, `by_token.LOADS` by group of experts, means over the last WINDOW of the updates.
       documents: of the last evaluation, by (set, routing): by (store, document): by modality the nats and the weight of
         its targets; empty where the run has none.
       budget: share of the study's budget that it has.
@@ -97,6 +99,7 @@ class Run:
     curves: dict[Measure, Curve]
     unrouted: str | None
     tokens_per_second: float | None
+    loads: dict[str, dict[str, float]]
     documents: dict[tuple[str, str], dict[tuple[int, int], dict[str, tuple[float, float]]]]
     budget: float = 1.0
 
@@ -180,6 +183,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
         curves=curves,
         unrouted=_unrouted(records),
         tokens_per_second=float(np.median(speeds)) if speeds else None,
+        loads=_loads(train),
         documents=read_documents(home) if state == "complete" else {},
     )
 
@@ -287,6 +291,21 @@ def _end(start: Spent, train: list[dict[str, Any]]) -> Spent:
         return start
     last = [train[-1][name] for name in ("step", "tokens", "flops", "wall_seconds")]
     return Spent(*(begun + more for begun, more in zip(start, last, strict=True)))
+
+
+def _loads(train: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How full experts were, by group of experts; a record is the mean over the updates since the one before."""
+    steps = np.array([0, *(r["step"] for r in train)])
+    last = [(r, n) for r, n in zip(train, np.diff(steps), strict=True) if r["step"] > (1 - WINDOW) * steps[-1]]
+    found: dict[str, dict[str, float]] = {}
+    for figure in LOADS:
+        begun = f"routing_{figure}_"
+        for name in (name for name in (train[-1] if train else {}) if name.startswith(begun)):
+            known = [(r[name], n) for r, n in last if r.get(name) is not None]
+            if known:
+                mean = np.average([value for value, _ in known], weights=[n for _, n in known])
+                found.setdefault(name.removeprefix(begun), {})[figure] = float(mean)
+    return found
 
 
 def _curves(records: list[dict[str, Any]], start: Spent, routing: str) -> dict[Measure, Curve]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from moma_jax.by_token import LOADS
 from moma_jax.config_json import from_json
 from moma_jax.cost import cost, parameter_count
 from moma_jax.errors import InputError
+from moma_jax.geometry import group_capacity
 from moma_jax.runs.directory import command, commit
 from moma_jax.studies.comparison import (
     Compared,
@@ -46,6 +49,7 @@ def report_text(
         _opening(study, runs, finished),
         "## What was compared\n\n" + _match(finished),
         "## Final losses\n\n" + _finals(finished),
+        *(["## How full experts were\n\n" + loads] if (loads := _loads(finished)) else []),
         "## Verdicts\n\n" + _verdicts(study, verdicts),
         "## The same documents\n\n" + _documents(over_documents(finished)),
         *(["## Chosen on trials\n\n" + _trials(study)] if study.sweep else []),
@@ -87,6 +91,10 @@ HOW_TO_READ = """\
   slowed each other, so it compares variants only where that was the same for all.
 - FLOPs, tokens and wall time of an upcycled run include its seed run's; its curves begin where the seed run ended."""
 
+
+LOADS_MEAN = """\
+Under rules by token, in training: means over the last {percent}% of the updates, over layers, routing groups and seeds.
+*Busiest*: choices of the expert that has most in a routing group, over an even share."""
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
@@ -175,6 +183,31 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
         return "-"
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.4f}{deviation}"
+
+
+def _loads(finished: Finished) -> str:
+    """Of rules under which tokens choose; empty where there are none."""
+    rows = []
+    for (size, variant), group in finished.by_place.items():
+        runs = list(group.values())
+        for name in runs[0].loads:
+            means = [
+                statistics.fmean(run.loads.get(name, {}).get(figure, math.nan) for run in runs) for figure in LOADS
+            ]
+            cells = ["-" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
+            rows.append([_named(size, variant), name, _aim(runs[0], name), *cells, str(len(runs))])
+    heads = ["variant", "group", "experts of a token, aimed at", "chosen", "choices dropped", "slots empty", "busiest"]
+    return LOADS_MEAN.format(percent=round(100 * WINDOW)) + "\n\n" + _table([*heads, "seeds"], rows) if rows else ""
+
+
+def _aim(run: Run, group: str) -> str:
+    """The experts of a token that a rule's FLOPs are counted by."""
+    try:
+        config = from_json(run.config)
+    except InputError:
+        return "unknown"
+    aims = {g.name: group_capacity(config.model, g) * g.experts for g in config.experts.groups}
+    return f"{float(aims[group]):g}" if group in aims else "-"
 
 
 def _speedups(compared: list[Compared]) -> str:

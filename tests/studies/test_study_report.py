@@ -272,6 +272,25 @@ def test_routings_stand_side_by_side_and_a_dense_run_is_causal(tmp_path):
     assert dense["heldout, choice"] == dense["heldout, threshold"] == dense["heldout, causal"]
 
 
+def test_loads_of_rules_by_token_stand_beside_what_they_aim_at(tmp_path):
+    """Means over the last tenth of the updates, 364 to 400, and over seeds."""
+    fields = {"model.ffn": "2t2i", "model.router": "null", "model.router.zero": 1}
+    study = study_of(tmp_path, seeds=(0, 1))
+    study = dataclasses.replace(study, variants=(*study.variants, Variant("routed", fields)), tolerance=0.5)
+    for job in jobs(study):
+        write_run(job.config.run.dir, job.config, same(power()))
+        if job.variant == "routed":
+            path = Path(job.config.run.dir, "metrics.jsonl")
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            for record in (r for r in records if r["kind"] == "train"):
+                record["routing_experts_chosen_text"] = record["step"] / 100 + job.seed
+                record["routing_dropped_text"] = None if record["step"] == 364 else 0.25
+            path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_report(study, str(tmp_path / "out"), {})
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| routed | text | 1.33333 | 4.320 | 0.250 | - | - | 2 |" in page and "| dense | text |" not in page
+
+
 def test_a_power_law_over_three_sizes(tmp_path):
     sizes = {name: {"model.layers": layers} for name, layers in (("small", 2), ("medium", 4), ("large", 8))}
     study = study_of(tmp_path, "fast", sizes=sizes, seeds=(0, 1))
