@@ -191,9 +191,8 @@ def _loads(finished: Finished) -> str:
     for (size, variant), group in finished.by_place.items():
         runs = list(group.values())
         for name in runs[0].loads:
-            means = [
-                statistics.fmean(run.loads.get(name, {}).get(figure, math.nan) for run in runs) for figure in LOADS
-            ]
+            found = [[run.loads.get(name, {}).get(figure, math.nan) for run in runs] for figure in LOADS]
+            means = map(statistics.fmean, found)
             cells = ["-" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
             rows.append([_named(size, variant), name, _aim(runs[0], name), *cells, str(len(runs))])
     heads = ["variant", "group", "experts of a token, aimed at", "chosen", "choices dropped", "slots empty", "busiest"]
