@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from moma_jax.config import Config
 from moma_jax.errors import InputError
 from moma_jax.fields import may_change
 from moma_jax.router import CAUSAL_ROUTINGS
-from moma_jax.studies.curves import OVERALL, Curve, Run, smoothed
+from moma_jax.studies.curves import OVERALL, OWN, Curve, Run, smoothed
 from moma_jax.studies.speedup import PowerLaw, Speedup, power_law, speedup
 from moma_jax.studies.verdicts import Etas, Verdict, document_interval, etas, pairs, verdict
 
@@ -20,10 +21,10 @@ SIZES_FOR_A_LAW = 3
 
 
 class Loss(NamedTuple):
-    """Which loss is compared: a title, and how to get it of a run as a curve (None where the run has none)."""
+    """A loss: its title, whether variants are compared by it, and how to get it of a run as a curve (None without)."""
 
     title: str
-    causal: bool
+    compared: bool
     of: Callable[[Run, str], Curve | None]
 
 
@@ -166,13 +167,24 @@ def modalities(finished: Finished) -> list[str]:
 def losses(finished: Finished) -> list[Loss]:
     """The training loss, smoothed, then those of every evaluation set under every routing that a run recorded."""
     found = [Loss("training", False, _training)]
-    recorded = {m.routing for run in finished.runs for m in run.curves if m.kind == "eval"}
+    recorded = set().union(*(run.routings for run in finished.runs))
     causal = [routing for routing in reversed(CAUSAL_ROUTINGS) if routing in recorded]
+    compared = causal_routings(finished.runs)
     for name in eval_sets(finished):
-        for routing in [*sorted(recorded - set(causal)), *causal]:
+        for routing in dict.fromkeys([*sorted(recorded - set(causal)), *causal, *compared]):
             title = f"{name}, {routing}"
-            found.append(Loss(title, routing in causal, lambda run, m, n=name, r=routing: run.held_out(n, r, m)))
+            found.append(Loss(title, routing in compared, lambda run, m, n=name, r=routing: run.held_out(n, r, m)))
     return found
+
+
+def causal_routings(runs: Iterable[Run]) -> list[str]:
+    """The causal routings by which runs are compared: those that were recorded, and OWN where the runs have none in
+    common. Beside it nobody needs a routing that is the own one of every run that has it."""
+    known = [(own, run.routings) for run in runs if not run.unrouted and (own := run.recorded_as(OWN))]
+    causal = [routing for routing in reversed(CAUSAL_ROUTINGS) if any(routing in names for _, names in known)]
+    if not known or any(all(routing in names for _, names in known) for routing in causal):
+        return causal
+    return [*(r for r in causal if any(r in names and r != own for own, names in known)), OWN]
 
 
 def measured(finished: Finished) -> list[Loss]:
@@ -181,10 +193,10 @@ def measured(finished: Finished) -> list[Loss]:
     Where no variant has routers every routing is the same, and so causal.
     """
     every = losses(finished)
-    causal = [loss for loss in every if loss.causal]
-    if not causal and all(run.unrouted for run in finished.runs):
-        causal = every[1:]
-    return [every[0], *causal]
+    compared = [loss for loss in every if loss.compared]
+    if not compared and all(run.unrouted for run in finished.runs):
+        compared = every[1:]
+    return [every[0], *compared]
 
 
 def _training(run: Run, modality: str) -> Curve | None:
@@ -334,12 +346,11 @@ def _paired_documents(size: str, name: str, against: str, ours: dict[int, Run], 
     seeds = [seed for seed in ours if seed in theirs and ours[seed].documents and theirs[seed].documents]
     pairs = [(ours[seed], theirs[seed]) for seed in seeds]
     runs = [run for pair in pairs for run in pair]
-    unrouted, keys = all(run.unrouted for run in runs), dict.fromkeys(key for run in runs for key in run.documents)
-    if unrouted:  # whatever their routings are called, a set has one loss
-        keys = {eval_set: (eval_set, routing) for eval_set, routing in keys}.values()
-    for eval_set, routing in keys:
-        both = [[_documents_of(run, eval_set, routing) for run in pair] for pair in pairs]
-        if not (unrouted or routing in CAUSAL_ROUTINGS) or any(None in pair for pair in both):
+    sets = dict.fromkeys(eval_set for run in runs for eval_set, _ in run.documents)
+    routings = causal_routings(runs) or [run.unrouted for run in runs[-1:] if run.unrouted]
+    for eval_set, routing in itertools.product(sets, routings):
+        both = [[run.documents.get((eval_set, run.recorded_as(routing))) for run in pair] for pair in pairs]
+        if any(None in pair for pair in both):
             continue
         shared = sorted(set.intersection(*(set(of_run) for pair in both for of_run in pair)))
         for modality in (OVERALL, *runs[0].modalities):
@@ -354,11 +365,6 @@ def _sum(of_document: dict[str, tuple[float, float]], modality: str) -> tuple[fl
     """Nats and weight of one modality, or of all."""
     chosen = of_document.values() if modality == OVERALL else [of_document.get(modality, (0.0, 0.0))]
     return sum(nats for nats, _ in chosen), sum(weight for _, weight in chosen)
-
-
-def _documents_of(run: Run, eval_set: str, routing: str) -> dict | None:
-    """By (store, document); an unrouted run's are the same whatever the routing is."""
-    return run.documents.get((eval_set, run.unrouted if run.unrouted else routing))
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ sooner is c times sooner after smoothing too, which no window of a fixed number 
 """
 OVERALL = ""
 """The modality of a loss over all of them."""
+OWN = "own"
+"""In place of a routing: each run's own causal one, by thresholds where it has several."""
 NEW = "new"
 """The state of a run that has not begun."""
 
@@ -123,12 +125,20 @@ class Run:
         """The training loss as recorded."""
         return next((c for m, c in self.curves.items() if m.kind == "train" and m.modality == modality), None)
 
+    @property
+    def routings(self) -> set[str]:
+        """Those that it was evaluated under."""
+        return {m.routing for m in self.curves if m.kind == "eval"}
+
+    def recorded_as(self, routing: str) -> str | None:
+        """The name under which the run has what another calls `routing`, or OWN; None where it has no causal one."""
+        if self.unrouted:  # whose losses are the same under every routing
+            return self.unrouted
+        return routing if routing != OWN else next((r for r in reversed(CAUSAL_ROUTINGS) if r in self.routings), None)
+
     def held_out(self, eval_set: str, routing: str, modality: str = OVERALL) -> Curve | None:
-        """The loss on an evaluation set; where no expert has to choose it is the same under every routing."""
-        found = self.curves.get(Measure("eval", eval_set, routing, modality))
-        if found is None and self.unrouted:
-            found = self.curves.get(Measure("eval", eval_set, self.unrouted, modality))
-        return found
+        """The loss on an evaluation set."""
+        return self.curves.get(Measure("eval", eval_set, self.recorded_as(routing) or "", modality))
 
 
 def _unrouted(records: list[dict[str, Any]]) -> str | None:

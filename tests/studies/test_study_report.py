@@ -71,7 +71,7 @@ def write_run(path, config, laws, routings=("choice",), shares=1.0, seed=None):
         if step % EVAL == 0 or step == updates:
             losses = {m: laws[m](total, total) for m in MEASURES}
             for routing in routings:
-                causal = {} if routing == "choice" and len(routings) > 1 else {"perplexity": 1.0}
+                causal = {} if routing in ("choice", "training") and len(routings) > 1 else {"perplexity": 1.0}
                 held_out = {"kind": "eval", "eval_set": "heldout", "routing": routing, **losses, **causal}
                 records.append({**about, **held_out, "tokens": 99})
     path.mkdir(parents=True, exist_ok=True)
@@ -289,6 +289,26 @@ def test_loads_of_rules_by_token_stand_beside_what_they_aim_at(tmp_path):
     write_report(study, str(tmp_path / "out"), {})
     page = (tmp_path / "out" / "report.md").read_text()
     assert "| routed | text | 1.33333 | 4.320 | 0.250 | - | - | 2 |" in page and "| dense | text |" not in page
+
+
+def test_rules_without_a_common_causal_routing_are_compared_by_each_ones_own(tmp_path):
+    """As expert choice, whose thresholds are causal, and token choice, which is causal by nature."""
+    study = study_of(tmp_path, "plain", "chosen", "tokens", seeds=(0, 1), budgets=(0.5, 2.0))
+    routings = {"chosen": ("choice", "threshold"), "tokens": ("training", "causal")}
+    gains = {"dense": 0.0, "plain": 0.1, "chosen": 0.2, "tokens": 0.3}
+    for job in jobs(study):
+        how = {"routings": routings[job.variant]} if job.variant in routings else {}
+        write_run(job.config.run.dir, job.config, same(power(1 + gains[job.variant])), **how)
+        write_documents(job.config.run.dir, lambda d, m, g=gains[job.variant]: d % 5 + 2 - g, **how)
+    result = write_report(study, str(tmp_path / "out"), {})
+    assert {v["loss"] for v in result["verdicts"]} == {"heldout, own"}
+    found = {(v["variant"], v["against"]): v["ratio"] for v in result["verdicts"] if v["modality"] == "overall"}
+    assert found["tokens", "chosen"] == pytest.approx(1.3 / 1.2, rel=0.02) and len(found) == 6
+    assert list(dict.fromkeys(s["loss"] for s in result["speedups"])) == ["training", "heldout, own"]
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| tokens | chosen | heldout, own | overall | -0.1000 |" in page
+    assert "| tokens | plain | heldout, causal | overall | -0.2000 |" in page
+    assert "**heldout, threshold**" in page and "**heldout, causal**" in page  # of each variant that has it
 
 
 def test_a_power_law_over_three_sizes(tmp_path):
