@@ -18,6 +18,8 @@ from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import CAUSAL, Routed, Router, Score, name_of, take_entering
 
+MOST = 65_536
+"""Experts of a token, or of a group, that an option may ask for."""
 LOADS = ("experts_chosen", "dropped", "empty_slots", "busiest")
 """What is recorded of a group of experts: experts that a token chose, the share of choices without a slot, the share of
 slots without a token, and the choices of the expert that has most over an even share."""
@@ -32,7 +34,7 @@ class ByToken(Router):
     many tokens chose each expert, and `moved` may make something of it for the next.
     """
 
-    slack: float = setting(2.0, least=1)
+    slack: float = setting(2.0, least=1, most=MOST)
     """Slots of an expert over its even share; beyond them the latest positions are dropped."""
 
     causal: ClassVar[tuple[str, ...]] = (CAUSAL,)
@@ -75,7 +77,7 @@ class ByToken(Router):
         }
         loads = (
             wanted / jnp.maximum(eligible_T.sum(), 1),
-            1.0 - filled / jnp.maximum(wanted, 1),
+            (wanted - filled) / jnp.maximum(wanted, 1),
             1.0 - filled / selection.filled_EC.size,
             enters_TE.sum(0).max() * enters_TE.shape[1] / jnp.maximum(wanted, 1),
         )
@@ -94,7 +96,7 @@ class ByToken(Router):
         return self.moved(state)
 
     def capacity(self, experts, asked):
-        return self.experts_of_a_token(experts) / experts
+        return Fraction(self.experts_of_a_token(experts)) / experts
 
     def slots(self, quota, tokens):
         return min(tokens, quota.tokens, math.ceil(quota.slots * self.slack))
@@ -114,7 +116,7 @@ class ByToken(Router):
 class Unlearned(ByToken):
     """A rule without a score network: `top` experts of a token, each with the weight 1 / top."""
 
-    top: int = setting(1, above=0)
+    top: int = setting(1, above=0, most=MOST)
     """Experts of a token; each weighs 1 / top."""
 
     def parameters(self, width, experts):

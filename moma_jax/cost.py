@@ -14,8 +14,9 @@ The convention, used for MFU, for matching models and for `train.flops`:
   * Auxiliary routers are no part of the model: neither `total`, `active` nor `train` count them (as the paper does
     not), so that training them beside it changes no comparison.
   * `executed` is `train` as the static shapes run it: every expert computes ceil(capacity * quota) slots, filled or
-    not (under threshold routing, those times its slack), routers score every position, auxiliary ones too, and
-    positions that are padding (share `padding`, 0 unless given) are charged to the real tokens. Remat is not in it.
+    not (under rules that let tokens in one by one, those times their slack), routers score every position, auxiliary
+    ones too, and positions that are padding (share `padding`, 0 unless given) are charged to the real tokens. Remat is
+    not in it.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ def _assigned(value: Any, kind: Any, names: Sequence[str], new: Any, path: tuple
         value = rules.switched(value, rules.as_rule(new[rules.NAME]))
         new = {name: item for name, item in new.items() if name != rules.NAME}
     if dataclasses.is_dataclass(value) and isinstance(new, Mapping):
-        for name, item in new.items():
+        for name, item in sorted(new.items(), key=lambda field: str(field[0]).count(".")):  # wholes before their parts
             value = _assigned(value, kind, str(name).split("."), item, path)
         return value
     return read(kind, _plain(new), ".".join(path))

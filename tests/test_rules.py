@@ -12,6 +12,7 @@ from moma_jax.recipes import override
 from moma_jax.router import Function, name_of
 from moma_jax.routers.choice import Choice
 from moma_jax.routers.threshold import Threshold
+from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.rules import Unloaded, as_named, as_rule, bind, recorded_rule, switched, to_json, with_gumbel
 
 SOURCE = """
@@ -109,6 +110,11 @@ def test_a_rule_given_whole_keeps_its_own_options_and_json_names_it():
     assert override(config, {"model.router": "threshold"}).model.router == Threshold(gumbel=True)
     given = json.dumps({"rule": "threshold", "warmup": 5})
     assert override(config, ["--model.router", given]).model.router == Threshold(gumbel=True, warmup=5)
+
+
+def test_a_rule_is_chosen_before_its_options_wherever_it_stands():
+    config = override(Config(), {"model.router.top": 2, "model.router": "token_choice"})
+    assert config.model.router == TokenChoice(top=2)
 
 
 def test_json_that_is_nested_too_deeply_is_refused():

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moma_jax.bench.timing import in_turns, say, summarise
+from moma_jax.bench.timing import in_turns, require_some, say, summarise
 from moma_jax.codec import Codec
-from moma_jax.errors import InputError
 
 
 def bench_codec(codec: Codec, *, pictures: int = 16, repeats: int = 5) -> dict[str, Any]:
@@ -24,9 +23,7 @@ def bench_codec(codec: Codec, *, pictures: int = 16, repeats: int = 5) -> dict[s
     Raises:
       InputError: numbers that measure nothing.
     """
-    for name, value in (("pictures", pictures), ("repeats", repeats)):
-        if value < 1:
-            raise InputError(f"--{name}: {value}; give 1 or more")
+    require_some(pictures=pictures, repeats=repeats)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (pictures, codec.side, codec.side, 3), np.uint8)
     codes = random.integers(0, codec.codebook, (pictures, codec.codes_per_image))

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moma_jax.bench.timing import differentiated, in_turns, random, say, summarise
+from moma_jax.bench.timing import differentiated, in_turns, random, require_some, say, summarise
 from moma_jax.config import IMAGE, TEXT, ModelConfig
 from moma_jax.model import dispatch, moe
 from moma_jax.model.decoder import Decoder
@@ -31,10 +31,11 @@ def bench_ffn(
       inverse, as in `bench_step`; `parts` the seconds of its pieces, timed alone (see `pieces`).
 
     Raises:
-      InputError: `ffn` is not an FFN of text and image.
+      InputError: `ffn` is not an FFN of text and image, or numbers measure nothing.
     """
     x_BSD = random(0, (1, tokens, width), jnp.float32)
     cases = {name: _half_and_half(name, width, hidden, tokens) for name in dict.fromkeys(("dense", ffn))}
+    require_some(tokens=tokens, repeats=repeats)
     say(f"FFN {ffn} and dense: d={width}, F={hidden}, {tokens} tokens, {repeats} times each")
     seconds = in_turns({name: case.whole(x_BSD) for name, case in cases.items()}, repeats)
     parts = in_turns(cases[ffn].pieces(x_BSD), max(repeats // 4, 1))

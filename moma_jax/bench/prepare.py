@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moma_jax.bench.timing import say, summarise
+from moma_jax.bench.timing import require_some, say, summarise
 from moma_jax.config import PrepareConfig
 from moma_jax.data.fit import ordered_map
 from moma_jax.data.prepare import BLOCK, prepare
-from moma_jax.errors import InputError
 
 QUALITY = 95
 """JPEG quality of img2dataset's pictures."""
@@ -40,9 +39,7 @@ def bench_prepare(*, pictures: int = 2000, side: int = 256, codes_side: int = 16
     Raises:
       InputError: numbers that measure nothing.
     """
-    for name, value in (("pictures", pictures), ("side", side), ("codes-side", codes_side), ("repeats", repeats)):
-        if value < 1:
-            raise InputError(f"--{name}: {value}; give 1 or more")
+    require_some(pictures=pictures, side=side, codes_side=codes_side, repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
         files = _jpegs(pictures, side)
         _write_tars(f"{folder}/tars", files)

@@ -16,7 +16,7 @@ import numpy as np
 from moma_jax import sharding
 from moma_jax.batch import Batch
 from moma_jax.bench.parts import measure_parts
-from moma_jax.bench.timing import say, summarise, timed
+from moma_jax.bench.timing import require_some, say, summarise, timed
 from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.cost import activation_bytes, flops_per_token, parameter_count, peak_flops
@@ -74,6 +74,7 @@ def bench_step(
 
 def measured(configs: dict[str, Config], base: str, baseline: Config, *, repeats: int, parts: bool) -> dict[str, Any]:
     """What `bench_step` says of these configs; `base`: which of them is the one that others are compared with."""
+    require_some(repeats=repeats)
     asked = next(iter(configs.values()))
     rows = min(map(rows_that_fit, configs.values()))
     configs = {name: with_rows(config, rows) for name, config in configs.items()}
@@ -169,7 +170,7 @@ def _relative_flops(name: str, config: Config, dense: Config) -> float:
     if abs(relative - 1) > SAME_FLOPS:
         say(
             f"warning: {name} has {relative:.3f} times dense's active FLOPs per token, so their speeds do not compare; "
-            "set --model.capacity None, or another --model.hidden"
+            "give it another --model.hidden, or of expert choice --model.capacity None"
         )
     return relative
 

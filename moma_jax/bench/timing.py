@@ -11,6 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moma_jax.errors import InputError
+
+
+def require_some(**counts: int) -> None:
+    """InputError where an option's number, of calls or of what they work on, would measure nothing."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"--{name.replace('_', '-')}: {count}; give 1 or more")
+
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each, round robin; two calls of each come before and are not timed."""

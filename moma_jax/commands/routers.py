@@ -11,6 +11,7 @@ import moma_jax
 from moma_jax import rules
 from moma_jax.commands import DEVICES, Run, print_list
 from moma_jax.config import MeshConfig, RoutersConfig
+from moma_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def list(json: bool = False, markdown: bool = False) -> None:
       json: Print JSON: each rule's paper, causal routings, losses, state and options, too.
       markdown: Print the table of docs/routers.md.
     """
+    if json and markdown:
+        raise InputError("--json --markdown: one or the other")
     if markdown:
         print(rules.as_table())
     else:

@@ -149,8 +149,8 @@ class Layer(nn.Module):
 def rematerialised(policy: str):
     """The layer, with the named remat policy: what the backward pass keeps of it.
 
-    Who was taken is never decided anew. Weights that are stored in parts are always gathered anew: kept, the model
-    would lie whole on every device.
+    Who was taken is never decided anew, or by the same logits. Weights that are stored in parts are always gathered
+    anew: kept, the model would lie whole on every device.
     """
     match policy:
         case "none" if sharding.size(FSDP, EXPERT) == 1:
@@ -167,8 +167,8 @@ def _all_but_gathered(primitive, *_, **__) -> bool:
     return primitive.name != "all_gather"
 
 
-def _choices(primitive, *_, **__) -> bool:
-    return primitive.name == "top_k"
+def _choices(primitive, *_, **parameters) -> bool:
+    return primitive.name == "top_k" or parameters.get("name") == moe.LOGITS
 
 
 def _weight_products(primitive, *_, **parameters) -> bool:
@@ -176,4 +176,5 @@ def _weight_products(primitive, *_, **parameters) -> bool:
     product for each row and head, are made anew: kept, they would outweigh everything else."""
     if primitive.name == "dot_general":
         return len(parameters["dimension_numbers"][1][0]) <= 1
-    return primitive.name in ("top_k", "all_to_all") or parameters.get("name") in (splash.KEPT, moe.KEPT)
+    kept = (splash.KEPT, moe.KEPT, moe.LOGITS)
+    return primitive.name in ("top_k", "all_to_all") or parameters.get("name") in kept

@@ -1,7 +1,8 @@
 """Tokens sorted by modality, so that each meets weights of its modality's own, and put back (Mixture-of-Transformers).
 
-A routing group has as many slots for a modality as its quota, one modality's after the other's. Every token has one
-slot and every slot one token at most, so both ways, and both gradients, are gathers.
+A routing group has as many slots for a modality as its quota, one modality's after the other's, given by position:
+beyond a quota, which the packer keeps, the latest positions would have none. Every token has one slot and every slot
+one token at most, so both ways, and both gradients, are gathers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moma_jax.geometry import GroupSlots
+from moma_jax.geometry import GroupSlots, LayerShape
 
 
 class Sorted(NamedTuple):
@@ -26,14 +27,16 @@ class Sorted(NamedTuple):
     slot_GT: Any
 
 
-def sort_by_modality(projections: tuple[GroupSlots, ...], modality_GT) -> Sorted:
-    """The tokens of G routing groups sorted into the slots of `projections`; padding, -1, has none."""
+def sort_by_modality(shape: LayerShape, modality_GT) -> Sorted:
+    """The tokens of G routing groups sorted into the slots of `shape.projections`; padding, -1, has none."""
     groups, tokens = modality_GT.shape
-    slots, start = sum(own.slots for own in projections), 0
+    slots, start = sum(own.slots for own in shape.projections), 0
     slot_GT = jnp.full(modality_GT.shape, slots, jnp.int32)
-    for own in projections:
+    for own in shape.projections:
         here_GT = modality_GT == own.group.modalities[0]
-        rank_GT = jnp.cumsum(here_GT, axis=1, dtype=jnp.int32) - 1
+        by_position_GT = here_GT.reshape(groups, -1, shape.sequence).swapaxes(1, 2).reshape(groups, tokens)
+        rank_GT = jnp.cumsum(by_position_GT, axis=1, dtype=jnp.int32) - 1
+        rank_GT = rank_GT.reshape(groups, shape.sequence, -1).swapaxes(1, 2).reshape(groups, tokens)
         slot_GT = jnp.where(here_GT & (rank_GT < own.slots), start + rank_GT, slot_GT)
         start += own.slots
     token_GS = jnp.full((groups, slots), tokens, jnp.int32)

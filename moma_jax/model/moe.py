@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moma_jax import sharding
 from moma_jax.config import ModelConfig
 from moma_jax.errors import InputError
+from moma_jax.ffn import ExpertGroup
 from moma_jax.geometry import GroupSlots, LayerShape
 from moma_jax.model import auxiliary
 from moma_jax.model.by_modality import Sorted, sort_by_modality
@@ -29,6 +30,7 @@ from moma_jax.router import Router, Score, Selection, take_entering
 from moma_jax.sharding import BATCH, TENSOR
 
 KEPT = "feed_forward"
+LOGITS = "router_logits"
 """Name, for remat policies, of router logits and the layer's output: with it, slots need not be combined anew."""
 
 
@@ -122,12 +124,10 @@ def routing_tokens(shape: LayerShape, modality_GT, hash_GT, id_GT, position_GT, 
     unrouted = {}
     for own in shape.groups:
         if not own.group.routed and not own.everywhere:
-            eligible_GT = jnp.isin(modality_GT, jnp.array(own.group.modalities))
+            eligible_GT = eligible(own.group, modality_GT)
             unrouted[own.group.name] = jax.vmap(lambda e, quota=own.quota: take_all(e, quota))(eligible_GT)
     facts = modality_GT, hash_GT, id_GT, position_GT, group_G
-    return RoutingTokens(
-        *facts, unrouted, sort_by_modality(shape.projections, modality_GT) if shape.projections else None
-    )
+    return RoutingTokens(*facts, unrouted, sort_by_modality(shape, modality_GT) if shape.projections else None)
 
 
 def moe(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, *, routing: Routing, model: ModelConfig):
@@ -292,7 +292,7 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
         for name, loss_G in extra.items():
             losses[name] = losses.get(name, 0.0) + loss_G.mean()
         for name, value_G in answer.metrics.items():
-            metrics[f"{name}_{group.name}"] = _mean_of_groups(value_G, tokens.modality_GT)
+            metrics[f"{name}_{group.name}"] = _mean_of_groups(value_G, eligible(group, tokens.modality_GT))
     return RoutingResult(state, losses, metrics, None, predicted_M4, selections), copied_GT
 
 
@@ -301,9 +301,14 @@ def added(one, other):
     return one if other is None else other if one is None else one + other
 
 
-def _mean_of_groups(value_G, modality_GT):
-    """A metric's mean over the routing groups of all shards but those of padding alone, which say nothing."""
-    has_tokens_G = jnp.any(modality_GT >= 0, axis=1)
+def eligible(group: ExpertGroup, modality_X):
+    """Which tokens a group of experts is for, bool (X,); padding, -1, is no modality."""
+    return jnp.isin(modality_X, jnp.array(group.modalities))
+
+
+def _mean_of_groups(value_G, eligible_GT):
+    """A metric's mean over the routing groups of all shards but those without eligible tokens, which say nothing."""
+    has_tokens_G = jnp.any(eligible_GT, axis=1)
     sums = jnp.sum(jnp.where(has_tokens_G, value_G, 0)), jnp.sum(has_tokens_G)
     total, groups = sharding.psum(sums, *BATCH)
     return total / jnp.maximum(groups, 1)
@@ -311,7 +316,7 @@ def _mean_of_groups(value_G, modality_GT):
 
 def scores(x_GTD, weights: ExpertWeights, rule: Router):
     """(router logits, auxiliary router's logits or None), float32, of one group of experts."""
-    logit_GTE = checkpoint_name(rule.logits(x_GTD, weights.router), KEPT)
+    logit_GTE = checkpoint_name(rule.logits(x_GTD, weights.router), LOGITS)
     return logit_GTE, rule.predict(x_GTD, weights.auxiliary) if weights.auxiliary else None
 
 
@@ -320,7 +325,7 @@ def _select_group(logit_GTE, predicted_GTE, tokens: RoutingTokens, keys, before,
     auxiliary routers can learn, and its copies; every array has a leading axis G."""
     rule, count = routing.rule, logit_GTE.shape[1]
     order_T = position_order(routing.rows, count)
-    eligible_GT = jnp.isin(tokens.modality_GT, jnp.array(own.group.modalities))
+    eligible_GT = eligible(own.group, tokens.modality_GT)
 
     def one(logit_TE, eligible_T, hash_T, id_T, position_T, index, predicted_TE):
         key = jax.random.fold_in(jax.random.fold_in(keys.step, index), number)
@@ -369,7 +374,7 @@ def decide(x_ND, facts: TokenFacts, own: GroupSlots, weights: ExpertWeights, sta
     Args:
       facts: of N tokens, any axes. state: of this group of experts.
     """
-    eligible_N1 = jnp.isin(facts.modality_N, jnp.array(own.group.modalities))[..., None]
+    eligible_N1 = eligible(own.group, facts.modality_N)[..., None]
     if not own.group.routed:
         return eligible_N1, jnp.ones(eligible_N1.shape, jnp.float32), None
     logit_NE, predicted_NE = scores(x_ND, weights, routing.rule)

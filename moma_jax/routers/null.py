@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from moma_jax.by_token import ByToken, balance_loss, highest
+from moma_jax.by_token import MOST, ByToken, balance_loss, highest
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import Parameter
@@ -23,11 +23,11 @@ from moma_jax.router import Parameter
 class Null(ByToken):
     """Token choice with null experts."""
 
-    top: int = setting(2, above=0)
+    top: int = setting(2, above=0, most=MOST)
     """Experts of a token, null ones included."""
-    zero: int = setting(4, least=0)
+    zero: int = setting(4, least=0, most=MOST)
     """Null experts that give nothing, beside each group's real ones."""
-    copy: int = setting(0, least=0)
+    copy: int = setting(0, least=0, most=MOST)
     """Null experts that give the token itself."""
     balance: float = setting(0.01, least=0)
     """Weight of the load-balancing loss over real and null experts."""

@@ -1,7 +1,8 @@
 """Random routing, a control: tokens enter experts that are drawn anew in every update.
 
 No expert can learn to be different, so what another rule gains over this one it gains by who takes which token. At
-inference the draw is a hash of the token's id and position: the same in a whole row and in cached decoding.
+inference the draw is a hash of the token's id and position: the same in a whole row, in cached decoding, and in all
+layers, which draw by themselves in training.
 """
 
 from __future__ import annotations

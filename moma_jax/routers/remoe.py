@@ -16,21 +16,24 @@ from typing import ClassVar
 
 import numpy as np
 
-from moma_jax.by_token import ByToken, shares
+from moma_jax.by_token import MOST, ByToken, shares
 from moma_jax.errors import InputError
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
+
+BOUND = 40.0
+"""Of the logarithm of the L1 term's weight, either way: where nothing can enter it would grow beyond all numbers."""
 
 
 @dataclass(frozen=True)
 class ReMoE(ByToken):
     """ReLU routing."""
 
-    mean: float = setting(1.0, least=0.01)
+    mean: float = setting(1.0, least=0.01, most=MOST)
     """Experts of a token on average."""
-    first: float = setting(1e-8, above=0)
+    first: float = setting(1e-8, above=0, most=1)
     """Weight of the L1 term in the beginning."""
-    factor: float = setting(1.2, least=1)
+    factor: float = setting(1.2, least=1, most=10)
     """By which it grows or shrinks, per update."""
 
     losses: ClassVar[tuple[str, ...]] = ("l1",)
@@ -42,7 +45,8 @@ class ReMoE(ByToken):
     def moved(self, state):
         seen = state["eligible"] > 0
         step = jnp.where(seen, jnp.sign(shares(state).sum(-1) - self.mean), 0.0)
-        return state | {"log_weight": state["log_weight"] + math.log(self.factor) * step}
+        moved = state["log_weight"] + math.log(self.factor) * step
+        return state | {"log_weight": jnp.clip(moved, -BOUND, BOUND)}
 
     def choose(self, score, state, key=None):
         return score.logit_TE > 0, jax.nn.relu(score.logit_TE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from moma_jax.by_token import ByToken, highest
+from moma_jax.by_token import MOST, ByToken, highest
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 
@@ -20,9 +20,9 @@ from moma_jax.late import jax, jnp
 class Sinkhorn(ByToken):
     """Token choice at prices that even the load."""
 
-    top: int = setting(1, above=0)
+    top: int = setting(1, above=0, most=MOST)
     """Experts of a token."""
-    iterations: int = setting(8, least=1)
+    iterations: int = setting(8, least=1, most=1000)
     """Of rows and columns in turn."""
 
     sees_later: ClassVar[bool] = True
@@ -30,10 +30,12 @@ class Sinkhorn(ByToken):
 
     def select(self, score, eligible_T, quota, state, key):
         logit_TE = jax.lax.stop_gradient(score.logit_TE)
-        price_E = jnp.zeros(logit_TE.shape[1])
-        for _ in range(self.iterations):
+
+        def dearer(_, price_E):
             share_TE = jax.nn.softmax(logit_TE - price_E) * eligible_T[:, None]
-            price_E += jnp.log(jnp.maximum(share_TE.sum(0), 1e-9))  # of equal loads it moves all alike
+            return price_E + jnp.log(jnp.maximum(share_TE.sum(0), 1e-9))  # of equal loads it moves all alike
+
+        price_E = jax.lax.fori_loop(0, self.iterations, dearer, jnp.zeros(logit_TE.shape[1]))
         return super().select(score._replace(rank_TE=logit_TE - price_E), eligible_T, quota, state, key)
 
     def choose(self, score, state, key=None):

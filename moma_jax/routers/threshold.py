@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from moma_jax.by_token import MOST
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import Quota, Routed, Router, Score, Selection, take_entering
@@ -23,7 +24,7 @@ class Threshold(Choice):
 
     warmup: int = setting(1000, least=1, unit="updates")
     """Updates of expert choice before thresholds decide."""
-    slack: float = setting(1.25, least=1)
+    slack: float = setting(1.25, least=1, most=MOST)
     """Slots of an expert over those of expert choice; beyond them the latest positions are dropped."""
 
     exact: ClassVar[bool] = False
@@ -43,7 +44,7 @@ class Threshold(Choice):
         return Routed(selection, followed | {"dropped_E": dropped_E})
 
     def slots(self, quota: Quota, tokens: int) -> int:
-        return min(tokens, math.ceil(quota.slots * self.slack))
+        return min(tokens, quota.tokens, math.ceil(quota.slots * self.slack))
 
     def for_evaluation(self) -> Router:
         return Choice(**{field.name: getattr(self, field.name) for field in fields(Choice)})

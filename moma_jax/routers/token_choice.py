@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from moma_jax.by_token import ByToken, balance_loss, highest, mean_of, shares
+from moma_jax.by_token import MOST, ByToken, balance_loss, highest, mean_of, shares
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 
@@ -23,7 +23,7 @@ from moma_jax.late import jax, jnp
 class TokenChoice(ByToken):
     """Top-k token choice."""
 
-    top: int = setting(1, above=0)
+    top: int = setting(1, above=0, most=MOST)
     """Experts of a token."""
     gates: Literal["softmax", "sigmoid"] = "softmax"
     """What the router's logits become: shares of all experts, or a gate for each by itself."""

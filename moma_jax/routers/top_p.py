@@ -14,23 +14,26 @@ from typing import ClassVar
 
 import numpy as np
 
-from moma_jax.by_token import ByToken, balance_loss, mean_of, shares
+from moma_jax.by_token import MOST, ByToken, balance_loss, mean_of, shares
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
+
+LEAST_SHARE = 0.01
+"""Of p, and of what is left to 1."""
 
 
 @dataclass(frozen=True)
 class TopP(ByToken):
     """Dynamic number of experts."""
 
-    mean: float = setting(2.0, least=1)
+    mean: float = setting(2.0, least=1, most=MOST)
     """Experts of a token on average, which slots and FLOPs are counted for."""
-    share: float = setting(0.4, above=0, below=1)
+    share: float = setting(0.4, least=LEAST_SHARE, most=1 - LEAST_SHARE)
     """p in the beginning."""
     rate: float = setting(0.01, least=0, most=1)
     """How fast p follows the load, per update and expert too many or too few; 0: it stays."""
     balance: float = setting(0.01, least=0)
-    """Weight of the load-balancing loss."""
+    """Weight of the load-balancing loss, which goes by shares of choices: 1 where loads are even, whatever the mean."""
     entropy: float = setting(1e-4, least=0)
     """Weight of the entropy of a token's probabilities, in nats."""
 
@@ -44,7 +47,7 @@ class TopP(ByToken):
         if not self.rate:
             return state
         surplus = jnp.where(state["eligible"] > 0, shares(state).sum(-1) - self.mean, 0.0)
-        return state | {"share": jnp.clip(state["share"] - self.rate * surplus, 0.01, 0.99)}
+        return state | {"share": jnp.clip(state["share"] - self.rate * surplus, LEAST_SHARE, 1 - LEAST_SHARE)}
 
     def choose(self, score, state, key=None):
         chance_NE = jax.nn.softmax(score.logit_TE)

@@ -68,10 +68,11 @@ def report_text(
 
 HOW_TO_READ = """\
 - **Losses** are nats per token. The final training loss is the mean over the last {percent}% of the updates. `choice`
-  is the routing of training: experts choose, and see the future, so it compares runs but is no likelihood. `threshold`
-  (running thresholds) and `causal` (auxiliary routers, or the nature of a rule by token) are causal routings. Where
-  variants have none in common `own` is each one's own: `threshold` of those that have it, `causal` of the others. Where
-  no expert has to choose (`dense`, `1t1i`) all routings are the same, and one figure stands under each.
+  is the routing of training of expert choice, which sees the future, so it compares runs but is no likelihood;
+  `training` is that of other rules, under which tokens may be dropped. `threshold` (running thresholds) and `causal`
+  (auxiliary routers, or the nature of a rule by token) are causal routings. Where variants have none in common `own` is
+  each one's own: `threshold` of those that have it, `causal` of the others. Where no expert has to choose (`dense`,
+  `1t1i`) all routings are the same, and one figure stands under each.
 - **Verdicts** go by eta off finished runs: the FLOPs at which finished runs of `{baseline}` have the variant's final
   loss, over those of the variant, seed by seed; `{baseline}` is trained to its end at several budgets, and between them
   its loss is monotone in log FLOPs. One variant against another is the ratio of their etas, "image against its text"

@@ -35,7 +35,7 @@ from moma_jax.geometry import group_capacity
 from moma_jax.model.auxiliary import SUFFIX
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.model.parameters import MATRICES, OWNED
-from moma_jax.router import name_of
+from moma_jax.router import Router, name_of
 from moma_jax.training.step import Program, TrainState, abstract_state, init_params
 
 SMALL = 0.01
@@ -46,13 +46,15 @@ SMALL = 0.01
 class Copied:
     """Where the experts of a group come from: expert j is a copy of expert j // times of the seed's group `source`.
 
-    `scale` is the factor of their down-projections. Where they are `fresh` they are drawn instead.
+    `scale` is the factor of their down-projections. Where they are `fresh` they are drawn instead. What the rule keeps
+    beside the model is the seed's where it `goes_on`.
     """
 
     source: str
     times: int
     scale: float
     fresh: bool = False
+    goes_on: bool = False
 
 
 def copied_groups(seed: Config, config: Config, fresh: Collection[str] = ()) -> dict[str, Copied]:
@@ -86,33 +88,45 @@ def copied_groups(seed: Config, config: Config, fresh: Collection[str] = ()) -> 
                 f"{source.experts}; use {max(times, 1) * source.experts}"
             )
         rule = config.model.router
+        if source.experts > 1:
+            _require_same_rule(seed.model.router, rule, group.name)
         if 1 < source.experts < group.experts and not rule.starts_from_zero:
             raise InputError(
-                f"model.ffn: {names}: under {name_of(rule)} all tokens would go to one of equal experts; grow a seed "
-                f"with one expert for {group.name}"
-            )
-        known, own = (each.model.router.parameters(config.model.width, group.experts) for each in (seed, config))
-        if source.experts > 1 and any(known[name].shape != own[name].shape for name in known.keys() & own.keys()):
-            raise InputError(
-                f"model.router: {name_of(rule)} has a router of another form than the seed's; grow a seed with one "
-                f"expert for {group.name}"
+                f"model.ffn: {names}: under {name_of(rule)} copies would not share the tokens of their expert; grow a "
+                f"seed with one expert for {group.name}"
             )
         gate = rule.first_gate(group.experts) if source.experts == 1 < group.experts else 1
         share = group_capacity(config.model, group) * times * gate
         scale = float(group_capacity(seed.model, source) / share)
-        copied[group.name] = Copied(source.name, times, scale, group.name in fresh)
+        goes_on = source.experts > 1 and not rule.starts_from_zero and group.name not in fresh
+        copied[group.name] = Copied(source.name, times, scale, group.name in fresh, goes_on)
     return copied
 
 
+def _require_same_rule(seed: Router, rule: Router, group: str) -> None:
+    """InputError where the seed's experts would take other tokens, or with other gates, than they were trained on.
+
+    Rules of expert choice take the same ones, whatever their options are.
+    """
+    related = isinstance(seed, type(rule)) or isinstance(rule, type(seed))
+    if seed != rule and not (related and seed.starts_from_zero and rule.starts_from_zero):
+        other = "with other options" if name_of(seed) == name_of(rule) else f"under {name_of(seed)}"
+        raise InputError(
+            f"model.router: {name_of(rule)}: the seed's experts for {group} were trained {other}; leave the rule as it "
+            f"is there, or grow a seed with one expert for {group}"
+        )
+
+
 def grown_state(
-    program: Program, params: Any, moments: Any, copied: dict[str, Copied], perturb: float, perturb_seed: int
+    program: Program, seed: TrainState, copied: dict[str, Copied], perturb: float, perturb_seed: int
 ) -> TrainState:
     """The state that the new run begins with, born with its shardings.
 
     Args:
-      program: the new run's. params: the seed's. moments: the seed's optimizer state; None: a fresh one.
+      program: the new run's. seed: the seed's state; without an optimizer's state (None) there is a fresh one.
     """
-    routing_state = first_routing_state(program.config)
+    kept = {name: seed.routing_state[own.source] for name, own in copied.items() if own.goes_on}
+    routing_state = first_routing_state(program.config) | jax.device_get(kept)
 
     def make(old, old_moments):
         fresh = sharding.unboxed(init_params(program, routing_state))
@@ -125,7 +139,7 @@ def grown_state(
         return TrainState(jnp.int32(0), params, opt_state, jax.tree.map(jnp.asarray, routing_state))
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(program, routing_state))
-    return jax.jit(make, out_shardings=shardings)(params, moments)
+    return jax.jit(make, out_shardings=shardings)(seed.params, seed.opt_state)
 
 
 def grown(

@@ -39,7 +39,6 @@ from moma_jax.training.step import (
     abstract_params,
     abstract_state,
     make_program,
-    replicate,
     with_dtype,
 )
 from moma_jax.upcycling.copies import Copied, copied_groups, grown_state
@@ -123,11 +122,11 @@ def _grown(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The new run's first state, and what is known from parameters only; `noise` is how much and of which seed."""
     of_seed = _program_of_seed(program, seed.config)
-    params, old_moments = _restored(seed, of_seed, moments)
-    state = grown_state(program, params, old_moments, copied, *noise)
-    jump = _jump((of_seed, params), (program, state.params), vocabulary)
+    before = _restored(seed, of_seed, moments)
+    state = grown_state(program, before, copied, *noise)
+    jump = _jump((of_seed, before), (program, state), vocabulary)
     perturbation = {"relative": noise[0], "seed": noise[1]}
-    return state, {"fingerprint": fingerprint(params), "perturbation": perturbation, "jump": jump}
+    return state, {"fingerprint": fingerprint(before.params), "perturbation": perturbation, "jump": jump}
 
 
 def _meta(config: Config, vocabulary, hashes: dict[str, str | None], ancestry: dict[str, Any]) -> dict[str, Any]:
@@ -177,14 +176,14 @@ def _read_seed(path: str) -> Seed:
     return Seed(path, config, saved, where)
 
 
-def _restored(seed: Seed, program: Program, moments: str) -> tuple[Any, Any]:
-    """The seed's parameters, and its optimizer's state where that is wanted, on the devices of `program`."""
-    routing_state = first_routing_state(program.config)
+def _restored(seed: Seed, program: Program, moments: str) -> TrainState:
+    """The seed's state on the devices of `program`, the optimizer's None where it is not wanted."""
+    step, first = seed.saved.step, first_routing_state(program.config)
     with contextlib.closing(Checkpoints(RunDir(seed.run))) as checkpoints:
-        if moments == "reset":
-            return checkpoints.restore_params(seed.saved.step, abstract_params(program, routing_state)), None
-        state = checkpoints.restore(seed.saved.step, abstract_state(program, routing_state))
-        return state.params, state.opt_state
+        if moments == "tile":
+            return checkpoints.restore(step, abstract_state(program, first))
+        params = checkpoints.restore_params(step, abstract_params(program, first))
+        return TrainState(step, params, None, checkpoints.routing_state(step, sharding.replicated(program.mesh)))
 
 
 def _program_of_seed(program: Program, seed: Config) -> Program:
@@ -275,8 +274,8 @@ def _ancestry(seed: Seed, config: Config) -> dict[str, Any]:
     }
 
 
-def _jump(before: tuple[Program, Any], after: tuple[Program, Any], vocabulary) -> dict[str, Any] | None:
-    """Held-out losses of the seed's and the new model's parameters under the routing of training, without noise.
+def _jump(before: tuple[Program, TrainState], after: tuple[Program, TrainState], vocabulary) -> dict[str, Any] | None:
+    """Held-out losses of the seed and of the new model under the routing of training, without noise.
 
     Returns:
       {"eval_set", "routing", "seed": losses, "upcycled": losses, "difference": losses}; None without a held-out set.
@@ -285,11 +284,10 @@ def _jump(before: tuple[Program, Any], after: tuple[Program, Any], vocabulary) -
     if not sets:
         return None
     found = []
-    for program, params in (before, after):
-        state = replicate(first_routing_state(program.config), program.mesh)
+    for program, state in (before, after):
         name = program.config.model.router.training_name
         evaluator = Evaluator(program, vocabulary, {name: evaluation_decoder(program.decoder)})
-        figures = evaluator(params, state, sets[0])[name]
+        figures = evaluator(state.params, state.routing_state, sets[0])[name]
         found.append({name: value for name, value in figures.items() if name.startswith("loss")})
     difference = {n: None if value is None else found[1][n] - value for n, value in found[0].items()}
     return {

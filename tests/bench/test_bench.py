@@ -88,6 +88,12 @@ def test_a_studys_variants_are_measured_as_it_matches_them():
     assert figures["ruled"]["relative_flops"] == pytest.approx(1, abs=0.1) and figures["ruled"]["quota_slack"] > 0.4
 
 
+def test_no_repeats_measure_nothing():
+    for measure in (bench.bench_step, bench.bench_ffn):
+        with pytest.raises(InputError, match="--repeats: 0; give 1 or more"):
+            measure(*([tiny()] if measure is bench.bench_step else []), repeats=0)
+
+
 @pytest.mark.slow
 def test_parts_and_the_rest_are_the_whole_step(measured):
     for name, figures in measured["variants"].items():

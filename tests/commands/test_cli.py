@@ -345,3 +345,5 @@ def test_routing_rules_are_the_files_of_their_folder(capsys):
     code, table, _ = run(capsys, "routers", "list", "--markdown")
     page = (ROOT / "docs/routers.md").read_text()
     assert code == 0 and page.partition("<!-- rules -->\n")[2].partition("<!-- end -->")[0] == table
+    code, out, err = run(capsys, "routers", "list", "--markdown", "--json")
+    assert (code, out) == (2, "") and "one or the other" in err

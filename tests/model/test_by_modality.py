@@ -1,6 +1,7 @@
 """Attention weights of each modality's own (Mixture-of-Transformers): equal ones are shared ones."""
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from tiny import tiny
 import moma_jax
 from moma_jax import sharding
 from moma_jax.data.stream import open_stream
-from moma_jax.geometry import layer_of
+from moma_jax.ffn import ExpertGroup
+from moma_jax.geometry import GroupSlots, LayerShape, layer_of
 from moma_jax.model.attention import attend_rows, rotary_angles
+from moma_jax.model.by_modality import sort_by_modality
 from moma_jax.model.decoder import first_routing_state
+from moma_jax.router import Quota
 from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.training.step import create_state, make_program, run_decoder
 
@@ -93,6 +97,18 @@ def test_with_equal_weights_it_is_the_shared_model(ffn, norm):
         # Behind a swin norm a router's gradient is what is left of large terms that cancel.
         atol = 1e-5 * max(np.abs(value).max(), 0.01 * largest)
         np.testing.assert_allclose(found, value, atol=atol, err_msg=str(path))
+
+
+def test_beyond_a_quota_the_latest_positions_have_no_slot():
+    """Two rows of four in a routing group, with slots for four pictures' tokens of six."""
+    modality_GT = jnp.array([[1, 1, 0, 1, 1, 1, 1, -1]])
+    slots = [
+        GroupSlots(ExpertGroup(name, (m,), 1), Quota(4, Fraction(1)), 4) for m, name in enumerate(("text", "image"))
+    ]
+    found = sort_by_modality(LayerShape(4, 8, (4, 4), (), tuple(slots)), modality_GT)
+    # By position, then row: image tokens 0, 4, 1, 5 have the slots 4 to 7; 6 and 3 have none, nor has padding.
+    np.testing.assert_array_equal(found.slot_GT, [[4, 6, 0, 8, 5, 7, 8, 8]])
+    np.testing.assert_array_equal(found.token_GS, [[2, 8, 8, 8, 0, 4, 1, 5]])
 
 
 def test_tokens_pass_the_weights_of_their_modality_and_attend_to_all():

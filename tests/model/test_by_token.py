@@ -12,16 +12,18 @@ from ffn_cases import MODALITIES, ROWS, Case, mixed
 from tiny import tiny
 
 from moma_jax.by_token import ByToken, shares
+from moma_jax.checks import resolve
 from moma_jax.errors import InputError
 from moma_jax.geometry import depth_rule
 from moma_jax.model.moe import moe, position_order
 from moma_jax.model.parameters import weights_of
+from moma_jax.recipes import override
 from moma_jax.router import Quota, Score, name_of
 from moma_jax.routers.choice import Choice
 from moma_jax.routers.hash import Hash
 from moma_jax.routers.null import Null
 from moma_jax.routers.random import Random
-from moma_jax.routers.remoe import ReMoE
+from moma_jax.routers.remoe import BOUND, ReMoE
 from moma_jax.routers.sinkhorn import Sinkhorn
 from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.routers.top_p import TopP
@@ -172,6 +174,25 @@ def test_metrics_say_how_loads_lie():
     assert found == {"experts_chosen": 1.0, "dropped": 0.25, "empty_slots": 0.25, "busiest": 1.5}
 
 
+def test_groups_without_a_modality_say_nothing_of_its_experts():
+    """Two routing groups: one of text alone, one of both; every token has one expert, and none is dropped."""
+    modality_GT = np.zeros((2, 24), int)
+    modality_GT[1, ::2] = 1
+    case = Case("2t2i", modality_GT, router=TokenChoice(slack=4.0))
+    (_, result), _ = case.run(state={group.name: TokenChoice().state(2) for group in case.layout.groups})
+    for group in ("text", "image"):
+        assert result.metrics[f"experts_chosen_{group}"] == 1.0 and result.metrics[f"dropped_{group}"] == 0.0
+        assert result.metrics[f"busiest_{group}"] >= 1.0
+
+
+def test_nothing_that_enters_nowhere_is_dropped():
+    rule, score = ReMoE(), scored(np.random.default_rng(0), 8, 2)
+    score = score._replace(logit_TE=-jnp.ones((8, 2)))
+    metrics = rule.select(score, jnp.ones(8, bool), Quota(8, Fraction(1, 2)), rule.state(2), None).metrics
+    found = {name: float(value) for name, value in metrics.items()}
+    assert found == {"experts_chosen": 0.0, "dropped": 0.0, "empty_slots": 1.0, "busiest": 0.0}
+
+
 def test_top_p_holds_the_mean_number_of_experts():
     rule, rng = TopP(mean=2.5, rate=0.02), np.random.default_rng(0)
     quota, eligible_T = Quota(512, rule.capacity(8, None)), jnp.ones(512, bool)
@@ -190,6 +211,8 @@ def test_remoes_term_grows_where_too_many_enter_and_shrinks_where_too_few():
         found = float(rule.moved(state)["log_weight"])
         assert found == pytest.approx(np.log(1e-3 * 1.5**step), abs=1e-5)
     assert float(rule.moved(rule.state(2))["log_weight"]) == pytest.approx(np.log(1e-3))  # nothing was seen yet
+    state |= {"log_weight": jnp.float32(-BOUND)}
+    assert float(rule.moved(state)["log_weight"]) == -BOUND
 
 
 def test_random_draws_are_new_in_training_and_even():
@@ -244,6 +267,36 @@ def test_options_that_do_not_fit_are_refused(what):
     rule, fields, said = REFUSED[what]
     with pytest.raises(InputError, match=said):
         tiny(model_router=rule, **fields)
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [
+        ("token_choice", {"top": 10**400}),
+        ("token_choice", {"slack": 1e308}),
+        ("threshold", {"slack": 1e308}),
+        ("null", {"zero": 10**20}),
+        ("null", {"copy": 10**20}),
+        ("remoe", {"first": 1e300}),
+        ("remoe", {"mean": float("nan")}),
+        ("top_p", {"share": 0.999}),
+        ("sinkhorn", {"iterations": 10**9}),
+    ],
+)
+def test_options_beyond_all_sense_are_refused_in_a_line(rule, option):
+    ((name, value),) = option.items()
+    with pytest.raises(InputError, match=rf"model\.router\.{name}: ") as refused:
+        resolve(override(tiny(), {"model.router": rule, f"model.router.{name}": value}))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+
+
+def test_a_mean_number_of_experts_may_be_a_whole_number():
+    @dataclasses.dataclass(frozen=True)
+    class Both(TokenChoice):
+        def experts_of_a_token(self, experts):
+            return 2
+
+    assert Both().capacity(4, None) == Fraction(1, 2)
 
 
 def test_a_rule_without_a_choice_is_refused():

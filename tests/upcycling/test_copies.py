@@ -25,7 +25,8 @@ def grow(before, after, fresh=()):
     old, new = program_of(before), program_of(after)
     with sharding.use_mesh(old.mesh):
         state = create_state(old, first_routing_state(before))
-        made = grown_state(new, state.params, None, copied_groups(before, after, fresh), 0.0, 0)
+        seed = state.replace(opt_state=None, routing_state=jax.tree.map(lambda x: x + 0.25, state.routing_state))
+        made = grown_state(new, seed, copied_groups(before, after, fresh), 0.0, 0)
     return old, state, new, made
 
 
@@ -87,13 +88,38 @@ def test_a_first_router_gives_tokens_what_their_one_expert_did(name):
     ("before", "rule", "said"),
     [
         ("1t1i", "remoe", "lets nothing in"),
-        ("1t4i", "null", "of another form"),
+        ("1t4i", "null", "the seed's experts for image were trained under choice; leave the rule as it is there"),
         ("2t2i", "token_choice", "grow a seed with one expert for text"),
     ],
 )
 def test_rules_that_cannot_begin_are_refused(before, rule, said):
     with pytest.raises(InputError, match=said):
         copied_groups(tiny(model_ffn=before), tiny(model_ffn="4t4i", model_router=rule))
+
+
+@pytest.mark.parametrize(
+    ("seed", "rule", "after", "said"),
+    [
+        (TokenChoice(), Hash(), "2t2i", "hash: the seed's experts for text were trained under token_choice"),
+        (TokenChoice(), TokenChoice(top=2), "2t2i", "trained with other options"),
+        (TokenChoice(), TokenChoice(), "4t4i", "copies would not share the tokens of their expert"),
+    ],
+)
+def test_a_seed_with_several_experts_keeps_its_rule(seed, rule, after, said):
+    after = {"model_ffn": after, "model_attention_weights": "by_modality"}
+    with pytest.raises(InputError, match=said):
+        copied_groups(tiny(model_ffn="2t2i", model_router=seed), tiny(model_router=rule, **after))
+
+
+@pytest.mark.parametrize(("before", "after", "name"), [("2t2i", "2t2i", "text"), ("4x", "4t4i", "image")])
+def test_controllers_go_on_where_experts_stay(before, after, name):
+    rule = TokenChoice(bias_rate=0.01)
+    fields = {"model_router": rule, "model_norm": "pre"}
+    configs = tiny(model_ffn=before, **fields), tiny(model_ffn=after, model_attention_weights="by_modality", **fields)
+    old, state, new, made = grow(*configs)
+    np.testing.assert_array_equal(made.routing_state[name]["bias_E"], 0.25)
+    thresholds = grow(tiny(model_ffn="1t1i"), tiny(model_ffn="4t4i"))[3].routing_state["text"]["threshold_E"]
+    np.testing.assert_array_equal(thresholds, 0.0)
 
 
 PAIRS = [("dense", "1t1i"), ("2t2i", "2t2i"), ("mod+1t1i", "mod+1t1i")]
