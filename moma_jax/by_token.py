@@ -158,8 +158,17 @@ def balance_loss(chance_TE, enters_TE, eligible_T):
 
 def highest(rank_NE, count: int):
     """Which experts are among the `count` highest of their token, bool (..., E); equal ones go to the lower expert."""
-    _, expert_NK = jax.lax.top_k(jax.lax.stop_gradient(rank_NE), count)
-    return jax.nn.one_hot(expert_NK, rank_NE.shape[-1], dtype=bool).any(-2)
+    return ahead(rank_NE).sum(-1) < count
+
+
+def ahead(rank_NE):
+    """Whether an expert (last axis) stands before another (the one before it) by rank, bool (..., E, E).
+
+    What is summed over it is one fused pass; accelerators sort so few numbers slowly.
+    """
+    number_E, rank_NE = jnp.arange(rank_NE.shape[-1]), jax.lax.stop_gradient(rank_NE)
+    other_NE, own_NE = rank_NE[..., None, :], rank_NE[..., None]
+    return (other_NE > own_NE) | ((other_NE == own_NE) & (number_E < number_E[:, None]))
 
 
 def shares(state: Any):

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moma_jax.by_token import MOST, ByToken, balance_loss, mean_of, shares
+from moma_jax.by_token import MOST, ByToken, ahead, balance_loss, mean_of, shares
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 
@@ -51,11 +51,8 @@ class TopP(ByToken):
 
     def choose(self, score, state, key=None):
         chance_NE = jax.nn.softmax(score.logit_TE)
-        order_NE = jnp.argsort(jax.lax.stop_gradient(-chance_NE), axis=-1)
-        sorted_NE = jnp.take_along_axis(jax.lax.stop_gradient(chance_NE), order_NE, axis=-1)
-        before_NE = jnp.cumsum(sorted_NE, axis=-1) - sorted_NE  # of likelier experts; the likeliest always enters
-        rank_NE = jnp.argsort(order_NE, axis=-1)
-        enters_NE = jnp.take_along_axis(before_NE < state["share"], rank_NE, axis=-1)
+        likelier_NE = jnp.where(ahead(chance_NE), jax.lax.stop_gradient(chance_NE)[..., None, :], 0.0).sum(-1)
+        enters_NE = likelier_NE < state["share"]  # the likeliest always does
         return enters_NE, jnp.where(enters_NE, chance_NE, 0.0)
 
     def losses_of(self, score, enters_TE, gate_TE, eligible_T, state):

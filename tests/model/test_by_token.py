@@ -11,7 +11,7 @@ import rivals
 from ffn_cases import MODALITIES, ROWS, Case, mixed
 from tiny import tiny
 
-from moma_jax.by_token import ByToken, shares
+from moma_jax.by_token import ByToken, highest, shares
 from moma_jax.checks import resolve
 from moma_jax.errors import InputError
 from moma_jax.geometry import depth_rule
@@ -162,6 +162,16 @@ def test_sinkhorns_prices_even_a_lean():
     at_prices = shares(rule.select(score, eligible_T, quota, rule.state(4), jax.random.key(0)).state)
     without = rule.choose(score, rule.state(4))[0].mean(0)
     assert float(without.max()) > 0.5 and float(at_prices.min()) > 0.15 and float(at_prices.max()) < 0.35
+
+
+@pytest.mark.parametrize("experts", [1, 4, 70])
+def test_the_highest_are_those_of_a_stable_sort(experts):
+    rank_NE = np.random.default_rng(0).integers(0, 5, (64, experts)).astype(np.float32)
+    for count in {1, experts // 2, experts} - {0}:
+        order_NE = np.argsort(-rank_NE, axis=1, kind="stable")[:, :count]
+        expected_NE = np.zeros(rank_NE.shape, bool)
+        np.put_along_axis(expected_NE, order_NE, True, axis=1)
+        np.testing.assert_array_equal(jax.jit(highest, static_argnums=1)(rank_NE, count), expected_NE)
 
 
 def test_metrics_say_how_loads_lie():
