@@ -35,7 +35,7 @@ class Sinkhorn(ByToken):
             share_TE = jax.nn.softmax(logit_TE - price_E) * eligible_T[:, None]
             return price_E + jnp.log(jnp.maximum(share_TE.sum(0), 1e-9))  # of equal loads it moves all alike
 
-        price_E = jax.lax.fori_loop(0, self.iterations, dearer, jnp.zeros(logit_TE.shape[1]))
+        price_E = jax.lax.fori_loop(1, self.iterations, dearer, dearer(0, 0.0))
         return super().select(score._replace(rank_TE=logit_TE - price_E), eligible_T, quota, state, key)
 
     def choose(self, score, state, key=None):
