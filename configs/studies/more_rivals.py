@@ -3,14 +3,12 @@
 Token choice by a bias that follows the load instead of a loss, fine-grained experts beside a shared one, top-p, ReMoE,
 and null experts; and attention weights of each modality's own (Mixture-of-Transformers, -mot). Rules under which tokens
 enter a varying number of experts are matched at the mean that they aim at; what was measured, and how many slots stayed
-empty, is in the report. 4t4i-twice, whose experts choose twice as many tokens at half the hidden size, was added when
-configs/studies/rivals.py had shown expert choice behind token choice: under it 4 to 5 tokens of 10 enter no expert of a
-layer.
+empty, is in the report.
 
 Command:   moma study configs/studies/more_rivals.py
            moma study configs/studies/more_rivals.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      36 trials of 0.3 of the budget, then 9 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      32 trials of 0.3 of the budget, then 8 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 """
 
 from moma_jax import recipes, shipped
@@ -40,7 +38,6 @@ def study() -> Study:
             ruled("null", "null", top=2, zero=4),
             Variant("dense-mot", {"model.ffn": "dense", **own}),
             Variant("1t1i-mot", {"model.ffn": "1t1i", **own}),
-            Variant("4t4i-twice", {"model.ffn": "4t4i", "model.capacity": 0.5}, match="model.hidden"),
             Variant("4t4i-mot", {"model.ffn": "4t4i", **own}, match="model.hidden"),
         ),
         seeds=(0,),
