@@ -1,9 +1,9 @@
 """The rivals side by side: other routing rules than MoMa's expert choice, at equal FLOPs on equal data.
 
 Token choice with a loss, and the two controls that every routing study needs: hash routing, which learns nothing, and
-random routing, under which experts cannot differ. Four experts for each modality. 4t4i-twice, whose experts choose twice
-as many tokens at half the hidden size, was added when the others' runs had shown expert choice behind token choice, to
-tell why: under it 4 to 5 tokens of 10 enter no expert of a layer.
+random routing, under which experts cannot differ. Four experts for each modality. 4t4i-twice, whose experts choose
+twice as many tokens at half the hidden size, was added when the others' runs had shown expert choice behind token
+choice, to tell why: under it 4 to 5 tokens of 10 enter no expert of a layer.
 
 Command:   moma study configs/studies/rivals.py
            moma study configs/studies/rivals.py --report
