@@ -72,7 +72,10 @@ def valid(**sections) -> Config:
         ({"model": {"capacity": 1e-5}}, "model.capacity: must be at least 0.0001"),
         ({"model": {"layers": 0}}, "model.layers: must be positive"),
         ({"model": {"router": Choice(jitter=-1.0)}}, "model.router.jitter: must be 0 or more"),
-        ({"model": {"router": Threshold(slack=0.9)}}, "model.router.slack: must be 1 or more, such as 1.25; is 0.9"),
+        (
+            {"model": {"router": Threshold(slack=0.9)}},
+            "model.router.slack: must be at least 1 and at most 65536, such as 1.25; is 0.9",
+        ),
         ({"model": {"router": Threshold(warmup=0)}}, "model.router.warmup: must be 1 or more"),
         ({"routers": {"steps": 0}}, "routers.steps: must be positive"),
         ({"routers": {"peak_lr": -1.0}}, "routers.peak_lr: must be positive"),
