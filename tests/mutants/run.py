@@ -62,8 +62,8 @@ MUTANTS = (
     Mutant(
         "a token of another modality is eligible",
         "model/moe.py",
-        "eligible_GT = jnp.isin(tokens.modality_GT, jnp.array(own.group.modalities))",
-        "eligible_GT = jnp.isin(tokens.modality_GT, jnp.array(own.group.modalities)).at[:, 0].set(True)",
+        "eligible_GT = eligible(own.group, tokens.modality_GT)",
+        "eligible_GT = eligible(own.group, tokens.modality_GT).at[:, 0].set(True)",
         "model/test_experts.py",
     ),
     Mutant(
