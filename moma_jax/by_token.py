@@ -6,7 +6,6 @@ are those of moma_jax/router.py. Imports no JAX.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -16,10 +15,8 @@ import numpy as np
 from moma_jax.errors import InputError
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
-from moma_jax.router import CAUSAL, Routed, Router, Score, name_of, take_entering
+from moma_jax.router import CAUSAL, MOST, Routed, Router, Score, name_of, take_entering
 
-MOST = 65_536
-"""Experts of a token, or of a group, that an option may ask for."""
 LOADS = ("experts_chosen", "dropped", "empty_slots", "busiest")
 """What is recorded of a group of experts: experts that a token chose, the share of choices without a slot, the share of
 slots without a token, and the choices of the expert that has most over an even share."""
@@ -99,7 +96,7 @@ class ByToken(Router):
         return Fraction(self.experts_of_a_token(experts)) / experts
 
     def slots(self, quota, tokens):
-        return min(tokens, quota.tokens, math.ceil(quota.slots * self.slack))
+        return quota.with_slack(self.slack, tokens)
 
     def refuses(self, experts, asked):
         if asked is not None:

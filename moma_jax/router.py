@@ -29,6 +29,8 @@ from moma_jax.late import jax, jnp
 
 CAUSAL, THRESHOLD = CAUSAL_ROUTINGS = ("causal", "threshold")
 """Names of causal routings: by auxiliary routers or by the rule's nature, and by running thresholds."""
+MOST = 65_536
+"""Experts of a token or of a group, or times an even share, that an option of a rule may ask for."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Quota:
     tokens: int
     capacity: Fraction
     down: bool = False
+
+    def with_slack(self, slack: float, tokens: int) -> int:
+        """Slots of an expert that tokens enter one by one: `slack` times as many, as far as so many tokens can fill."""
+        return min(tokens, self.tokens, math.ceil(self.slots * slack))
 
     @property
     def slots(self) -> int:

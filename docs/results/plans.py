@@ -60,9 +60,7 @@ def main(words: list[str]) -> int:
             continue
         start = time.monotonic()
         config = moma_jax.recipe(HERE.parent.parent / "configs" / f"{recipe}.py", {"model.ffn": ffn})
-        plan = moma_jax.plan(config, topology)
-        made_by = ", ".join(f"{package} {version(package)}" for package in COMPILERS)
-        rows[name] = {**{key: plan[key] for key in KEPT}, "versions": made_by}
+        rows[name] = planned(config, topology)
         path.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{name}: {written(name, rows[name])} ({time.monotonic() - start:.0f} s)", flush=True)
         (HERE / "plans.md").write_text(table(rows))
@@ -71,6 +69,20 @@ def main(words: list[str]) -> int:
         row = rows[name]
         print(f"{name}: moves {row['expert_stacks_gathered']}, logits replicated: {row['replicated_logits']}")
     return 1 if wrong else 0
+
+
+def planned(config: moma_jax.config.Config, topology: str) -> dict:
+    """What is kept of a plan, with the versions that made it."""
+    plan = moma_jax.plan(config, topology)
+    made_by = ", ".join(f"{package} {version(package)}" for package in COMPILERS)
+    return {**{key: plan[key] for key in KEPT}, "versions": made_by}
+
+
+def memory(row: dict) -> str:
+    """GiB of a device that a plan takes."""
+    total = row["bytes_per_device"]["total"]
+    taken = f"{'?' if total is None else f'{total / 2**30:.1f}'} of {row['memory_per_device'] / 2**30:.0f}"
+    return taken if row["fits"] else f"{taken}: does not fit"
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -86,8 +98,6 @@ def written(name: str, row: dict) -> str:
     """One line of the table."""
     recipe, ffn, topology = name.split()
     mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
-    total = row["bytes_per_device"]["total"]
-    memory = f"{'?' if total is None else f'{total / 2**30:.1f}'} of {row['memory_per_device'] / 2**30:.0f}"
     if row["fits"]:
         (least, most), (low, high) = row["step_seconds_range"], row["mfu_range"]
         speed = [
@@ -97,8 +107,9 @@ def written(name: str, row: dict) -> str:
             f"{row['exposed_communication_share']:.1%}",
         ]
     else:
-        memory, speed = f"{memory}: does not fit", ["", "", "", ""]
-    cells = [recipe, ffn, topology, str(row["devices"]), mesh, str(row["accumulate"]), row["remat"], memory, *speed]
+        speed = ["", "", "", ""]
+    setting = [str(row["devices"]), mesh, str(row["accumulate"]), row["remat"]]
+    cells = [recipe, ffn, topology, *setting, memory(row), *speed]
     return "| " + " | ".join(cells) + " |"
 
 

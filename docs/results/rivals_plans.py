@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from plans import memory, planned
 
 import moma_jax
 from moma_jax.cost import flops_per_token
@@ -26,7 +27,6 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs"
 SLICE = "v5p-128"
 SETTING = {"mesh.data": 32, "mesh.fsdp": 2, "train.accumulate": 2, "model.ffn": "dense"}
-KEPT = ("fits", "bytes_per_device", "memory_per_device", "step_seconds_estimate", "step_seconds_range", "mfu_estimate")
 HEAD = """\
 | variant | hidden | FLOPs per token, of dense's | GiB per device | s/step | of dense's | MFU |
 |---|---|---|---|---|---|---|"""
@@ -44,13 +44,8 @@ def main(words: list[str]) -> int:
         name = each.variant.name
         if name in rows or (words and name not in words):
             continue
-        plan = moma_jax.plan(each.config, SLICE)
-        rows[name] = {
-            "hidden": each.config.model.hidden,
-            "flops_per_token": flops_per_token(each.config),
-            "versions": ", ".join(f"{package} {version(package)}" for package in ("jax", "libtpu")),
-            **{key: plan[key] for key in KEPT},
-        }
+        own = {"hidden": each.config.model.hidden, "flops_per_token": flops_per_token(each.config)}
+        rows[name] = own | planned(each.config, SLICE)
         path.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"{name} is planned", file=sys.stderr, flush=True)
     print("\n".join([HEAD, *(line(name, rows) for name in rows)]))
@@ -69,13 +64,12 @@ def on_the_papers_model() -> Study:
 def line(name: str, rows: dict[str, dict]) -> str:
     """One line of the table."""
     row, dense = rows[name], rows["dense"]
-    total, memory = row["bytes_per_device"]["total"] / 2**30, row["memory_per_device"] / 2**30
     least, most = row["step_seconds_range"]
     cells = [
         name,
         f"{row['hidden']}",
         f"{row['flops_per_token'] / dense['flops_per_token']:.3f}",
-        f"{total:.1f} of {memory:.0f}" + ("" if row["fits"] else ": does not fit"),
+        memory(row),
         f"{row['step_seconds_estimate']:.2f} ({least:.2f} to {most:.2f})",
         f"{row['step_seconds_estimate'] / dense['step_seconds_estimate']:.2f}",
         f"{row['mfu_estimate']:.1%}",

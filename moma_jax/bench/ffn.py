@@ -33,9 +33,9 @@ def bench_ffn(
     Raises:
       InputError: `ffn` is not an FFN of text and image, or numbers measure nothing.
     """
+    require_some(tokens=tokens, repeats=repeats)
     x_BSD = random(0, (1, tokens, width), jnp.float32)
     cases = {name: _half_and_half(name, width, hidden, tokens) for name in dict.fromkeys(("dense", ffn))}
-    require_some(tokens=tokens, repeats=repeats)
     say(f"FFN {ffn} and dense: d={width}, F={hidden}, {tokens} tokens, {repeats} times each")
     seconds = in_turns({name: case.whole(x_BSD) for name, case in cases.items()}, repeats)
     parts = in_turns(cases[ffn].pieces(x_BSD), max(repeats // 4, 1))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moma_jax import vocab
-from moma_jax.bench.timing import in_turns, say, summarise, timed
+from moma_jax.bench.timing import in_turns, require_some, say, summarise, timed
 from moma_jax.checks import resolve
 from moma_jax.config import Config
 from moma_jax.errors import InputError
@@ -72,10 +72,8 @@ def bench_generate(
     Raises:
       InputError: the config or a variant contradicts itself, or the modalities are not text and one with spans.
     """
-    least = {"prompt": (prompt, 3), "tokens": (tokens, 1), "repeats": (repeats, 1), "batch": (min(batch, default=0), 1)}
-    for name, (value, bound) in least.items():
-        if value < bound:
-            raise InputError(f"--{name}: {value}; give {bound} or more")
+    require_some(least=3, prompt=prompt)
+    require_some(tokens=tokens, repeats=repeats, batch=min(batch, default=0))
     variants = {name: variant_of(config, name) for name in dict.fromkeys(ffn)}
     model = next(iter(variants.values())).config.model
     bandwidth = measure_bandwidth()

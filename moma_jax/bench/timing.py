@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from moma_jax.errors import InputError
 
 
-def require_some(**counts: int) -> None:
+def require_some(least: int = 1, **counts: int) -> None:
     """InputError where an option's number, of calls or of what they work on, would measure nothing."""
     for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"--{name.replace('_', '-')}: {count}; give 1 or more")
+        if count < least:
+            raise InputError(f"--{name.replace('_', '-')}: {count}; give {least} or more")
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moma_jax.ffn import ExpertGroup
 from moma_jax.router import Selection
 
 SUFFIX = "_auxiliary"
@@ -22,17 +21,16 @@ LOSS = "auxiliary"
 """Name of the cross-entropy among the routing losses: a sum over layers of means over (token, expert) pairs."""
 
 
-def judge(predicted_GTE, modality_GT, selection: Selection, group: ExpertGroup, modalities: int):
+def judge(predicted_GTE, modality_GT, eligible_GT, selection: Selection, modalities: int):
     """How well an auxiliary router predicts what the experts of its group took.
 
     Args:
-      predicted_GTE: its logits. modality_GT: -1 on padding. selection: (G, E, C).
+      predicted_GTE: its logits. modality_GT: -1 on padding. eligible_GT: tokens of the group. selection: (G, E, C).
 
     Returns:
       (cross-entropy, a mean over routing groups; int32 predicted_M4 (`RoutingReport`) summed over them).
     """
     taken_GTE = jax.vmap(lambda chosen: taken_pairs(chosen, predicted_GTE.shape[1]))(selection)
-    eligible_GT = jnp.isin(modality_GT, jnp.array(group.modalities))
     loss = jax.vmap(cross_entropy)(predicted_GTE, taken_GTE, eligible_GT).mean()
     count = jax.vmap(lambda *x: count_pairs(*x, modalities))
     return loss, count(predicted_GTE, taken_GTE, eligible_GT, modality_GT).sum(0)

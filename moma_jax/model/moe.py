@@ -30,8 +30,9 @@ from moma_jax.router import Router, Score, Selection, take_entering
 from moma_jax.sharding import BATCH, TENSOR
 
 KEPT = "feed_forward"
+"""Name, for remat policies, of the layer's output: with it, slots need not be combined anew."""
 LOGITS = "router_logits"
-"""Name, for remat policies, of router logits and the layer's output: with it, slots need not be combined anew."""
+"""The same of router logits, by which tokens and experts are chosen."""
 
 
 class RoutingTokens(NamedTuple):
@@ -277,6 +278,7 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
     predicted_M4 = jnp.zeros((routing.modalities, 4), jnp.int32)
     for number, own in routing.routed:
         group, before = own.group, state.get(own.group.name)
+        eligible_GT = eligible(group, tokens.modality_GT)
         score_GTE, predicted_GTE = scores(x_GTD, weights[group.name], routing.rule)
         answer, quiet, copied = _select_group(score_GTE, predicted_GTE, tokens, keys, before, number, own, routing)
         selections[group.name], copied_GT = answer.selection, added(copied_GT, copied)
@@ -286,13 +288,13 @@ def select(x_GTD, tokens: RoutingTokens, keys: RoutingKeys, state, weights, rout
         if predicted_GTE is not None:
             if auxiliary.LOSS in extra:
                 raise InputError(f"router: its loss {auxiliary.LOSS} is the auxiliary routers'; give it another name")
-            judged = (predicted_GTE, tokens.modality_GT, quiet, group, routing.modalities)
+            judged = (predicted_GTE, tokens.modality_GT, eligible_GT, quiet, routing.modalities)
             loss, own_M4 = auxiliary.judge(*judged)
             extra, predicted_M4 = extra | {auxiliary.LOSS: loss}, predicted_M4 + own_M4
         for name, loss_G in extra.items():
             losses[name] = losses.get(name, 0.0) + loss_G.mean()
         for name, value_G in answer.metrics.items():
-            metrics[f"{name}_{group.name}"] = _mean_of_groups(value_G, eligible(group, tokens.modality_GT))
+            metrics[f"{name}_{group.name}"] = _mean_of_groups(value_G, eligible_GT)
     return RoutingResult(state, losses, metrics, None, predicted_M4, selections), copied_GT
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from moma_jax.by_token import MOST, ByToken, balance_loss, highest
+from moma_jax.by_token import ByToken, balance_loss, highest
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
-from moma_jax.router import Parameter
+from moma_jax.router import MOST, Parameter
 
 
 @dataclass(frozen=True)

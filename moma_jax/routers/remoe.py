@@ -16,10 +16,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from moma_jax.by_token import MOST, ByToken, shares
+from moma_jax.by_token import ByToken, shares
 from moma_jax.errors import InputError
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
+from moma_jax.router import MOST
 
 BOUND = 40.0
 """Of the logarithm of the L1 term's weight, either way: where nothing can enter it would grow beyond all numbers."""

@@ -7,14 +7,12 @@ where nothing passes it sinks to where the expert's share does. Noise on scores 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from moma_jax.by_token import MOST
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
-from moma_jax.router import Quota, Routed, Router, Score, Selection, take_entering
+from moma_jax.router import MOST, Quota, Routed, Router, Score, Selection, take_entering
 from moma_jax.routers.choice import Choice, State, passes_threshold
 
 
@@ -44,7 +42,7 @@ class Threshold(Choice):
         return Routed(selection, followed | {"dropped_E": dropped_E})
 
     def slots(self, quota: Quota, tokens: int) -> int:
-        return min(tokens, quota.tokens, math.ceil(quota.slots * self.slack))
+        return quota.with_slack(self.slack, tokens)
 
     def for_evaluation(self) -> Router:
         return Choice(**{field.name: getattr(self, field.name) for field in fields(Choice)})

@@ -14,9 +14,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from moma_jax.by_token import MOST, ByToken, balance_loss, highest, mean_of, shares
+from moma_jax.by_token import ByToken, balance_loss, highest, mean_of, shares
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
+from moma_jax.router import MOST
 
 
 @dataclass(frozen=True)

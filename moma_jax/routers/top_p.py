@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from moma_jax.by_token import MOST, ByToken, ahead, balance_loss, mean_of, shares
+from moma_jax.by_token import ByToken, ahead, balance_loss, mean_of, shares
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
+from moma_jax.router import MOST
 
 LEAST_SHARE = 0.01
 """Of p, and of what is left to 1."""

@@ -347,7 +347,9 @@ def _paired_documents(size: str, name: str, against: str, ours: dict[int, Run], 
     pairs = [(ours[seed], theirs[seed]) for seed in seeds]
     runs = [run for pair in pairs for run in pair]
     sets = dict.fromkeys(eval_set for run in runs for eval_set, _ in run.documents)
-    routings = causal_routings(runs) or [run.unrouted for run in runs[-1:] if run.unrouted]
+    routings = causal_routings(runs)
+    if runs and all(run.unrouted for run in runs):  # whatever their routings are called, a set has one loss
+        routings = [runs[-1].unrouted]
     for eval_set, routing in itertools.product(sets, routings):
         both = [[run.documents.get((eval_set, run.recorded_as(routing))) for run in pair] for pair in pairs]
         if any(None in pair for pair in both):

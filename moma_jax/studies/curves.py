@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -308,13 +309,11 @@ def _loads(train: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     steps = np.array([0, *(r["step"] for r in train)])
     last = [(r, n) for r, n in zip(train, np.diff(steps), strict=True) if r["step"] > (1 - WINDOW) * steps[-1]]
     found: dict[str, dict[str, float]] = {}
-    for figure in LOADS:
-        begun = f"routing_{figure}_"
-        for name in (name for name in (train[-1] if train else {}) if name.startswith(begun)):
-            known = [(r[name], n) for r, n in last if r.get(name) is not None]
-            if known:
-                mean = np.average([value for value, _ in known], weights=[n for _, n in known])
-                found.setdefault(name.removeprefix(begun), {})[figure] = float(mean)
+    for figure, name in itertools.product(LOADS, train[-1] if train else ()):
+        known = [(r[name], n) for r, n in last if r.get(name) is not None]
+        if known and name.startswith(begun := f"routing_{figure}_"):
+            mean = np.average([value for value, _ in known], weights=[n for _, n in known])
+            found.setdefault(name.removeprefix(begun), {})[figure] = float(mean)
     return found
 
 

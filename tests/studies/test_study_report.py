@@ -244,6 +244,18 @@ def test_documents_of_unrouted_runs_stand_once_whatever_their_rules_are_called(t
     ]
 
 
+def test_documents_of_a_run_without_a_causal_routing_are_not_compared(tmp_path):
+    study = study_of(tmp_path, "plain", seeds=(0, 1))
+    seeing = {"routings": ("choice", "training")}
+    write_study(study, {name: same(power()) for name in ("dense", "plain")}, plain=seeing)
+    for job in jobs(study):
+        how = seeing if job.variant == "plain" else {}
+        write_documents(job.config.run.dir, lambda d, m: d % 5 + 2.0, **how)
+    write_report(study, str(tmp_path / "out"), {})
+    page = (tmp_path / "out" / "report.md").read_text().partition("## The same documents")[2].partition("\n## ")[0]
+    assert "None: no two variants" in page
+
+
 def test_an_upcycled_run_is_charged_for_its_seed(tmp_path):
     study = study_of(tmp_path)
     upcycled = Variant("up", {"model.ffn": "1t1i"}, upcycled=Upcycled({"model.ffn": "dense"}, share=0.25))
