@@ -227,8 +227,11 @@ class Checkpoints:
         return self._lost
 
     def written(self) -> list[Written]:
-        """What process 0 wrote since it was asked last."""
-        written, self._written = self._written, []
+        """What process 0 wrote since it was asked last; a checkpoint counts once it has appeared."""
+        last = self._newest[1].step if self._manager.is_saving_in_progress() else None
+        written = []
+        while self._written and self._written[0].of_step != last:
+            written.append(self._written.pop(0))
         return written
 
     def _begin(self) -> None:

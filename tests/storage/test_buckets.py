@@ -80,8 +80,10 @@ def test_a_run_in_a_bucket_equals_one_on_a_disk(faults, on_disk, tmp_path, monke
             assert saves == [5, 10, 12]  # the last one ends after the records were sealed for it
 
 
-def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_disk, tmp_path):
+def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_disk, tmp_path, monkeypatch):
     with google() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         first = begin("gs://bucket/a", tmp_path, environment)
         for line in first.stdout:
             if line.startswith("step 12/"):  # that of step 5 is there, as the next one was begun
@@ -90,8 +92,12 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_
         second = begin("gs://bucket/a", tmp_path, environment)
         while "waiting 20 s" not in second.stderr.readline():
             assert second.poll() is None
-        first.send_signal(signal.SIGCONT)
-        time.sleep(lease.BEAT / 10)  # its beat is overdue: the next one comes at once
+        run = Directory("gs://bucket/a/run")
+        before = run.read(lease.FILE)
+        time.sleep(lease.BEAT)
+        first.send_signal(signal.SIGCONT)  # its beat is overdue: the next one comes at once
+        while run.read(lease.FILE) == before:
+            time.sleep(0.02)
         first.send_signal(signal.SIGSTOP)
         _, err = second.communicate(timeout=300)
         assert second.returncode == 2 and f"process {first.pid} of " in err and "is writing here" in err, err
