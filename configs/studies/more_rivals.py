@@ -40,7 +40,7 @@ def study() -> Study:
             Variant("1t1i-mot", {"model.ffn": "1t1i", **own}),
             Variant("4t4i-mot", {"model.ffn": "4t4i", **own}, match="model.hidden"),
         ),
-        seeds=(0,),
+        seeds=(0, 1, 2),
         tokens=base.train.tokens,
         budgets=(0.5, 0.71, 1.41, 2.0),
         sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2, 4e-2), share=0.3),
