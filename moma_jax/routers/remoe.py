@@ -22,8 +22,9 @@ from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import MOST
 
-BOUND = 40.0
-"""Of the logarithm of the L1 term's weight, either way: where nothing can enter it would grow beyond all numbers."""
+LIGHTEST, HEAVIEST = 1e-8, 1e16
+"""Bounds of the L1 term's weight. A lighter one does nothing more, and would take hundreds of updates to come back once
+tokens enter too many experts again; where nothing can enter a heavier one would grow beyond all numbers."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ReMoE(ByToken):
 
     mean: float = setting(1.0, least=0.01, most=MOST)
     """Experts of a token on average."""
-    first: float = setting(1e-8, above=0, most=1)
+    first: float = setting(LIGHTEST, least=LIGHTEST, most=1)
     """Weight of the L1 term in the beginning."""
     factor: float = setting(1.2, least=1, most=10)
     """By which it grows or shrinks, per update."""
@@ -47,7 +48,7 @@ class ReMoE(ByToken):
         seen = state["eligible"] > 0
         step = jnp.where(seen, jnp.sign(shares(state).sum(-1) - self.mean), 0.0)
         moved = state["log_weight"] + math.log(self.factor) * step
-        return state | {"log_weight": jnp.clip(moved, -BOUND, BOUND)}
+        return state | {"log_weight": jnp.clip(moved, math.log(LIGHTEST), math.log(HEAVIEST))}
 
     def choose(self, score, state, key=None):
         return score.logit_TE > 0, jax.nn.relu(score.logit_TE)

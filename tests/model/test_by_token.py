@@ -23,7 +23,7 @@ from moma_jax.routers.choice import Choice
 from moma_jax.routers.hash import Hash
 from moma_jax.routers.null import Null
 from moma_jax.routers.random import Random
-from moma_jax.routers.remoe import BOUND, ReMoE
+from moma_jax.routers.remoe import LIGHTEST, ReMoE
 from moma_jax.routers.sinkhorn import Sinkhorn
 from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.routers.top_p import TopP
@@ -221,8 +221,15 @@ def test_remoes_term_grows_where_too_many_enter_and_shrinks_where_too_few():
         found = float(rule.moved(state)["log_weight"])
         assert found == pytest.approx(np.log(1e-3 * 1.5**step), abs=1e-5)
     assert float(rule.moved(rule.state(2))["log_weight"]) == pytest.approx(np.log(1e-3))  # nothing was seen yet
-    state |= {"log_weight": jnp.float32(-BOUND)}
-    assert float(rule.moved(state)["log_weight"]) == -BOUND
+
+
+def test_remoes_term_comes_back_soon_after_a_long_time_of_too_few():
+    rule, loads = ReMoE(), [5] * 1000 + [30] * 120
+    state = rule.state(2)
+    for taken in loads:
+        state = rule.moved(state | {"taken_E": jnp.full(2, taken, jnp.float32), "eligible": jnp.float32(20)})
+        assert float(state["log_weight"]) >= np.log(LIGHTEST) - 1e-5
+    assert float(state["log_weight"]) == pytest.approx(np.log(LIGHTEST) + 120 * np.log(rule.factor), abs=1e-3)
 
 
 def test_random_draws_are_new_in_training_and_even():
