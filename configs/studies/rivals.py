@@ -3,12 +3,14 @@
 Token choice with a loss, and the two controls that every routing study needs: hash routing, which learns nothing, and
 random routing, under which experts cannot differ. Four experts for each modality. 4t4i-twice, whose experts choose
 twice as many tokens at half the hidden size, was added when the others' runs had shown expert choice behind token
-choice, to tell why: under it 4 to 5 tokens of 10 enter no expert of a layer.
+choice, to tell why: under it 4 to 5 tokens of 10 enter no expert of a layer. token-choice-tight, with slots for 1.25
+times the even load instead of 2, was added when half the slots had stayed empty: what do fewer slots, and so faster
+steps, cost?
 
 Command:   moma study configs/studies/rivals.py
            moma study configs/studies/rivals.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      16 trials of 0.3 of the budget, then 12 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      20 trials of 0.3 of the budget, then 15 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 
 The rule is that of configs/studies/ffn.py: a variant is ahead of another, or behind, where the 95% t-interval of the
 paired log eta over the seeds lies on one side of 0, by the final held-out loss under the rule's own causal routing
@@ -33,6 +35,11 @@ def study() -> Study:
             Variant("hash", {"model.ffn": "4t4i", "model.router": "hash"}, match="model.hidden"),
             Variant("random", {"model.ffn": "4t4i", "model.router": "random"}, match="model.hidden"),
             Variant("4t4i-twice", {"model.ffn": "4t4i", "model.capacity": 0.5}, match="model.hidden"),
+            Variant(
+                "token-choice-tight",
+                {"model.ffn": "4t4i", "model.router": "token_choice", "model.router.slack": 1.25},
+                match="model.hidden",
+            ),
         ),
         seeds=(0, 1, 2),
         tokens=base.train.tokens,
