@@ -51,7 +51,9 @@ class ByToken(Router):
         return state
 
     def losses_of(self, score: Score, enters_TE, gate_TE, eligible_T, state: Any) -> dict[str, Any]:
-        """Losses of one routing group by name, `enters_TE` and `gate_TE` of eligible tokens alone."""
+        """Losses of one routing group by name, `enters_TE` and `gate_TE` of eligible tokens alone. Their mean over
+        routing groups is what trains, each weighing alike, so that microbatches and devices may divide them in any way;
+        keep groups large where loads are to be even."""
         return {}
 
     def experts_of_a_token(self, experts: int) -> Fraction:

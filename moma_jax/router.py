@@ -201,16 +201,26 @@ class Router:
 
         Returns:
           Routed, with a Selection of (E, `slots(quota, T)`).
+
+        Raises:
+          InputError: the rule needs its state, and there is none.
         """
         raise NotImplementedError
 
     def decide(self, score: Score, state: Any, routing: str):
-        """(enters_NE bool, gate_NE float32) of every token by itself, under one of `causal`; no noise."""
+        """(enters_NE bool, gate_NE float32) of every token by itself; no noise.
+
+        Args:
+          score: (N, E) each. state: of `state`, as the latest update left it. routing: one of `causal`.
+
+        Raises:
+          InputError: the rule needs its state, and there is none.
+        """
         raise NotImplementedError
 
     def copies(self, score: Score, state: Any):
         """float32 (N,) weight of each token's own input in the layer's output, by experts that pass it on unchanged;
-        None where the rule has none of these. In training and at inference."""
+        None where the rule has none of these. In training and at inference; `state` as for `decide`."""
         return None
 
     def refuses(self, experts: int, asked: Fraction | None) -> str | None:

@@ -1,4 +1,4 @@
-"""More rivals, one seed each: what one seed cannot say is left undecided (configs/studies/rivals.py has three seeds).
+"""More rivals, three seeds each, beside those of configs/studies/rivals.py.
 
 Token choice by a bias that follows the load instead of a loss, fine-grained experts beside a shared one, top-p, ReMoE,
 and null experts; and attention weights of each modality's own (Mixture-of-Transformers, -mot). Rules under which tokens
@@ -8,7 +8,7 @@ empty, is in the report.
 Command:   moma study configs/studies/more_rivals.py
            moma study configs/studies/more_rivals.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      32 trials of 0.3 of the budget, then 8 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      32 trials of 0.3 of the budget, then 24 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
 """
 
 from moma_jax import recipes, shipped

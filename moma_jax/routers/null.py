@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from moma_jax.by_token import ByToken, balance_loss, highest
+from moma_jax.errors import InputError
 from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import MOST, Parameter
@@ -72,4 +73,6 @@ class Null(ByToken):
         return super().refuses(experts, asked)
 
     def first_gate(self, experts):
+        if self.copy:
+            raise InputError("model.router: null: copies would add to the seed's function; upcycle with copy=0")
         return Fraction(1, experts + self.zero + self.copy)

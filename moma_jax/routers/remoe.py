@@ -3,8 +3,8 @@
 Gates are continuous, so the router learns by gradients alone. An L1 term on the gates, heavier for experts that take
 much, makes them sparse: its weight grows by `factor` after every update in which tokens entered more than `mean`
 experts on average and shrinks otherwise. The paper has one weight for the model, here every layer and group has its
-own. In the beginning half of all pairs are positive, so slots need a `slack` of half the experts, or tokens are dropped
-there.
+own. In the beginning half of all pairs are positive, so slots need a `slack` of half the experts over `mean`, or tokens
+are dropped there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from moma_jax.fields import setting
 from moma_jax.late import jax, jnp
 from moma_jax.router import MOST
 
-LIGHTEST, HEAVIEST = 1e-8, 1e16
-"""Bounds of the L1 term's weight. A lighter one does nothing more, and would take hundreds of updates to come back once
-tokens enter too many experts again; where nothing can enter a heavier one would grow beyond all numbers."""
+LIGHTEST, HEAVIEST = 1e-8, 1e2
+"""Bounds of the L1 term's weight, below which it does nothing and above which it outweighs every other loss: without
+them a weight that was pushed one way for long would take hundreds of updates to come back."""
 
 
 @dataclass(frozen=True)

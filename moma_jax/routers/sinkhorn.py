@@ -1,8 +1,9 @@
 """Sinkhorn: a token enters the experts of the largest entries of an even transport plan of its routing group's logits.
 
 In training every expert has a price, found by Sinkhorn's iterations over all eligible tokens (arXiv 2202.01169), so
-that loads are even without a loss; it depends on later tokens. At inference there is none: a token enters the experts
-of its highest logits. The gate is the sigmoid of the logit, as in BASE layers.
+that loads are even without a loss; it depends on later tokens. Fewer tokens than experts cannot be spread evenly and
+meet no prices. At inference there are none: a token enters the experts of its highest logits. The gate is the sigmoid
+of the logit, as in BASE layers.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Sinkhorn(ByToken):
             return price_E + jnp.log(jnp.maximum(share_TE.sum(0), 1e-9))  # of equal loads it moves all alike
 
         price_E = jax.lax.fori_loop(1, self.iterations, dearer, dearer(0, 0.0))
+        price_E = jnp.where(eligible_T.sum() < len(price_E), 0.0, price_E)
         return super().select(score._replace(rank_TE=logit_TE - price_E), eligible_T, quota, state, key)
 
     def choose(self, score, state, key=None):

@@ -35,7 +35,7 @@ class TokenChoice(ByToken):
     z: float = setting(0.001, least=0)
     """Weight of the z loss, the mean square of the logarithm of a token's partition function."""
     bias_rate: float = setting(0.0, least=0)
-    """How fast biases follow the load, per update; 0: there are none."""
+    """How fast biases follow the load, per update; 0: there are none. The loss stays unless `balance` is 0, too."""
 
     losses: ClassVar[tuple[str, ...]] = ("balance", "z")
     paper: ClassVar[str] = "Switch Transformers 2101.03961, ST-MoE 2202.08906, loss-free 2408.15664"

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from moma_jax import hosts
+from moma_jax import hosts, sharding
 from moma_jax.checks import resolve
 from moma_jax.config import Config, EvalSet, HostsConfig, with_router
 from moma_jax.config_json import to_json
@@ -140,11 +140,10 @@ class Pretraining(TokenStage):
         return abstract_state(self.program, self.routing_state)
 
     def create_state(self) -> TrainState:
-        """A fresh state; its parameters are those of run.init_from where that is given."""
-        if (path := self.program.config.run.init_from) is None:
-            return create_state(self.program, self.routing_state)
-        params = self._params_of(path)
-        return dataclasses.replace(create_state(self.program, self.routing_state), params=params)
+        """A fresh state; what run.init_from learned stands in it where that is given."""
+        path = self.program.config.run.init_from
+        learned = {} if path is None else self._learned_by(path)
+        return dataclasses.replace(create_state(self.program, self.routing_state), **learned)
 
     def compile_step(self, state: TrainState) -> Callable:
         """See `loop.Stage`."""
@@ -231,19 +230,28 @@ class Pretraining(TokenStage):
 
     held_out_lines = staticmethod(held_out_lines)
 
-    def _params_of(self, path: str) -> Any:
-        """The newest parameters of another run; its ids must mean the same."""
+    def _learned_by(self, path: str) -> dict[str, Any]:
+        """The newest parameters of another run, whose ids must mean the same, and what its rule keeps beside them.
+
+        That goes on under the same rule, as biases belong to weights; thresholds of expert choice follow theirs anew.
+        """
         with contextlib.closing(Checkpoints(RunDir(path))) as checkpoints:
             if (latest := checkpoints.latest()) is None:
                 raise InputError(f"run.init_from: {path} has no checkpoint; give the directory of a run that was saved")
-            for name, value in checkpoints.saved(latest).meta["hashes"].items():
+            saved = checkpoints.saved(latest).meta
+            for name, value in saved["hashes"].items():
                 if self.meta["hashes"].get(name) != value:
                     raise InputError(
                         f"run.init_from: the {name} of {path} is not that of this run's stores; use the same"
                     )
             if self.config.run.verify:
                 hosts.by_first(lambda: checkpoints.require_whole(latest))
-            return checkpoints.restore_params(latest, abstract_params(self.program, self.routing_state))
+            learned = {"params": checkpoints.restore_params(latest, abstract_params(self.program, self.routing_state))}
+            same = saved["config"]["model"]["router"] == self.meta["config"]["model"]["router"]
+            if same and not self.config.model.router.starts_from_zero:
+                placed = sharding.replicated(self.program.mesh)
+                learned["routing_state"] = checkpoints.routing_state(latest, placed)
+            return learned
 
 
 def _warnings(config: Config) -> list[str]:

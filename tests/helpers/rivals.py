@@ -80,7 +80,7 @@ def sinkhorn(rule, logit_E, state, token, experts):
 
 def sinkhorn_prices(rule, logits, experts):
     price_E = [0.0] * experts
-    for _ in range(rule.iterations):
+    for _ in range(rule.iterations if len(logits) >= experts else 0):
         shares = [softmax([x - p for x, p in zip(row, price_E, strict=True)]) for row in logits]
         price_E = [p + math.log(max(sum(row[e] for row in shares), 1e-9)) for e, p in enumerate(price_E)]
     return price_E

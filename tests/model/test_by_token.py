@@ -164,6 +164,15 @@ def test_sinkhorns_prices_even_a_lean():
     assert float(without.max()) > 0.5 and float(at_prices.min()) > 0.15 and float(at_prices.max()) < 0.35
 
 
+def test_so_few_tokens_that_they_cannot_be_even_enter_their_highest():
+    rule, score = Sinkhorn(slack=4.0), scored(np.random.default_rng(0), 64, 4)
+    for count in (1, 3):
+        eligible_T = jnp.arange(64) < count
+        found = rule.select(score, eligible_T, Quota(64, Fraction(1, 4)), rule.state(4), None).state["taken_E"]
+        expected = np.bincount(np.argmax(score.logit_TE[:count], axis=1), minlength=4)
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("experts", [1, 4, 70])
 def test_the_highest_are_those_of_a_stable_sort(experts):
     rank_NE = np.random.default_rng(0).integers(0, 5, (64, experts)).astype(np.float32)

@@ -17,6 +17,7 @@ import moma_jax
 from moma_jax.batch import batch_of
 from moma_jax.cost import flops_per_token
 from moma_jax.errors import InputError, RunError
+from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir
 from moma_jax.runs.profiler import profile_warnings
@@ -137,6 +138,16 @@ def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
         moma_jax.train(config)
     with pytest.raises(InputError, match="choice.*-> .*my_choice"):
         moma_jax.train(whole[0], select=my_choice)
+
+
+@pytest.mark.slow
+def test_what_a_rule_learned_goes_on_with_anothers_weights(tmp_path):
+    rule, states = TokenChoice(balance=0.0, bias_rate=0.01), []
+    for name, more in (("one", {}), ("other", {"run_init_from": str(tmp_path / "one"), "train_steps": 1})):
+        moma_jax.train(tiny(tmp_path / name, model_router=rule, **more), quiet=True)
+        states.append(moma_jax.load(str(tmp_path / name)).routing_state["text"])
+    assert np.abs(states[0]["bias_E"]).max() > 0
+    np.testing.assert_array_equal(states[1]["bias_E"], rule.moved(states[0])["bias_E"])
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from moma_jax.errors import InputError
 from moma_jax.model.decoder import first_routing_state
 from moma_jax.router import Score
 from moma_jax.routers.hash import Hash
+from moma_jax.routers.null import Null
 from moma_jax.routers.token_choice import TokenChoice
 from moma_jax.routers.top_p import TopP
 from moma_jax.training.step import create_state, run_decoder
@@ -72,8 +73,9 @@ def test_tokens_that_choose_are_shared_out_among_copies():
 @pytest.mark.parametrize("name", [*(name for name in RIVALS if name != "remoe"), "top_p of few", "sigmoid"])
 def test_a_first_router_gives_tokens_what_their_one_expert_did(name):
     """In the mean over tokens: gates add up to what the copies' down-projections are divided by."""
-    rule = RIVALS | {"top_p of few": TopP(share=0.3), "sigmoid": TokenChoice(gates="sigmoid", normalise=True)}
-    rule, experts = rule[name], 8
+    others = {"null": Null(zero=4), "top_p of few": TopP(share=0.3)}
+    others |= {"sigmoid": TokenChoice(gates="sigmoid", normalise=True)}
+    rule, experts = (RIVALS | others)[name], 8
     columns = rule.parameters(16, experts).get("router_DE")
     shape = (4096, 1 if columns is None else columns.shape[1])
     logit_NE = SMALL * jax.random.normal(jax.random.key(0), shape)
@@ -88,6 +90,7 @@ def test_a_first_router_gives_tokens_what_their_one_expert_did(name):
     ("before", "rule", "said"),
     [
         ("1t1i", "remoe", "lets nothing in"),
+        ("1t1i", Null(copy=1), "copies would add to the seed's function; upcycle with copy=0"),
         ("1t4i", "null", "the seed's experts for image were trained under choice; leave the rule as it is there"),
         ("2t2i", "token_choice", "grow a seed with one expert for text"),
     ],
