@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -83,6 +82,7 @@ class Run:
         every routing. None where they choose.
       tokens_per_second: median over the train records; None without any.
       loads: under a rule by token, `by_token.LOADS` by group of experts, means over the last WINDOW of the updates.
+      left_out: the share of (token, layer) pairs that no expert took, by modality, the same mean.
       documents: of the last evaluation, by (set, routing): by (store, document): by modality the nats and the weight of
         its targets; empty where the run has none.
       budget: share of the study's budget that it has.
@@ -103,6 +103,7 @@ class Run:
     unrouted: str | None
     tokens_per_second: float | None
     loads: dict[str, dict[str, float]]
+    left_out: dict[str, float]
     documents: dict[tuple[str, str], dict[tuple[int, int], dict[str, tuple[float, float]]]]
     budget: float = 1.0
 
@@ -195,6 +196,7 @@ def read_run(variant: str, size: str, seed: int | None, path: str) -> Run:
         unrouted=_unrouted(records),
         tokens_per_second=float(np.median(speeds)) if speeds else None,
         loads=_loads(train),
+        left_out=_last_means(train, "taken_", "_0"),
         documents=read_documents(home) if state == "complete" else {},
     )
 
@@ -305,15 +307,25 @@ def _end(start: Spent, train: list[dict[str, Any]]) -> Spent:
 
 
 def _loads(train: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """How full experts were, by group of experts; a record is the mean over the updates since the one before."""
+    """How full experts were, by group of experts."""
+    found: dict[str, dict[str, float]] = {}
+    for figure in LOADS:
+        for group, mean in _last_means(train, f"routing_{figure}_").items():
+            found.setdefault(group, {})[figure] = mean
+    return found
+
+
+def _last_means(train: list[dict[str, Any]], begun: str, ended: str = "") -> dict[str, float]:
+    """Means over the last WINDOW of the updates, by what is left of the names; a record is the mean over the updates
+    since the one before."""
     steps = np.array([0, *(r["step"] for r in train)])
     last = [(r, n) for r, n in zip(train, np.diff(steps), strict=True) if r["step"] > (1 - WINDOW) * steps[-1]]
-    found: dict[str, dict[str, float]] = {}
-    for figure, name in itertools.product(LOADS, train[-1] if train else ()):
+    found = {}
+    for name in train[-1] if train else ():
         known = [(r[name], n) for r, n in last if r.get(name) is not None]
-        if known and name.startswith(begun := f"routing_{figure}_"):
+        if known and name.startswith(begun) and name.endswith(ended):
             mean = np.average([value for value, _ in known], weights=[n for _, n in known])
-            found.setdefault(name.removeprefix(begun), {})[figure] = float(mean)
+            found[name.removeprefix(begun).removesuffix(ended)] = float(mean)
     return found
 
 

@@ -97,6 +97,10 @@ HOW_TO_READ = """\
 LOADS_MEAN = """\
 Under rules by token, in training: means over the last {percent}% of the updates, over layers, routing groups and seeds.
 *Busiest*: choices of the expert that has most in a routing group, over an even share."""
+LEFT_OUT = 0.001
+LEFT_OUT_MEAN = """\
+Tokens that no expert of a layer took, dropped ones included: means over the last {percent}% of the updates, over
+layers; of variants with {least:.1%} or more."""
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
@@ -188,17 +192,26 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def _loads(finished: Finished) -> str:
-    """Of rules under which tokens choose; empty where there are none."""
-    rows = []
+    """Of rules under which tokens choose, and what no expert took; empty where there is neither."""
+    rows, left_out = [], []
     for (size, variant), group in finished.by_place.items():
         runs = list(group.values())
+        for modality in runs[0].left_out:
+            each = [run.left_out.get(modality, math.nan) for run in runs]
+            if (share := statistics.fmean(each)) >= LEFT_OUT:
+                cells = [f"{share:.1%}", _listed(f"{one:.1%}" for one in each)]
+                left_out.append([_named(size, variant), modality, *cells])
         for name in runs[0].loads:
             found = [[run.loads.get(name, {}).get(figure, math.nan) for run in runs] for figure in LOADS]
             means = map(statistics.fmean, found)
             cells = ["-" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
             rows.append([_named(size, variant), name, _aim(runs[0], name), *cells, str(len(runs))])
     heads = ["variant", "group", "experts of a token, aimed at", "chosen", "choices dropped", "slots empty", "busiest"]
-    return LOADS_MEAN.format(percent=round(100 * WINDOW)) + "\n\n" + _table([*heads, "seeds"], rows) if rows else ""
+    parts = [LOADS_MEAN.format(percent=round(100 * WINDOW)), _table([*heads, "seeds"], rows)] if rows else []
+    if left_out:
+        heads = ["variant", "modality", "entered no expert of a layer", "by seed"]
+        parts += [LEFT_OUT_MEAN.format(percent=round(100 * WINDOW), least=LEFT_OUT), _table(heads, left_out)]
+    return "\n\n".join(parts)
 
 
 def _aim(run: Run, group: str) -> str:

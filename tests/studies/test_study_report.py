@@ -297,10 +297,12 @@ def test_loads_of_rules_by_token_stand_beside_what_they_aim_at(tmp_path):
             for record in (r for r in records if r["kind"] == "train"):
                 record["routing_experts_chosen_text"] = record["step"] / 100 + job.seed
                 record["routing_dropped_text"] = None if record["step"] == 364 else 0.25
+                record |= {"taken_text_0": 0.1 * (1 + job.seed), "taken_text_1": 0.8, "taken_image_0": 0.0}
             path.write_text("".join(json.dumps(r) + "\n" for r in records))
     write_report(study, str(tmp_path / "out"), {})
     page = (tmp_path / "out" / "report.md").read_text()
     assert "| routed | text | 1.33333 | 4.320 | 0.250 | - | - | 2 |" in page and "| dense | text |" not in page
+    assert "| routed | text | 15.0% | 10.0%, 20.0% |" in page and "| image | 0.0%" not in page
 
 
 def test_rules_without_a_common_causal_routing_are_compared_by_each_ones_own(tmp_path):
