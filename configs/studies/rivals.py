@@ -43,7 +43,7 @@ def study() -> Study:
         ),
         seeds=(0, 1, 2),
         tokens=base.train.tokens,
-        budgets=(0.5, 0.71, 1.41, 2.0),
+        budgets=(0.5, 0.71, 1.41, 2.0, 2.83),
         sweep=Sweep("optimizer.peak_lr", (5e-3, 1e-2, 2e-2, 4e-2), share=0.3),
         dir="runs/study",
         records="docs/results/studies/runs",
