@@ -8,7 +8,8 @@ empty, is in the report.
 Command:   moma study configs/studies/more_rivals.py
            moma study configs/studies/more_rivals.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      32 trials of 0.3 of the budget, then 24 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      32 trials of 0.3 of the budget, then 27 runs, the longest of dense among them; dense, 1t1i and 4t4i are
+           those of configs/studies/ffn.py besides, token-choice is that of rivals.py.
 """
 
 from moma_jax import recipes, shipped
@@ -31,6 +32,7 @@ def study() -> Study:
             Variant("dense", {"model.ffn": "dense"}),
             Variant("1t1i", {"model.ffn": "1t1i"}),
             Variant("4t4i", {"model.ffn": "4t4i"}, match="model.hidden"),
+            ruled("token-choice", "token_choice"),
             ruled("token-choice-bias", "token_choice", gates="sigmoid", balance=0.0, z=0.0, bias_rate=0.001),
             ruled("fine-grained", "token_choice", ffn="16t16i+1x", top=3, gates="sigmoid", normalise=True),
             ruled("top-p", "top_p", ffn="8t8i", mean=2.0),

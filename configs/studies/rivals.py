@@ -10,7 +10,8 @@ steps, cost?
 Command:   moma study configs/studies/rivals.py
            moma study configs/studies/rivals.py --report
 Base:      configs/corpus_study.py, whose data, hardware and time for a run it has.
-Runs:      20 trials of 0.3 of the budget, then 15 runs; dense, 1t1i and 4t4i are those of configs/studies/ffn.py.
+Runs:      20 trials of 0.3 of the budget, then 15 runs, the longest of dense, too; the other ones of dense,
+           1t1i and 4t4i are those of configs/studies/ffn.py.
 
 The rule is that of configs/studies/ffn.py: a variant is ahead of another, or behind, where the 95% t-interval of the
 paired log eta over the seeds lies on one side of 0, by the final held-out loss under the rule's own causal routing
