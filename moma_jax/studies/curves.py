@@ -321,9 +321,9 @@ def _last_means(train: list[dict[str, Any]], begun: str, ended: str = "") -> dic
     steps = np.array([0, *(r["step"] for r in train)])
     last = [(r, n) for r, n in zip(train, np.diff(steps), strict=True) if r["step"] > (1 - WINDOW) * steps[-1]]
     found = {}
-    for name in train[-1] if train else ():
+    for name in (name for name in (train[-1] if train else ()) if name.startswith(begun) and name.endswith(ended)):
         known = [(r[name], n) for r, n in last if r.get(name) is not None]
-        if known and name.startswith(begun) and name.endswith(ended):
+        if known:
             mean = np.average([value for value, _ in known], weights=[n for _, n in known])
             found[name.removeprefix(begun).removesuffix(ended)] = float(mean)
     return found

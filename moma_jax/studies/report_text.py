@@ -49,7 +49,7 @@ def report_text(
         _opening(study, runs, finished),
         "## What was compared\n\n" + _match(finished),
         "## Final losses\n\n" + _finals(finished),
-        *(["## How full experts were\n\n" + loads] if (loads := _loads(finished)) else []),
+        *(["\n\n".join(["## How full experts were", *full])] if (full := _how_full(finished)) else []),
         "## Verdicts\n\n" + _verdicts(study, verdicts),
         "## The same documents\n\n" + _documents(over_documents(finished)),
         *(["## Chosen on trials\n\n" + _trials(study)] if study.sweep else []),
@@ -191,27 +191,37 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.4f}{deviation}"
 
 
+def _how_full(finished: Finished) -> list[str]:
+    """Tables of what experts took, those that say something."""
+    return [table for table in (_loads(finished), _left_out(finished)) if table]
+
+
 def _loads(finished: Finished) -> str:
-    """Of rules under which tokens choose, and what no expert took; empty where there is neither."""
-    rows, left_out = [], []
+    """Of rules under which tokens choose; empty where there are none."""
+    rows = []
     for (size, variant), group in finished.by_place.items():
         runs = list(group.values())
-        for modality in runs[0].left_out:
-            each = [run.left_out.get(modality, math.nan) for run in runs]
-            if (share := statistics.fmean(each)) >= LEFT_OUT:
-                cells = [f"{share:.1%}", _listed(f"{one:.1%}" for one in each)]
-                left_out.append([_named(size, variant), modality, *cells])
         for name in runs[0].loads:
             found = [[run.loads.get(name, {}).get(figure, math.nan) for run in runs] for figure in LOADS]
             means = map(statistics.fmean, found)
             cells = ["-" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
             rows.append([_named(size, variant), name, _aim(runs[0], name), *cells, str(len(runs))])
     heads = ["variant", "group", "experts of a token, aimed at", "chosen", "choices dropped", "slots empty", "busiest"]
-    parts = [LOADS_MEAN.format(percent=round(100 * WINDOW)), _table([*heads, "seeds"], rows)] if rows else []
-    if left_out:
-        heads = ["variant", "modality", "entered no expert of a layer", "by seed"]
-        parts += [LEFT_OUT_MEAN.format(percent=round(100 * WINDOW), least=LEFT_OUT), _table(heads, left_out)]
-    return "\n\n".join(parts)
+    return LOADS_MEAN.format(percent=round(100 * WINDOW)) + "\n\n" + _table([*heads, "seeds"], rows) if rows else ""
+
+
+def _left_out(finished: Finished) -> str:
+    """What no expert took; empty where that is next to nothing everywhere."""
+    rows = []
+    for (size, variant), group in finished.by_place.items():
+        runs = list(group.values())
+        for modality in runs[0].left_out:
+            each = [run.left_out.get(modality, math.nan) for run in runs]
+            if (share := statistics.fmean(each)) >= LEFT_OUT:
+                rows.append([_named(size, variant), modality, f"{share:.1%}", _listed(f"{one:.1%}" for one in each)])
+    heads = ["variant", "modality", "entered no expert of a layer", "by seed"]
+    words = LEFT_OUT_MEAN.format(percent=round(100 * WINDOW), least=LEFT_OUT)
+    return f"{words}\n\n{_table(heads, rows)}" if rows else ""
 
 
 def _aim(run: Run, group: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax
 from moma_jax import hosts, sharding
 from moma_jax.checks import resolve
 from moma_jax.config import Config, EvalSet, HostsConfig, with_router
-from moma_jax.config_json import to_json
+from moma_jax.config_json import as_recorded, from_json, to_json
 from moma_jax.cost import flops_per_token, peak_flops, total_steps
 from moma_jax.data.stream import require_held_out, vocabulary_of
 from moma_jax.errors import InputError
@@ -20,7 +20,7 @@ from moma_jax.evaluation.documents import DOCUMENTS
 from moma_jax.evaluation.evaluate import Evaluator, gap_percent, scheduled, unigram
 from moma_jax.evaluation.tables import held_out_lines, uncalibrated
 from moma_jax.model.decoder import first_routing_state
-from moma_jax.rules import as_rule, rule_name, switched
+from moma_jax.rules import as_named, as_rule, recorded_rule, rule_name, switched
 from moma_jax.runs.checkpoint import Checkpoints
 from moma_jax.runs.directory import RunDir, commit, versions
 from moma_jax.runs.journal import user_sinks
@@ -247,11 +247,16 @@ class Pretraining(TokenStage):
             if self.config.run.verify:
                 hosts.by_first(lambda: checkpoints.require_whole(latest))
             learned = {"params": checkpoints.restore_params(latest, abstract_params(self.program, self.routing_state))}
-            same = saved["config"]["model"]["router"] == self.meta["config"]["model"]["router"]
-            if same and not self.config.model.router.starts_from_zero:
+            if not self.config.model.router.starts_from_zero and self._has_this_rule(saved):
                 placed = sharding.replicated(self.program.mesh)
                 learned["routing_state"] = checkpoints.routing_state(latest, placed)
             return learned
+
+    def _has_this_rule(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint, by its meta, was trained under this run's routing rule with its options."""
+        recorded = recorded_rule(from_json(saved["config"]).model.router, saved)
+        renamed = with_router(self.config, as_named(recorded, self.config.model.router))
+        return as_recorded(renamed) == as_recorded(self.config)
 
 
 def _warnings(config: Config) -> list[str]:

@@ -97,6 +97,7 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_exactly_and_lets_nobody_in(on_
         time.sleep(lease.BEAT)
         first.send_signal(signal.SIGCONT)  # its beat is overdue: the next one comes at once
         while run.read(lease.FILE) == before:
+            assert first.poll() is None
             time.sleep(0.02)
         first.send_signal(signal.SIGSTOP)
         _, err = second.communicate(timeout=300)

@@ -1,5 +1,6 @@
 """A run from its first step to its summary, and what stops it."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -143,11 +144,14 @@ def test_a_select_function_of_ones_own(whole, tmp_path, capsys):
 @pytest.mark.slow
 def test_what_a_rule_learned_goes_on_with_anothers_weights(tmp_path):
     rule, states = TokenChoice(balance=0.0, bias_rate=0.01), []
-    for name, more in (("one", {}), ("other", {"run_init_from": str(tmp_path / "one"), "train_steps": 1})):
-        moma_jax.train(tiny(tmp_path / name, model_router=rule, **more), quiet=True)
+    later = {"run_init_from": str(tmp_path / "one"), "train_steps": 1}
+    unlike = {"model_router": dataclasses.replace(rule, bias_rate=0.02)}
+    for name, more in (("one", {}), ("other", later), ("unlike", later | unlike)):
+        moma_jax.train(tiny(tmp_path / name, **({"model_router": rule} | more)), quiet=True)
         states.append(moma_jax.load(str(tmp_path / name)).routing_state["text"])
     assert np.abs(states[0]["bias_E"]).max() > 0
     np.testing.assert_array_equal(states[1]["bias_E"], rule.moved(states[0])["bias_E"])
+    assert not np.any(states[2]["bias_E"])  # other options, another rule: it begins anew
 
 
 @pytest.mark.slow
